@@ -1,0 +1,40 @@
+# The only things needed are make and a Python of 3.10 or newer; choose another one with `make PYTHON=python3.12 …`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test check clean
+
+help:
+	@echo "make demo    a real Celery worker runs a few thousand real jobs from an embedded SQL table"
+	@echo "make test    the test suite; brings its own PostgreSQL"
+	@echo "make check   ruff, mypy --strict, layer contracts"
+	@echo "make clean   remove the virtual environment and the caches"
+
+demo: $(VENV)/.installed
+	@$(BIN)/python -B examples/demo/run.py
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict kathikon_celery
+	$(BIN)/lint-imports
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "kathikon-celery needs Python 3.10 or newer, '$(PYTHON)' is not: say which one, as in make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Building the environment in $(VENV), once ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Adding what tests and checks need ..."
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
