@@ -1,0 +1,38 @@
+"""Kathikon for Celery: jobs as rows of the SQL database that you already run.
+
+Importing this package teaches kombu the transport ``kathikon://``. For a Celery app,
+``app.config_from_object("kathikon_celery.config")`` is all that is needed.
+
+`EmbeddedWorker`, a worker inside this process, is imported when it is first asked for: importing this package is light.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from celery.signals import worker_init
+from kombu.transport import TRANSPORT_ALIASES
+
+if TYPE_CHECKING:
+    from kathikon_celery.worker.embedded import EmbeddedWorker
+
+__all__ = ["EmbeddedWorker"]
+
+__version__ = "0.1.0"
+
+TRANSPORT_ALIASES["kathikon"] = "kathikon_celery.transport:Transport"
+
+
+@worker_init.connect(weak=False, dispatch_uid="kathikon_celery")
+def _install(sender: Any, **_: Any) -> None:
+    from kathikon_celery.worker.install import install
+
+    install(sender)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "EmbeddedWorker":
+        from kathikon_celery.worker.embedded import EmbeddedWorker
+
+        return EmbeddedWorker
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

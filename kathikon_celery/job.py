@@ -1,0 +1,174 @@
+"""A job, its states, and the transitions between them.
+
+The words and the rules are Kathikon's; what a Celery message becomes is in ``transport/envelope.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
+from random import getrandbits
+from typing import Any
+
+
+class State(str, Enum):
+    """Where a job stands. The comment at each member says which event leads there."""
+
+    SCHEDULED = "scheduled"  # published with an eta or a countdown that lies ahead
+    AVAILABLE = "available"  # published, promoted, given back or rescued: ready to claim
+    CLAIMED = "claimed"  # taken by a worker, not started
+    RUNNING = "running"  # accepted by the worker's pool
+    RETRYABLE = "retryable"  # failed and published again by itself: waits for its backoff
+    WAITING_FOR_CHILDREN = "waiting_for_children"  # the parent of an open batch
+    COMPLETED = "completed"  # returned
+    DEAD = "dead"  # raised for good, or its process was lost too often: the dead-letter queue
+    CANCELLED = "cancelled"  # revoked
+    DISCARDED = "discarded"  # rejected or expired: given up for good
+
+    def __str__(self) -> str:
+        return self.value
+
+
+#: States that a job does not leave by itself.
+TERMINAL = frozenset({State.COMPLETED, State.DEAD, State.CANCELLED, State.DISCARDED})
+
+#: States in which a worker holds the job.
+HELD = frozenset({State.CLAIMED, State.RUNNING})
+
+#: States that wait for a due time.
+WAITING = frozenset({State.SCHEDULED, State.RETRYABLE})
+
+_PUBLISHED = {State.SCHEDULED, State.RETRYABLE, State.AVAILABLE}
+_GIVEN_UP = {State.CANCELLED, State.DISCARDED}
+_ENDED = {State.COMPLETED, State.DEAD, *_GIVEN_UP}
+
+#: The state machine: from each state, the states that may follow. A message published again under the
+#: id of an existing job makes it wait again, from whatever state; all else is one step forward.
+TRANSITIONS: dict[State, frozenset[State]] = {
+    State.SCHEDULED: frozenset(_PUBLISHED | _GIVEN_UP),
+    State.RETRYABLE: frozenset(_PUBLISHED | _GIVEN_UP | {State.DEAD}),
+    State.AVAILABLE: frozenset(_PUBLISHED | _GIVEN_UP | {State.CLAIMED, State.DEAD}),
+    State.CLAIMED: frozenset(_PUBLISHED | _ENDED | {State.RUNNING}),
+    State.RUNNING: frozenset(_PUBLISHED | _ENDED | {State.WAITING_FOR_CHILDREN}),
+    State.WAITING_FOR_CHILDREN: frozenset(_PUBLISHED | _ENDED),
+    State.COMPLETED: frozenset(_PUBLISHED),
+    State.CANCELLED: frozenset(_PUBLISHED),
+    State.DISCARDED: frozenset(_PUBLISHED),
+    State.DEAD: frozenset(_PUBLISHED | {State.DISCARDED}),
+}
+
+
+class TransitionError(ValueError):
+    """The state machine knows no such step; nothing was changed."""
+
+    def __init__(self, job_id: str, old: State, new: State) -> None:
+        allowed = ", ".join(sorted(TRANSITIONS[old])) or "nothing"
+        super().__init__(f"job {job_id!r} cannot go from {old} to {new}; from {old} it may go to {allowed}")
+
+
+def check_transition(job_id: str, old: State, new: State) -> None:
+    """Raise `TransitionError` unless *new* may follow *old*."""
+    if new not in TRANSITIONS[old]:
+        raise TransitionError(job_id, old, new)
+
+
+def sources(new: State) -> list[State]:
+    """The states from which *new* may be reached, for the WHERE of a transition."""
+    return [old for old in State if new in TRANSITIONS[old]]
+
+
+#: Longest reason that is kept with a job, in characters; the traceback has the rest.
+LONGEST_REASON = 1000
+
+
+def in_brief(error: object) -> str:
+    """An error in a line that a row can keep, however large the data that it quotes."""
+    text = repr(error) if isinstance(error, BaseException) else str(error)
+    return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 1]}…"
+
+
+def backoff(attempt: int) -> float:
+    """Seconds that a job waits after its *attempt*-th failure: Kathikon's ``min(n² × 5, 86400)``."""
+    return float(min(attempt * attempt * 5, 86400))
+
+
+@dataclass(slots=True, kw_only=True)
+class Job:
+    """One row of ``kathikon_jobs``. Times are aware datetimes in UTC, set by the database's clock."""
+
+    id: str
+    #: Name of the queue. A job without one is only a result, stored for a task that ran elsewhere.
+    queue: str | None = "default"
+    task: str = ""
+    state: State = State.AVAILABLE
+    #: Higher runs first.
+    priority: int = 0
+    #: The Celery message without its body, as JSON: headers, properties, content type and encoding.
+    envelope: str = "{}"
+    #: The message's body: JSON text as it is, anything else in base64 (see ``envelope``).
+    body: str = ""
+    #: Due time; `None` or a time that is past means now.
+    scheduled_at: datetime | None = None
+    expires_at: datetime | None = None
+    #: Lost processes after which the job is dead.
+    max_attempts: int = 20
+    root_id: str | None = None
+    parent_id: str | None = None
+    group_id: str | None = None
+    #: Identifies the act of publishing: one that is tried again, after a lost connection, happens once.
+    publication: int = field(default_factory=lambda: getrandbits(63), compare=False)
+    seq: int = 0
+    #: Grows with every claim, return and publication: who names an old one changes nothing.
+    fence: int = 0
+    #: How often the job was claimed.
+    attempts: int = 0
+    #: How often the process that ran it was lost.
+    crashes: int = 0
+    #: Whether the message was acknowledged before the task ran (``acks_late=False``): it never runs twice.
+    acked: bool = False
+    node_id: int | None = None
+    inserted_at: datetime | None = None
+    available_at: datetime | None = None
+    claimed_at: datetime | None = None
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    #: Celery's word for the state where it says more than the state does.
+    status: str | None = None
+    #: The return value or exception as the result backend encoded it.
+    result: str | None = None
+    traceback: str | None = None
+    #: What else the result backend keeps, as JSON.
+    meta: str | None = None
+    #: Why the job is dead, discarded or cancelled.
+    reason: str | None = None
+    #: One ``{"at", "attempt", "reason"}`` a failure.
+    errors: list[dict[str, Any]] = field(default_factory=list)
+
+    def _ended_as(self, state: State) -> datetime | None:
+        return self.ended_at if self.state is state else None
+
+    @property
+    def completed_at(self) -> datetime | None:
+        """When it returned."""
+        return self._ended_as(State.COMPLETED)
+
+    @property
+    def failed_at(self) -> datetime | None:
+        """When it was found dead."""
+        return self._ended_as(State.DEAD)
+
+    @property
+    def cancelled_at(self) -> datetime | None:
+        """When it was revoked."""
+        return self._ended_as(State.CANCELLED)
+
+    @property
+    def discarded_at(self) -> datetime | None:
+        """When it was given up."""
+        return self._ended_as(State.DISCARDED)
+
+    @property
+    def last_error(self) -> str | None:
+        """The reason of the newest failure."""
+        return self.errors[-1]["reason"] if self.errors else self.reason

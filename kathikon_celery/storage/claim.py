@@ -1,0 +1,92 @@
+"""Claiming: a node takes what is ready."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import BigInteger, Connection, Integer, bindparam, desc, exists, false, or_, select, type_coerce, update
+from sqlalchemy.sql.dml import Update
+from sqlalchemy.types import NullType
+
+from kathikon_celery.job import Job, State
+from kathikon_celery.storage.clock import now
+from kathikon_celery.storage.dialects import Dialect
+from kathikon_celery.storage.dialects.base import Pairs
+from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.tables import FREE, READY, jobs, messages, nodes
+
+#: What a worker must know of a job in order to run it. Nothing of it is converted: a corrupt row spoils no batch.
+_DELIVERY = [
+    jobs.c[name]
+    for name in ("seq", "id", "queue", "task", "state", "priority", "fence", "attempts", "crashes", "envelope", "body")
+]
+_SINCE = type_coerce(jobs.c.available_at, NullType()).label("since")
+# A node that was taken for dead, and does not know it yet, gets nothing.
+_IS_ALIVE = or_(
+    bindparam("by_node", type_=BigInteger()).is_(None),
+    exists().where(nodes.c.id == bindparam("by_node", type_=BigInteger())),
+)
+
+
+def _taken(rows: Update) -> Update:
+    return rows.values(
+        state=State.CLAIMED.value,
+        node_id=bindparam("by_node", type_=BigInteger()),
+        fence=jobs.c.fence + 1,
+        attempts=jobs.c.attempts + 1,
+        claimed_at=now(),
+    )
+
+
+@lru_cache(maxsize=8)
+def _claim(dialect: Dialect) -> Any:
+    ready = (
+        select(jobs.c.seq)
+        .where(jobs.c.queue == bindparam("from_queue"), READY, _IS_ALIVE)
+        .order_by(desc(jobs.c.priority), jobs.c.available_at, jobs.c.seq)
+        .limit(bindparam("at_most", type_=Integer()))
+    )
+    return _taken(update(jobs).where(dialect.picked(ready, jobs))).returning(*_DELIVERY, _SINCE)
+
+
+@lru_cache(maxsize=64)
+def _is_anything_there(queues: int) -> Any:
+    # In the order of the index: else a database that once saw much of it scans the table for the first of none.
+    first = []
+    for number in range(queues):
+        queue: Any = bindparam(f"queue_{number}")
+        job = select(jobs.c.seq).where(jobs.c.queue == queue, READY)
+        message = select(messages.c.seq).where(messages.c.queue == queue, FREE)
+        first.append(job.order_by(desc(jobs.c.priority), jobs.c.available_at, jobs.c.seq))
+        first.append(message.order_by(desc(messages.c.priority), messages.c.seq))
+    return select(or_(false(), *(one.limit(1).scalar_subquery().is_not(None) for one in first)))
+
+
+def claim(database: Database, connection: Connection, queue: str, limit: int, node_id: int | None) -> list[Job]:
+    """Take up to *limit* ready jobs of the key *queue*: higher priority first, then longer ready."""
+    values = {"from_queue": queue, "at_most": limit, "by_node": node_id}
+    rows = sorted(
+        connection.execute(_claim(database.dialect), values), key=lambda row: (-row.priority, row.since, row.seq)
+    )
+    return [
+        Job(**{column.name: value for column, value in zip(_DELIVERY, row, strict=False)} | {"state": State.CLAIMED})
+        for row in rows
+    ]
+
+
+@lru_cache(maxsize=8)
+def _claim_again(dialect: Dialect) -> Any:
+    return _taken(update(jobs).where(dialect.among_pairs(jobs), READY))
+
+
+def claim_again(database: Database, connection: Connection, pairs: Pairs, node_id: int) -> int:
+    """Repeat claims that gave the fences of *pairs* and that the server has forgotten; the number of them."""
+    before = [(seq, fence - 1) for seq, fence in pairs]
+    return database.dialect.for_pairs(connection, _claim_again(database.dialect), before, {"by_node": node_id})
+
+
+def is_anything_there(connection: Connection, queues: list[str]) -> bool:
+    """Whether a job or a message is ready in one of the *queues* (keys)."""
+    values = {f"queue_{number}": queue for number, queue in enumerate(queues)}
+    return bool(connection.execute(_is_anything_there(len(queues)), values).scalar())

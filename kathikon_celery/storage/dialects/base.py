@@ -1,0 +1,107 @@
+"""The interface of a dialect."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from sqlalchemy import URL, Connection, Executable, Table
+from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
+
+from kathikon_celery.storage.wake import Wakeup
+
+#: Rows of a table, each named by its number and the fence under which it was claimed.
+Pairs = Sequence[tuple[int, int]]
+
+
+class Dialect(ABC):
+    """What one kind of database does in its own way."""
+
+    name: str
+    #: Opens a transaction that writes.
+    begin = "BEGIN"
+    #: Whether a call reaches only nodes whose row says that they wait; otherwise everybody hears it.
+    wakes_by_name = False
+
+    def __init__(self, url: URL) -> None:
+        self.url = url
+
+    @abstractmethod
+    def connect_args(self, timeout: float, on_disk: bool) -> dict[str, Any]:
+        """Arguments of the driver's connect()."""
+
+    def on_connect(self, connection: Any, on_disk: bool) -> None:
+        """Prepare a new connection of the driver."""
+
+    def check_usable(self) -> None:
+        """Raise `Unavailable` where a connection would only fail in a way that is hard to read."""
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Held around a transaction that writes."""
+        return nullcontext()
+
+    def explain(self, error: Exception) -> Exception:
+        """*error*, or one that says better what is wrong."""
+        return error
+
+    @abstractmethod
+    def insert_or_update(self, table: Table) -> Any:
+        """An INSERT that offers ``on_conflict_do_update`` and ``on_conflict_do_nothing``."""
+
+    @abstractmethod
+    def picked(self, select: Select[Any], table: Table) -> ColumnElement[bool]:
+        """The condition that a row of *table* is among those that *select* (of ``seq``) picks, and nobody else's."""
+
+    @abstractmethod
+    def among_pairs(self, table: Table) -> ColumnElement[bool]:
+        """The condition that ``seq`` and ``fence`` of a row of *table* are one of the pairs given to `for_pairs`."""
+
+    @abstractmethod
+    def for_pairs(self, connection: Connection, statement: Executable, pairs: Pairs, values: dict[str, Any]) -> int:
+        """Run *statement*, which says `among_pairs`, for *pairs*; the number of rows it changed."""
+
+    @abstractmethod
+    def publishing(self, insert: Any, queue: BindParameter[str] | None) -> Executable:
+        """*insert*, extended so that it wakes one idle node that waits for *queue*, a parameter of the insert.
+
+        With `None` it calls them all: each shall look when the next job is due.
+        """
+
+    @abstractmethod
+    def wake(self, connection: Connection, queues: Iterable[str], count: int) -> None:
+        """As the transaction commits, wake up to *count* idle nodes that wait for one of *queues*."""
+
+    @abstractmethod
+    def ring(self, connection: Connection) -> None:
+        """As the transaction commits, wake every node: there is a message for somebody."""
+
+    def published(self) -> None:
+        """Called after a statement of `publishing`, where it is not the statement itself that wakes."""
+
+    @abstractmethod
+    def wakeup(self, connect: Callable[[], Any], node_id: int | None) -> Wakeup:
+        """What this process waits on for other processes' calls; *connect* gives a connection of the driver."""
+
+    def incarnation(self, connection: Connection) -> object:
+        """What changes when the server is started anew, and may have forgotten what was not yet on disk."""
+        return None
+
+    def hold(self, connect: Callable[[], Any], node_id: int) -> Any:
+        """Take a lock that ends with this process; what holds it has ``close()``. `None`: it is not to be had."""
+        return None
+
+    def check_held(self, lock: Any) -> None:
+        """Raise the database's error when the connection that holds the lock is gone."""
+
+    def is_lock_free(self, connection: Connection, node_id: int) -> bool | None:
+        """Whether nobody holds the lock of that node; `None` where there are no such locks."""
+        return None
+
+    @abstractmethod
+    def migrating(self, connection: Connection) -> AbstractContextManager[None]:
+        """Held while the schema is changed: only one process does."""
+
+    def close(self) -> None:
+        """Give up what is held beside connections."""

@@ -1,0 +1,206 @@
+"""PostgreSQL: rows claimed under SKIP LOCKED, nodes woken one by one through LISTEN and NOTIFY."""
+
+from __future__ import annotations
+
+import selectors
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from time import monotonic
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Connection,
+    Executable,
+    Integer,
+    Table,
+    and_,
+    any_,
+    bindparam,
+    cast,
+    column,
+    exists,
+    func,
+    literal,
+    literal_column,
+    select,
+    table,
+    update,
+)
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import ARRAY, TEXT
+from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
+
+from kathikon_celery.storage.dialects.base import Dialect, Pairs
+from kathikon_celery.storage.errors import Unavailable, in_words
+from kathikon_celery.storage.tables import nodes
+from kathikon_celery.storage.wake import Wakeup
+
+#: Every node listens to it: a message came, or a job is due soon.
+CHANNEL = "kathikon"
+#: Advisory locks of Kathikon have this first key; the second is a node's id, or 0 for the schema.
+LOCK_SPACE = 0x6B61
+#: Seconds between two attempts to listen again after a lost connection.
+RECONNECT = 0.5
+
+_channel_of_node = literal(CHANNEL + "_").concat(cast(nodes.c.id, TEXT))
+
+
+def _woken(queue: Any, count: Any) -> Any:
+    """Take up to *count* nodes that wait for *queue* out of their sleep, and call each by its name."""
+    sleepers = select(nodes.c.id).where(queue).limit(count).with_for_update(skip_locked=True).scalar_subquery()
+    return (
+        update(nodes)
+        .where(nodes.c.id.in_(sleepers))
+        .values(waiting=None)
+        .returning(func.pg_notify(_channel_of_node, "").label("called"))
+    )
+
+
+_WAKE = _woken(nodes.c.waiting.op("&&")(bindparam("queues", type_=ARRAY(TEXT))), bindparam("count", type_=Integer))
+_RING = select(func.pg_notify(CHANNEL, ""))
+
+
+class PostgreSQL(Dialect):
+    """One PostgreSQL database."""
+
+    name = "postgresql"
+    wakes_by_name = True
+
+    def connect_args(self, timeout: float, on_disk: bool) -> dict[str, Any]:
+        return {
+            "connect_timeout": max(2, round(timeout)),
+            "application_name": "kathikon",
+            "options": f"-c synchronous_commit={'on' if on_disk else 'off'} -c timezone=UTC",
+            # A peer that vanished without a word is noticed within half a minute.
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+        }
+
+    def insert_or_update(self, table: Table) -> postgresql.Insert:
+        return postgresql.insert(table)
+
+    def picked(self, select: Select[Any], table: Table) -> ColumnElement[bool]:
+        # An array is looked up in the index however long the planner thinks it is; a join may become a scan.
+        rows = select.with_for_update(skip_locked=True).scalar_subquery()
+        return table.c.seq == any_(func.array(rows))
+
+    def among_pairs(self, table: Table) -> ColumnElement[bool]:
+        pairs = (
+            func.unnest(bindparam("pair_seqs", type_=ARRAY(BigInteger)), bindparam("pair_fences", type_=ARRAY(Integer)))
+            .table_valued("seq", "fence", name="pairs")
+            .render_derived()
+        )
+        return and_(table.c.seq == pairs.c.seq, table.c.fence == pairs.c.fence)
+
+    def for_pairs(self, connection: Connection, statement: Executable, pairs: Pairs, values: dict[str, Any]) -> int:
+        columns = {"pair_seqs": [seq for seq, _ in pairs], "pair_fences": [fence for _, fence in pairs]}
+        return connection.execute(statement, {**columns, **values}).rowcount
+
+    def publishing(self, insert: Any, queue: BindParameter[str] | None) -> Executable:
+        inserted = insert.returning(insert.table.c.seq).cte("inserted")
+        if queue is None:
+            return select(func.pg_notify(CHANNEL, "")).select_from(inserted)
+        woken = _woken(queue == any_(nodes.c.waiting), 1).cte("woken")
+        return select(func.count()).select_from(woken).add_cte(inserted)
+
+    def wake(self, connection: Connection, queues: Iterable[str], count: int) -> None:
+        connection.execute(_WAKE, {"queues": list(queues), "count": count})
+
+    def ring(self, connection: Connection) -> None:
+        connection.execute(_RING)
+
+    def wakeup(self, connect: Callable[[], Any], node_id: int | None) -> Wakeup:
+        return Listener(connect, [CHANNEL] if node_id is None else [CHANNEL, f"{CHANNEL}_{node_id}"])
+
+    def incarnation(self, connection: Connection) -> object:
+        return connection.execute(select(func.pg_postmaster_start_time())).scalar()
+
+    def hold(self, connect: Callable[[], Any], node_id: int) -> Any:
+        connection = connect()
+        # Never waited for: until the server has noticed that our last connection is gone, we live by the lease.
+        lock = connection.execute("SELECT pg_try_advisory_lock(%s, %s)", (LOCK_SPACE, node_id % 2**31))
+        if lock.fetchone() == (True,):
+            return connection
+        connection.close()
+        return None
+
+    def check_held(self, lock: Any) -> None:
+        try:
+            lock.execute("SELECT 1")
+        except Exception as error:
+            raise Unavailable(f"the connection that holds the lease is gone: {in_words(error)}") from error
+
+    def is_lock_free(self, connection: Connection, node_id: int) -> bool | None:
+        locks = table("pg_locks", column("locktype"), column("classid"), column("objid"), column("database"))
+        here: Select[Any] = select(literal_column("oid")).select_from(table("pg_database"))
+        here = here.where(literal_column("datname") == func.current_database())
+        held = exists().where(
+            locks.c.locktype == "advisory",
+            locks.c.classid == LOCK_SPACE,
+            locks.c.objid == node_id % 2**31,
+            locks.c.database == here.scalar_subquery(),
+        )
+        return not connection.execute(select(held)).scalar()
+
+    @contextmanager
+    def migrating(self, connection: Connection) -> Iterator[None]:
+        connection.execute(select(func.pg_advisory_xact_lock(LOCK_SPACE, 0)))
+        yield
+
+
+class Listener(Wakeup):
+    """Hears NOTIFY on some channels, and listens anew by itself after its connection was lost."""
+
+    def __init__(self, connect: Callable[[], Any], channels: list[str]) -> None:
+        super().__init__()
+        self._connect = connect
+        self._channels = channels
+        self._connection: Any = None
+        self._next_attempt = 0.0
+
+    def _listen(self) -> bool:
+        self._next_attempt = monotonic() + RECONNECT
+        try:
+            connection = self._connect()
+            for channel in self._channels:
+                connection.execute(f'LISTEN "{channel}"')
+        except Exception:
+            # The database is away. Its user learns that from his own calls; here it is enough to try again.
+            return False
+        self._connection = connection
+        self._selector.register(connection.fileno(), selectors.EVENT_READ)
+        return True
+
+    def wait(self, timeout: float) -> bool:
+        if self._connection is None and monotonic() >= self._next_attempt and self._listen():
+            self.called_all = True
+            return True  # what was called before we listened was not heard
+        return super().wait(timeout)
+
+    def called(self) -> bool:
+        heard = self.called_all = False
+        try:
+            self._connection.pgconn.consume_input()
+            while (call := self._connection.pgconn.notifies()) is not None:
+                heard = True
+                self.called_all = self.called_all or call.relname == CHANNEL.encode()
+        except Exception:
+            self._forget()
+            heard = self.called_all = True
+        return heard
+
+    def _forget(self) -> None:
+        # A connection that is closed no longer knows its descriptor: it is found as what is left.
+        for key in list(self._selector.get_map().values()):
+            if key.fileobj is not self._receiver:
+                self._selector.unregister(key.fileobj)
+        with suppress(Exception):
+            self._connection.close()
+        self._connection = None
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._forget()
+        super().close()

@@ -1,0 +1,199 @@
+"""SQLite: one file, WAL, one writer at a time, taken in turn through a lock file beside it."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from sqlalchemy import URL, Connection, Executable, Table, and_, bindparam
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
+
+from kathikon_celery.storage.dialects.base import Dialect, Pairs
+from kathikon_celery.storage.errors import Unavailable, in_words
+from kathikon_celery.storage.wake import Wakeup
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover (Windows: SQLite's own waiting must do)
+    fcntl = None  # type: ignore[assignment]
+
+try:
+    import inotify_simple
+except ImportError:  # pragma: no cover (not Linux: the file is looked at every `LOOK` seconds)
+    inotify_simple = None
+
+#: Seconds for which SQLite itself waits for a lock, where the lock file did not keep others away.
+BUSY = 60.0
+#: Seconds between two looks at the lock file where the system does not tell of its change.
+LOOK = 0.01
+
+
+class SQLite(Dialect):
+    """One SQLite file."""
+
+    name = "sqlite"
+    begin = "BEGIN IMMEDIATE"
+
+    def __init__(self, url: URL) -> None:
+        super().__init__(url)
+        if not url.database or url.database == ":memory:" or url.query.get("mode") == "memory":
+            raise ValueError(
+                f"{url}: a database in memory is seen by one connection only;"
+                " for tables that live as long as the process set kathikon_copies = 'ram'"
+            )
+        self.path = Path(url.database).absolute()
+        #: Writers lock it in turn, and a byte written to it is a call to all who sleep.
+        self.lock_path = self.path.with_name(self.path.name + "-lock")
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._descriptor: int | None = None
+        self._rings = False
+
+    def connect_args(self, timeout: float, on_disk: bool) -> dict[str, Any]:
+        return {"timeout": BUSY, "check_same_thread": False}
+
+    def on_connect(self, connection: Any, on_disk: bool) -> None:
+        connection.isolation_level = None
+        # Text that is no UTF-8 spoils its own row, not the statement that reads it among others.
+        connection.text_factory = lambda data: str(data, "utf-8", "surrogateescape")
+        cursor = connection.cursor()
+        if cursor.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+            with self.writing():  # of several that change it at once, SQLite lets all but one fail
+                cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute(f"PRAGMA synchronous={'FULL' if on_disk else 'NORMAL'}")
+        cursor.execute("PRAGMA cache_size=-16000")
+        cursor.execute("PRAGMA journal_size_limit=67108864")
+        cursor.close()
+
+    def check_usable(self) -> None:
+        folder = self.path.parent
+        if not folder.is_dir():
+            raise Unavailable(f"the folder {str(folder)!r} of the SQLite file does not exist; create it")
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        with self._lock:
+            self._depth += 1
+            try:
+                if self._depth == 1 and fcntl is not None:
+                    fcntl.flock(self._lock_file(), fcntl.LOCK_EX)
+                yield
+            finally:
+                self._depth -= 1
+                if self._depth == 0:
+                    if fcntl is not None and self._descriptor is not None:
+                        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+                    if self._rings and self._descriptor is not None:
+                        self._rings = False
+                        with suppress(OSError):  # what was written is written; the others look by themselves
+                            os.pwrite(self._descriptor, b"\0", 0)
+
+    def _lock_file(self) -> int:
+        if self._descriptor is None:
+            self.check_usable()
+            try:
+                self._descriptor = os.open(self.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except OSError as error:
+                raise Unavailable(
+                    f"the lock file {str(self.lock_path)!r} cannot be opened: {error.strerror};"
+                    " the folder of the SQLite file must be writable"
+                ) from error
+        return self._descriptor
+
+    def explain(self, error: Exception) -> Exception:
+        said = in_words(error)
+        if "readonly database" in said:
+            return Unavailable(f"the SQLite file {str(self.path)!r} is read-only; give its owner the right to write")
+        if "disk is full" in said or "disk I/O error" in said:
+            return Unavailable(f"the disk of the SQLite file {str(self.path)!r} is full or broken: {said}")
+        if "file is not a database" in said or "malformed" in said:
+            return Unavailable(f"{str(self.path)!r} is no SQLite database, or a damaged one: {said}")
+        if "unable to open" in said:
+            try:
+                self.check_usable()
+            except Unavailable as unusable:
+                return unusable
+            return Unavailable(f"the SQLite file {str(self.path)!r} cannot be opened: {said}")
+        return error
+
+    def insert_or_update(self, table: Table) -> sqlite.Insert:
+        return sqlite.insert(table)
+
+    def picked(self, select: Select[Any], table: Table) -> ColumnElement[bool]:
+        return table.c.seq.in_(select.scalar_subquery())
+
+    def among_pairs(self, table: Table) -> ColumnElement[bool]:
+        return and_(table.c.seq == bindparam("pair_seq"), table.c.fence == bindparam("pair_fence"))
+
+    def for_pairs(self, connection: Connection, statement: Executable, pairs: Pairs, values: dict[str, Any]) -> int:
+        rows = [{"pair_seq": seq, "pair_fence": fence, **values} for seq, fence in pairs]
+        return connection.execute(statement, rows).rowcount
+
+    def publishing(self, insert: Any, queue: BindParameter[str] | None) -> Executable:
+        return insert  # type: ignore[no-any-return]
+
+    def wake(self, connection: Connection, queues: Iterable[str], count: int) -> None:
+        self._rings = True
+
+    def ring(self, connection: Connection) -> None:
+        self._rings = True
+
+    def published(self) -> None:
+        self._rings = True
+
+    def wakeup(self, connect: Callable[[], Any], node_id: int | None) -> Wakeup:
+        self._lock_file()
+        return Bell(self.lock_path)
+
+    def migrating(self, connection: Connection) -> AbstractContextManager[None]:
+        return self.writing()
+
+    def close(self) -> None:
+        with self._lock:
+            if self._descriptor is not None and not self._depth:
+                os.close(self._descriptor)
+                self._descriptor = None
+
+
+class Bell(Wakeup):
+    """Hears that a byte was written to the lock file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._inotify = inotify_simple.INotify(nonblocking=True) if inotify_simple else None
+        if self._inotify is not None:
+            self._inotify.add_watch(path, inotify_simple.flags.MODIFY)
+            self._selector.register(self._inotify.fileno(), selectors.EVENT_READ)
+        self._last = self._stamp()
+
+    def _stamp(self) -> int:
+        return self._path.stat().st_mtime_ns
+
+    def called(self) -> bool:
+        assert self._inotify is not None
+        return bool(self._inotify.read(timeout=0))
+
+    def wait(self, timeout: float) -> bool:
+        if self._inotify is not None:
+            return super().wait(timeout)
+        deadline = monotonic() + timeout
+        while not super().wait(min(LOOK, deadline - monotonic())):
+            last, self._last = self._last, self._stamp()
+            if last != self._last:
+                return True
+            if monotonic() >= deadline:
+                break
+        return False
+
+    def close(self) -> None:
+        super().close()
+        if self._inotify is not None:
+            self._inotify.close()

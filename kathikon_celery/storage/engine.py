@@ -1,0 +1,244 @@
+"""Connections: two engines a database (durable and relaxed), transactions, and what a fork must not share."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from typing import Any, TypeVar
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+
+from kathikon_celery.storage.dialects import Dialect, dialect_for
+from kathikon_celery.storage.errors import Unavailable, in_words, is_lost
+from kathikon_celery.storage.wake import Wakeup
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+_databases: weakref.WeakSet[Database] = weakref.WeakSet()
+
+
+class Gate:
+    """Counts who uses the database, and can be shut until nobody does."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._users = 0
+        self._shut = 0  # by how many: two threads may fork at once
+        self._mine = threading.local()
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Use the database; waits while the gate is shut. May be nested in one thread."""
+        depth: int = getattr(self._mine, "depth", 0)
+        with self._changed:
+            while self._shut and not depth:
+                self._changed.wait()
+            self._users += 1
+        self._mine.depth = depth + 1
+        try:
+            yield
+        finally:
+            self._mine.depth = depth
+            with self._changed:
+                self._users -= 1
+                self._changed.notify_all()
+
+    def shut(self) -> None:
+        """Wait until all other threads have left, and let nobody in."""
+        mine: int = getattr(self._mine, "depth", 0)
+        with self._changed:
+            self._shut += 1
+            while self._users > mine:
+                self._changed.wait()
+
+    def open(self) -> None:
+        """Undo one `shut`."""
+        with self._changed:
+            self._shut = max(0, self._shut - 1)
+            self._changed.notify_all()
+
+
+class Database:
+    """One database, as this process sees it.
+
+    Arguments:
+        url: SQLAlchemy URL.
+        publish_durability: ``disk`` when a commit of `write(durable=True)` must be on disk, ``server`` when not.
+        worker_durability: the same for all other commits.
+        connect_timeout: seconds after which an attempt to connect is given up.
+    """
+
+    def __init__(
+        self,
+        url: str | URL,
+        *,
+        publish_durability: str = "disk",
+        worker_durability: str = "server",
+        connect_timeout: float = 4.0,
+    ) -> None:
+        self.url = make_url(url)
+        self.dialect: Dialect = dialect_for(self.url)
+        self.connect_timeout = connect_timeout
+        #: Seconds for which a call goes on trying when the database is away. Workers are patient, callers are not.
+        self.patience = 0.0
+        #: Connections made so far: it grows after a loss.
+        self.opened = 0
+        self._on_disk = {True: publish_durability == "disk", False: worker_durability == "disk"}
+        self._gate = Gate()
+        _databases.add(self)
+
+    def __repr__(self) -> str:
+        return f"<Database {self.url.render_as_string(hide_password=True)}>"
+
+    @cached_property
+    def _durable(self) -> Engine:
+        return self._make_engine(self._on_disk[True])
+
+    @cached_property
+    def _relaxed(self) -> Engine:
+        return self._make_engine(self._on_disk[False])
+
+    def _make_engine(self, on_disk: bool) -> Engine:
+        engine = create_engine(
+            self.url,
+            isolation_level="AUTOCOMMIT",  # BEGIN and COMMIT are sent by `write`; a single statement needs neither
+            hide_parameters=True,  # payloads do not belong into error messages
+            connect_args=self.dialect.connect_args(self.connect_timeout, on_disk),
+            pool_recycle=1800,
+            max_overflow=50,
+        )
+        event.listen(engine, "connect", lambda connection, _: self._on_connect(connection, on_disk))
+        return engine
+
+    def _on_connect(self, connection: Any, on_disk: bool) -> None:
+        self.opened += 1
+        self.dialect.on_connect(connection, on_disk)
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A connection for reading, each statement on its own."""
+        with self._gate.passing():
+            self.dialect.check_usable()
+            with self._relaxed.connect() as connection:
+                yield connection
+
+    @contextmanager
+    def once(self, durable: bool = False) -> Iterator[Connection]:
+        """A connection for one writing statement, committed by itself."""
+        # The gate comes first: who waits at it holds no lock that a fork would copy.
+        with (
+            self._gate.passing(),
+            # Before the lock: who connects takes it for a moment, and a pool's first connection has a lock of its own.
+            (self._durable if durable else self._relaxed).connect() as connection,
+            self.dialect.writing(),
+        ):
+            yield connection
+
+    @contextmanager
+    def write(self, durable: bool = False) -> Iterator[Connection]:
+        """A transaction that writes; *durable* when it must be on disk before this returns."""
+        with self.once(durable) as connection:
+            connection.exec_driver_sql(self.dialect.begin)
+            try:
+                yield connection
+                connection.exec_driver_sql("COMMIT")
+            except BaseException:
+                if not connection.invalidated:
+                    with suppress(DBAPIError):  # after some errors SQLite has done so by itself
+                        connection.exec_driver_sql("ROLLBACK")
+                raise
+
+    def patiently(self, call: Callable[[bool], T], patient: bool = True) -> T:
+        """Return *call*(again), tried anew after a lost connection: once at once, then for `patience` seconds.
+
+        *again* is true when an earlier try may have been committed although its answer was lost.
+        """
+        again = False
+        try:
+            return call(again)
+        except Exception as error:
+            if not is_lost(error):
+                raise self.dialect.explain(error) from error
+            lost = error
+        again = True
+        if patience := self.patience if patient else 0.0:
+            logger.warning("Kathikon: %r is away, trying again for %g s: %s", self, patience, in_words(lost))
+        retrying = Retrying(
+            stop=stop_after_delay(patience),
+            wait=wait_random_exponential(multiplier=0.05, max=1.0),
+            retry=retry_if_exception(is_lost),
+            reraise=True,
+        )
+        try:
+            return retrying(call, again)
+        except Exception as error:
+            raise self.explain(error) from error
+
+    def explain(self, error: Exception) -> Exception:
+        """*error*, or one that says better what is wrong."""
+        explained = self.dialect.explain(error)
+        if explained is error and is_lost(error) and not isinstance(error, Unavailable):
+            explained = Unavailable(f"{self!r} is away: {in_words(error)}")
+        return explained
+
+    def wakeup(self, node_id: int | None) -> Wakeup:
+        """What this process waits on for other processes' calls; *node_id* hears its own name as well."""
+        return self.dialect.wakeup(self.detached, node_id)
+
+    def detached(self) -> Any:
+        """A connection of the driver that belongs to the caller."""
+        connection = self._relaxed.connect()  # unlike raw_connection(), it fails with an error of SQLAlchemy's
+        driver_connection = connection.connection.driver_connection
+        connection.detach()
+        return driver_connection
+
+    def close(self) -> None:
+        """Close the connections that are not in use."""
+        for name in ("_durable", "_relaxed"):
+            engine: Engine | None = self.__dict__.pop(name, None)
+            if engine is not None:
+                engine.dispose()
+        self.dialect.close()
+
+    def _before_fork(self) -> None:
+        """SQLite's locks belong to the process and its memory is not made for two: no connection crosses a fork."""
+        if self.dialect.name == "sqlite":
+            self._gate.shut()
+            self.close()
+
+    def _after_fork_in_child(self) -> None:
+        for name in ("_durable", "_relaxed"):
+            engine: Engine | None = self.__dict__.pop(name, None)
+            if engine is not None:
+                engine.dispose(close=False)  # the sockets are the parent's
+        self._gate = Gate()
+        self.dialect = dialect_for(self.url)
+
+
+def _before_fork() -> None:
+    for database in list(_databases):
+        database._before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    for database in list(_databases):
+        database._gate.open()
+
+
+def _after_fork_in_child() -> None:
+    for database in list(_databases):
+        database._after_fork_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

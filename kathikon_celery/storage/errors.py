@@ -1,0 +1,48 @@
+"""What can go wrong in storage, in words that name the remedy."""
+
+from __future__ import annotations
+
+from click import ClickException
+from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+
+class StorageError(ClickException):  # so Celery's command line shows it in a line, with no traceback
+    """Base of the errors that storage raises itself."""
+
+
+class Unavailable(StorageError):
+    """The database cannot be reached, or cannot be used as it is; trying again later may help."""
+
+
+class UnknownDatabase(StorageError, ValueError):
+    """A URL names a kind of database that Kathikon does not speak."""
+
+
+class SchemaError(StorageError):
+    """The tables do not fit this version of the code."""
+
+
+class NotFound(StorageError):
+    """There is no job of that id."""
+
+
+class MovedOn(StorageError):
+    """The job was claimed, given back or published since it was read."""
+
+
+#: Errors after which the same call may succeed on a new connection.
+LOST = (Unavailable, OperationalError, InterfaceError, DisconnectionError, PoolTimeout)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether *error* says that the connection is gone or the database away, not that the statement is wrong."""
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        return True
+    return isinstance(error, LOST)
+
+
+def in_words(error: BaseException) -> str:
+    """The database's own message, without statement and parameters."""
+    original = getattr(error, "orig", None)
+    return " ".join(str(original or error).split())

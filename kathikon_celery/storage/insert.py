@@ -1,0 +1,147 @@
+"""Publishing: a job comes into being, or one of the same id waits again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import Executable, bindparam, case, false, literal_column, null, or_, select
+
+from kathikon_celery.job import TERMINAL, Job, State
+from kathikon_celery.storage.clock import Instant, now
+from kathikon_celery.storage.dialects import Dialect
+from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.names import key, printable
+from kathikon_celery.storage.tables import jobs, state_in
+
+#: What a message brings; published again it replaces what was there.
+_BROUGHT = ("queue", "task", "priority", "publication", "max_attempts", "root_id", "parent_id", "group_id")
+_PAYLOAD = ("expires_at", "envelope", "body")
+#: What is known of one run only.
+OF_A_RUN = ("node_id", "claimed_at", "started_at", "ended_at", "status", "result", "traceback", "meta", "reason")
+
+
+@lru_cache(maxsize=64)
+def _statement(dialect: Dialect, later: bool, own: bool, again: bool, bare: bool) -> Any:
+    """The INSERT. *later*: it has a due time. *own*: it is known that the job holds still for it.
+
+    *again*: it may have been committed before. *bare*: without a wake-up.
+    """
+    columns: dict[str, Any] = {name: bindparam(f"new_{name}", type_=jobs.c[name].type) for name in _BROUGHT + _PAYLOAD}
+    if later:
+        due = bindparam("new_scheduled_at", type_=Instant())
+        ahead = due > now()
+        state = bindparam("new_state", type_=jobs.c.state.type)
+        columns |= {
+            "scheduled_at": due,
+            "available_at": case((ahead, due), else_=now()),
+            "state": case((ahead, state), else_=State.AVAILABLE.value),
+        }
+    else:
+        columns |= {"scheduled_at": null(), "available_at": now(), "state": State.AVAILABLE.value}
+    insert = dialect.insert_or_update(jobs).values(
+        id=bindparam("new_id", type_=jobs.c.id.type),
+        fence=0,
+        attempts=0,
+        crashes=0,
+        acked=false(),
+        inserted_at=now(),
+        **columns,
+    )
+    new, ended = insert.excluded, state_in(TERMINAL)
+    changes: dict[str, Any] = {name: new[name] for name in columns}
+    changes |= {name: null() for name in OF_A_RUN}
+    changes |= {
+        "fence": jobs.c.fence + 1,
+        "acked": false(),
+        "attempts": case((ended, literal_column("0")), else_=jobs.c.attempts),
+        "crashes": case((ended, literal_column("0")), else_=jobs.c.crashes),
+        "inserted_at": case((ended, new.inserted_at), else_=jobs.c.inserted_at),
+    }
+    other = jobs.c.publication != new.publication
+    condition = None if own else other if again else or_(other, ended)
+    insert = insert.on_conflict_do_update(index_elements=[jobs.c.id], set_=changes, where=condition)
+    return insert if bare else dialect.publishing(insert, None if later else columns["queue"])
+
+
+_OWN = (
+    select(jobs.c.seq)
+    .where(jobs.c.id == bindparam("job_id"), jobs.c.fence == bindparam("of_fence"))
+    .where(jobs.c.state != State.CANCELLED.value)
+    .with_for_update()
+)
+
+
+def _values(job: Job) -> dict[str, Any]:
+    values = {f"new_{name}": getattr(job, name) for name in _BROUGHT + _PAYLOAD}
+    values["new_id"] = key(job.id)
+    values["new_task"] = printable(job.task)
+    if values["new_id"] != job.id and job.envelope == "{}":
+        values["new_envelope"] = json.dumps({"headers": {"id": job.id}})  # where reading.py finds the name again
+    for name in ("new_queue", "new_root_id", "new_parent_id", "new_group_id"):
+        if values[name] is not None:
+            values[name] = key(values[name])
+    if job.scheduled_at is not None:
+        values["new_scheduled_at"] = job.scheduled_at
+        values["new_state"] = (State.RETRYABLE if job.state is State.RETRYABLE else State.SCHEDULED).value
+    return values
+
+
+def _make(database: Database, job: Job, own: bool, again: bool, bare: bool) -> Executable:
+    return _statement(database.dialect, job.scheduled_at is not None, own, again, bare)  # type: ignore[no-any-return]
+
+
+def insert(database: Database, job: Job, fence: int | None = None, soon: bool = True) -> bool:
+    """Publish *job*; on disk when this returns.
+
+    An id that is known makes that row wait again, its errors kept, unless this very publication is under way.
+
+    Arguments:
+        fence: of the run that publishes its own id again; nothing happens, and the answer is false, when the
+            job was given to another worker meanwhile, or cancelled.
+        soon: call the promoters, because a job with a due time is due before they look again.
+    """
+    values = _values(job)
+
+    own = fence is not None
+
+    def publish(again: bool) -> bool:
+        if own or (job.scheduled_at is not None and not soon):
+            with database.write(durable=True) as connection:
+                if own and not connection.execute(_OWN, {"job_id": values["new_id"], "of_fence": fence}).first():
+                    return again
+                connection.execute(_make(database, job, own, again, True), values)
+                if soon:
+                    _announce(database, connection, [job])
+        else:
+            with database.once(durable=True) as connection:
+                connection.execute(_make(database, job, False, again, False), values)
+                database.dialect.published()
+        return True
+
+    return database.patiently(publish)
+
+
+def insert_many(database: Database, batch: Sequence[Job]) -> None:
+    """Publish *batch* in one transaction, on disk when this returns."""
+
+    def publish(again: bool) -> None:
+        with database.write(durable=True) as connection:
+            for later in (False, True):
+                chosen = [job for job in batch if (job.scheduled_at is not None) is later]
+                if chosen:
+                    statement = _make(database, chosen[0], False, again, True)
+                    connection.execute(statement, [_values(job) for job in chosen])
+            _announce(database, connection, batch)
+
+    database.patiently(publish)
+
+
+def _announce(database: Database, connection: Any, batch: Sequence[Job]) -> None:
+    at_once = [key(job.queue or "") for job in batch if job.scheduled_at is None]
+    if at_once:
+        database.dialect.wake(connection, set(at_once), len(at_once))
+    if len(at_once) < len(batch):
+        database.dialect.ring(connection)

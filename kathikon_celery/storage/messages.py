@@ -1,0 +1,157 @@
+"""Messages that are no jobs: remote control, replies, events, and what a plain kombu program sends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import (
+    Connection,
+    Integer,
+    bindparam,
+    delete,
+    desc,
+    func,
+    insert,
+    null,
+    select,
+    true,
+    update,
+)
+
+from kathikon_celery.storage.clock import now, seconds
+from kathikon_celery.storage.dialects import Dialect
+from kathikon_celery.storage.dialects.base import Pairs
+from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.names import key
+from kathikon_celery.storage.tables import FREE, READY, jobs, messages, queues
+
+
+@dataclass(slots=True, kw_only=True)
+class Message:
+    """A message in a queue. *redelivered*: somebody held it before and gave it back."""
+
+    seq: int
+    queue: str
+    priority: int
+    fence: int
+    envelope: str
+    body: str
+
+    @property
+    def redelivered(self) -> bool:
+        return self.fence > 1
+
+
+_PUT = insert(messages).values(
+    queue=bindparam("queue"),
+    priority=bindparam("priority"),
+    envelope=bindparam("envelope"),
+    body=bindparam("body"),
+    fence=0,
+    available_at=now(),
+)
+_PUT_EXPIRING = _PUT.values(expires_at=now(seconds("ttl")))
+_HAVE_TTL = select(queues.c.name, queues.c.message_ttl).where(
+    queues.c.name.in_(bindparam("names", expanding=True)), queues.c.message_ttl.is_not(None)
+)
+
+
+def put(
+    database: Database,
+    names: Sequence[str],
+    envelope: str,
+    body: str,
+    *,
+    priority: int = 0,
+    ttl: float | None = None,
+    durable: bool = True,
+) -> None:
+    """Put a message into each of the queues. *ttl*: seconds that it may wait; a queue may have a shorter one."""
+
+    def publish(again: bool) -> None:
+        keys = [key(name) for name in names]
+        with database.write(durable) as connection:
+            ttls: dict[str, float] = {name: ttl for name, ttl in connection.execute(_HAVE_TTL, {"names": keys})}  # noqa: C416  (mypy knows no pairs there)
+            for name in keys:
+                values: dict[str, Any] = {"queue": name, "priority": priority, "envelope": envelope, "body": body}
+                limits = [limit for limit in (ttl, ttls.get(name)) if limit is not None]
+                if limits:
+                    connection.execute(_PUT_EXPIRING, {**values, "ttl": min(limits)})
+                else:
+                    connection.execute(_PUT, values)
+            database.dialect.ring(connection)
+
+    database.patiently(publish, patient=durable)
+
+
+# One word for both conditions, so that nobody looks them up in the index of expiry instead of the queue's.
+_FRESH = func.coalesce(messages.c.expires_at > now(), true())
+_TAKEN = (messages.c.seq, messages.c.queue, messages.c.priority, messages.c.fence, messages.c.envelope, messages.c.body)
+
+
+@lru_cache(maxsize=8)
+def _take(dialect: Dialect, keep: bool) -> Any:
+    ready = (
+        select(messages.c.seq)
+        .where(messages.c.queue == bindparam("from_queue"), FREE, _FRESH)
+        .order_by(desc(messages.c.priority), messages.c.seq)
+        .limit(bindparam("at_most", type_=Integer()))
+    )
+    picked = dialect.picked(ready, messages)
+    if keep:
+        held = update(messages).where(picked).values(node_id=bindparam("by_node"), fence=messages.c.fence + 1)
+        return held.returning(*_TAKEN)
+    return delete(messages).where(picked).returning(*_TAKEN)
+
+
+def take(
+    database: Database, connection: Connection, queue: str, limit: int, node_id: int | None, keep: bool
+) -> list[Message]:
+    """Take up to *limit* messages of the key *queue*. *keep*: hold them until they are acknowledged."""
+    values: dict[str, Any] = {"from_queue": queue, "at_most": limit}
+    if keep:
+        values["by_node"] = node_id
+    taken = [Message(**row._mapping) for row in connection.execute(_take(database.dialect, keep), values)]
+    taken.sort(key=lambda message: (-message.priority, message.seq))
+    return taken
+
+
+@lru_cache(maxsize=8)
+def _acknowledged(dialect: Dialect) -> Any:
+    return delete(messages).where(dialect.among_pairs(messages))
+
+
+def acknowledge(database: Database, connection: Connection, pairs: Pairs) -> int:
+    """The consumer is done with the messages."""
+    return database.dialect.for_pairs(connection, _acknowledged(database.dialect), pairs, {})
+
+
+@lru_cache(maxsize=8)
+def _returned(dialect: Dialect) -> Any:
+    return update(messages).where(dialect.among_pairs(messages)).values(node_id=null(), fence=messages.c.fence + 1)
+
+
+def give_back(database: Database, connection: Connection, pairs: Pairs) -> int:
+    """The messages are there again for anybody."""
+    changed = database.dialect.for_pairs(connection, _returned(database.dialect), pairs, {})
+    database.dialect.ring(connection)
+    return changed
+
+
+_COUNT = select(func.count()).where(messages.c.queue == bindparam("from_queue"), FREE, _FRESH)
+_COUNT_JOBS = select(func.count()).where(jobs.c.queue == bindparam("from_queue"), READY)
+_PURGE = delete(messages).where(messages.c.queue == bindparam("from_queue"), FREE)
+
+
+def size(connection: Connection, queue: str) -> int:
+    """Number of messages and jobs that are ready in the key *queue*."""
+    values = {"from_queue": queue}
+    return sum(int(connection.execute(count, values).scalar_one()) for count in (_COUNT, _COUNT_JOBS))
+
+
+def purge(connection: Connection, queue: str) -> int:
+    """Delete the messages of the key *queue* that nobody holds; the number of them."""
+    return connection.execute(_PURGE, {"from_queue": queue}).rowcount

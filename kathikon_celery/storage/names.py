@@ -1,0 +1,36 @@
+"""Names and texts of any length and alphabet, made fit for any database."""
+
+from __future__ import annotations
+
+import json
+from hashlib import blake2b
+
+#: Longest key in bytes of UTF-8: below what an index entry may measure on every database.
+MAX_KEY_BYTES = 190
+
+
+def key(name: str) -> str:
+    """*name* itself where it can be a key, else a digest of it that stands for it."""
+    if len(name) <= MAX_KEY_BYTES // 4 and name.isascii() and "\0" not in name:
+        return name
+    data = name.encode("utf-8", "surrogatepass")
+    if len(data) <= MAX_KEY_BYTES and b"\0" not in data and b"\xed" not in data and not name.startswith("#"):
+        return name
+    return "#" + blake2b(data, digest_size=20).hexdigest()
+
+
+def printable(text: str | None) -> str | None:
+    """*text* with escapes for what some database does not keep: NUL, and halves of surrogate pairs."""
+    if text is None or (text.isascii() and "\0" not in text):
+        return text
+    return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()
+
+
+def label(name: str) -> str:
+    """*name* itself where every database keeps it, else as JSON; `name_of` undoes it."""
+    return json.dumps(name) if name.startswith('"') or printable(name) != name else name
+
+
+def name_of(label: str) -> str:
+    """The name that `label` has written."""
+    return str(json.loads(label)) if label.startswith('"') else label

@@ -1,0 +1,163 @@
+"""Nodes: the processes that claim, their leases, and the return of what the dead held."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import (
+    Connection,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal_column,
+    null,
+    select,
+    union,
+    update,
+)
+
+from kathikon_celery.job import State
+from kathikon_celery.storage.clock import now, seconds, seconds_until
+from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.finish import IS_HELD, returned
+from kathikon_celery.storage.tables import HELD, jobs, messages, nodes, queues
+from kathikon_celery.storage.topology import delete_queue
+
+
+@dataclass(frozen=True)
+class Node:
+    """Another process, as its row shows it. *lease*: seconds that are left of it, negative when it has run out."""
+
+    id: int
+    name: str
+    machine: str
+    pid: int
+    pid_started: float
+    lease: float
+
+
+def register(database: Database, name: str, machine: str, pid: int, pid_started: float, lease: float) -> int:
+    """Enter this process, with a lease of so many seconds; its id."""
+    values = {"name": name, "machine": machine, "pid": pid, "pid_started": pid_started}
+    with database.write() as connection:
+        row = connection.execute(
+            insert(nodes).values(**values, started_at=now(), lease_until=now(seconds("lease"))), {"lease": lease}
+        )
+        assert row.inserted_primary_key is not None
+        return int(row.inserted_primary_key[0])
+
+
+_RENEW = update(nodes).where(nodes.c.id == bindparam("node")).values(lease_until=now(seconds("lease")))
+
+
+def renew(database: Database, node_id: int, lease: float) -> bool:
+    """Make the lease last so many seconds from now; false when the node was taken for dead."""
+    with database.once() as connection:
+        return connection.execute(_RENEW, {"node": node_id, "lease": lease}).rowcount > 0
+
+
+class Holder:
+    """Renews one node's lease on a connection of its own, and holds the lock that its death sets free."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._lock: Any = None
+        self._locked_for: int | None = None
+
+    def renew(self, node_id: int, lease: float) -> bool:
+        """Make the lease last *lease* seconds from now; false when the node was taken for dead."""
+        dialect = self._database.dialect
+        if self._lock is None or self._locked_for != node_id:
+            self.drop()
+            self._lock = dialect.hold(self._database.detached, node_id)
+            self._locked_for = node_id
+        if self._lock is not None:
+            dialect.check_held(self._lock)
+        return renew(self._database, node_id, lease)
+
+    def drop(self) -> None:
+        """Give the lock up; the next `renew` takes it again."""
+        lock, self._lock, self._locked_for = self._lock, None, None
+        if lock is not None:
+            with suppress(Exception):
+                lock.close()
+
+
+def is_lock_free(database: Database, connection: Connection, node_id: int) -> bool | None:
+    """Whether nobody holds the node's lock: its connection is gone. `None` where the database has no such locks."""
+    return database.dialect.is_lock_free(connection, node_id)
+
+
+def orphans(connection: Connection) -> list[int]:
+    """Ids under which rows are held although there is no such node."""
+    known = select(nodes.c.id)
+    unknown = [
+        select(table.c.node_id).where(HELD, table.c.node_id.not_in(known)).distinct() for table in (jobs, messages)
+    ]
+    return list(connection.execute(union(*unknown)).scalars())
+
+
+def others(connection: Connection, node_id: int) -> list[Node]:
+    """All nodes but this one."""
+    columns = (nodes.c.id, nodes.c.name, nodes.c.machine, nodes.c.pid, nodes.c.pid_started)
+    query = select(*columns, seconds_until(nodes.c.lease_until).label("lease")).where(nodes.c.id != node_id)
+    return [Node(*row) for row in connection.execute(query)]
+
+
+def newest(connection: Connection) -> int:
+    """The highest id of a node: it grows when a node comes."""
+    return int(connection.execute(select(func.coalesce(func.max(nodes.c.id), 0))).scalar_one())
+
+
+_WAIT = (
+    update(nodes).where(nodes.c.id == bindparam("node")).values(waiting=bindparam("queues", type_=nodes.c.waiting.type))
+)
+
+
+def wait_for(connection: Connection, node_id: int, names: list[str] | None) -> None:
+    """Say which queues the idle node waits for, so that whoever publishes to them wakes it; `None`: it is busy."""
+    connection.execute(_WAIT, {"node": node_id, "queues": names})
+
+
+@lru_cache(maxsize=1)
+def _rescued() -> Any:
+    crashed = jobs.c.state == literal_column(f"'{State.RUNNING.value}'")
+    return update(jobs).where(HELD, jobs.c.node_id == bindparam("node"), IS_HELD).values(returned(crashed))
+
+
+_FREED = (
+    update(messages)
+    .where(HELD, messages.c.node_id == bindparam("node"))
+    .values(node_id=null(), fence=messages.c.fence + 1)
+)
+_AUTO_DELETED = select(queues.c.name).where(queues.c.node_id == bindparam("node"), queues.c.auto_delete)
+_DISOWNED = update(queues).where(queues.c.node_id == bindparam("node")).values(node_id=null(), used_at=now())
+_ORPHANS = select(jobs.c.queue).where(HELD, jobs.c.node_id == bindparam("node"))
+
+
+def remove(database: Database, node: Node | int, unless_renewed: bool = False) -> int | None:
+    """Take a node off the table and return what it held; the number of its jobs.
+
+    *unless_renewed*: do nothing, and answer `None`, when its lease was renewed since it was looked at.
+    """
+    node_id = node if isinstance(node, int) else node.id
+    removal = delete(nodes).where(nodes.c.id == node_id)
+    if unless_renewed:
+        removal = removal.where(nodes.c.lease_until <= now())
+    with database.write() as connection:
+        if not connection.execute(removal).rowcount and unless_renewed:
+            return None
+        held = list(connection.execute(_ORPHANS, {"node": node_id}).scalars())
+        if held:
+            connection.execute(_rescued(), {"node": node_id})
+            database.dialect.wake(connection, {queue for queue in held if queue}, len(held))
+        connection.execute(_FREED, {"node": node_id})
+        for name in connection.execute(_AUTO_DELETED, {"node": node_id}).scalars().all():
+            delete_queue(connection, name)
+        connection.execute(_DISOWNED, {"node": node_id})
+        database.dialect.ring(connection)
+    return len(held)

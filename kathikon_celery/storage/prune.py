@@ -1,0 +1,94 @@
+"""Pruning: what ended long ago leaves the table, in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import Column, Connection, Integer, Select, bindparam, delete, literal_column, select
+
+from kathikon_celery.job import State
+from kathikon_celery.storage.clock import now, seconds
+from kathikon_celery.storage.dialects import Dialect
+from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.tables import DUE, ENDED, FREE, READY, groups, jobs, messages
+
+#: Rows of one DELETE.
+CHUNK = 500
+
+
+def _old(column: Column[Any], state: State) -> Select[Any]:
+    of_state = jobs.c.state == literal_column(f"'{state.value}'")
+    long_ago = jobs.c.ended_at < now(seconds("minus_age"))
+    return (
+        select(column)
+        .where(ENDED, of_state, long_ago)
+        .order_by(jobs.c.ended_at)
+        .limit(bindparam("at_most", type_=Integer()))
+    )
+
+
+_PRUNABLE = {state: _old(jobs.c.id, state) for state in State}
+
+
+@lru_cache(maxsize=64)
+def _prune(dialect: Dialect, state: State) -> Any:
+    return delete(jobs).where(dialect.picked(_old(jobs.c.seq, state), jobs))
+
+
+def prunable(connection: Connection, retention: Mapping[State, float | None], limit: int = CHUNK) -> list[str]:
+    """Keys of up to *limit* jobs that ended longer ago than *retention* (seconds by state; `None` keeps them)."""
+    found: list[str] = []
+    for state, age in retention.items():
+        if age is not None and len(found) < limit:
+            values = {"minus_age": -age, "at_most": limit - len(found)}
+            found += connection.execute(_PRUNABLE[state], values).scalars()
+    return found
+
+
+def prune(database: Database, retention: Mapping[State, float | None], limit: int = CHUNK) -> int:
+    """Delete what `prunable` names, unless it was published again meanwhile; the number of it."""
+    pruned = 0
+    for state, age in retention.items():
+        if age is not None and pruned < limit:
+            values = {"minus_age": -age, "at_most": limit - pruned}
+            with database.once() as connection:
+                pruned += connection.execute(_prune(database.dialect, state), values).rowcount
+    return pruned
+
+
+_DELETE = delete(jobs).where(jobs.c.id.in_(bindparam("keys", expanding=True)))
+_PURGE = [delete(jobs).where(jobs.c.queue == bindparam("from_queue"), waiting) for waiting in (READY, DUE)]
+_OLD_GROUPS = delete(groups).where(groups.c.inserted_at < now(seconds("minus_age")))
+
+
+def delete_keys(database: Database, keys: Sequence[str]) -> int:
+    """Delete the jobs of these keys, whatever their state; the number of them."""
+    if not keys:
+        return 0
+    with database.once() as connection:
+        return connection.execute(_DELETE, {"keys": list(keys)}).rowcount
+
+
+def purge(connection: Connection, queue: str) -> int:
+    """Delete the jobs of the key *queue* that no worker holds and that have not ended; the number of them."""
+    return sum(connection.execute(statement, {"from_queue": queue}).rowcount for statement in _PURGE)
+
+
+@lru_cache(maxsize=8)
+def _expired_messages(dialect: Dialect) -> Any:
+    expired = select(messages.c.seq).where(messages.c.expires_at <= now(), FREE).limit(CHUNK)
+    return delete(messages).where(dialect.picked(expired, messages))
+
+
+def expired_messages(database: Database) -> int:
+    """Delete the messages whose time to live is over and that nobody holds; the number of them."""
+    with database.once() as connection:
+        return connection.execute(_expired_messages(database.dialect)).rowcount
+
+
+def old_groups(database: Database, age: float) -> int:
+    """Delete the saved groups older than *age* seconds; the number of them."""
+    with database.once() as connection:
+        return connection.execute(_OLD_GROUPS, {"minus_age": -age}).rowcount

@@ -1,0 +1,165 @@
+"""Results: what a task returned or raised, on its job's own row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Text, and_, bindparam, case, delete, false, null, or_, select, update
+
+from kathikon_celery.job import State
+from kathikon_celery.storage.clock import now
+from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.finish import IS_HELD, may_become, with_error
+from kathikon_celery.storage.names import key, printable
+from kathikon_celery.storage.tables import groups, jobs
+
+_WRITTEN = {name: bindparam(f"new_{name}", type_=Text()) for name in ("status", "result", "traceback", "meta")}
+_HELD = and_(jobs.c.seq == bindparam("of_seq"), jobs.c.fence == bindparam("of_fence"))
+#: The word for what a run says of itself; it does not end the job.
+_NOTED = update(jobs).where(_HELD, may_become(State.COMPLETED)).values(_WRITTEN)
+_ENDED = {
+    state: update(jobs)
+    .where(_HELD, may_become(state))
+    .values(**_WRITTEN, state=state.value, ended_at=now(), node_id=null(), reason=bindparam("why", type_=Text()))
+    for state in (State.COMPLETED, State.DEAD, State.CANCELLED, State.DISCARDED)
+}
+_STARTED = update(jobs).where(_HELD, may_become(State.RUNNING)).values(state=State.RUNNING.value, started_at=now())
+_ERRORS = (
+    select(jobs.c.errors, jobs.c.attempts, jobs.c.fence).where(jobs.c.seq == bindparam("of_seq")).with_for_update()
+)
+_SET_ERRORS = update(jobs).where(jobs.c.seq == bindparam("of_seq")).values(errors=bindparam("all", type_=Text()))
+_RETRIED = (
+    update(jobs)
+    .where(jobs.c.seq == bindparam("of_seq"), jobs.c.fence == bindparam("of_fence"))
+    .values({name: _WRITTEN[name] for name in ("status", "result", "traceback")})
+)
+
+
+def store(
+    database: Database,
+    pair: tuple[int, int],
+    state: State | None,
+    *,
+    status: str,
+    result: str | None,
+    traceback: str | None,
+    meta: str | None,
+    reason: str | None = None,
+) -> bool:
+    """Write what the run that holds the job under *pair* has to say; false when the job has moved on.
+
+    With *state* running or terminal the job takes that state, all in one transaction.
+    """
+    values: dict[str, Any] = {"of_seq": pair[0], "of_fence": pair[1]}
+    texts = {"status": status, "result": result, "traceback": traceback, "meta": meta}
+    new = {f"new_{name}": printable(text) for name, text in texts.items()}
+
+    def write(again: bool) -> bool:
+        with database.write() as connection:
+            if state is State.RUNNING:
+                connection.execute(_STARTED, values)
+            if state in _ENDED:
+                done = connection.execute(_ENDED[state], {**values, **new, "why": printable(reason)}).rowcount
+            else:
+                done = connection.execute(_NOTED, {**values, **new}).rowcount
+            if done and state is State.DEAD:
+                _add_error(connection, pair, reason or status)
+        return bool(done) or again
+
+    return database.patiently(write)
+
+
+def store_retry(
+    database: Database, pair: tuple[int, int], *, result: str | None, traceback: str | None, reason: str
+) -> None:
+    """Note the failure for which the run under *pair* has published its job again."""
+    values = {"of_seq": pair[0], "of_fence": pair[1] + 1}
+    new = {"new_status": "RETRY", "new_result": printable(result), "new_traceback": printable(traceback)}
+
+    def write(again: bool) -> None:
+        with database.write() as connection:
+            _add_error(connection, pair, reason)
+            connection.execute(_RETRIED, {**values, **new})
+
+    database.patiently(write)
+
+
+def _add_error(connection: Any, pair: tuple[int, int], reason: str) -> None:
+    seq, fence = pair
+    row = connection.execute(_ERRORS, {"of_seq": seq}).first()
+    if row is not None:
+        # A retry may run already: from one fence to the next but one, a job is claimed once.
+        attempt = max(1, row.attempts - (row.fence - fence) // 2)
+        connection.execute(_SET_ERRORS, {"of_seq": seq, "all": with_error(row.errors, attempt, reason)})
+
+
+def store_alone(
+    database: Database,
+    task_id: str,
+    state: State | None,
+    *,
+    status: str,
+    result: str | None,
+    traceback: str | None,
+    meta: str | None,
+) -> None:
+    """Write a result under an id, whoever ran it; a row of its own is made where there is no job.
+
+    A job that a worker holds keeps its state: that is the worker's to report.
+    """
+    ended = state if state in _ENDED else None
+    becomes = ended or State.COMPLETED
+    texts = {"status": status, "result": result, "traceback": traceback, "meta": meta}
+    new = {name: printable(text) for name, text in texts.items()}
+    row = dict(
+        id=key(task_id), task="", priority=0, publication=0, fence=0, attempts=0, crashes=0, max_attempts=0,
+        acked=false(), inserted_at=now(), available_at=now(), ended_at=now(), envelope="{}", body="",
+        state=becomes.value, **new,
+    )  # fmt: skip
+    statement = database.dialect.insert_or_update(jobs).values(row)
+    changes: dict[str, Any] = dict(new)
+    if ended:
+        changes["state"] = case((IS_HELD, jobs.c.state), else_=ended.value)
+        changes["ended_at"] = case((IS_HELD, null()), else_=now())
+    statement = statement.on_conflict_do_update(
+        index_elements=[jobs.c.id],
+        set_=changes,
+        where=or_(jobs.c.queue.is_(None), may_become(becomes), jobs.c.state == becomes.value),
+    )
+
+    def write(again: bool) -> None:
+        with database.once() as connection:
+            connection.execute(statement)
+
+    database.patiently(write)
+
+
+_FORGET = update(jobs).where(jobs.c.id == bindparam("job_id"))
+_FORGET = _FORGET.values(status=null(), result=null(), traceback=null(), meta=null())
+_FORGET_ALONE = delete(jobs).where(jobs.c.id == bindparam("job_id"), jobs.c.queue.is_(None))
+
+
+def forget(database: Database, task_id: str) -> None:
+    """Drop the result; the job stays until it is pruned."""
+    with database.write() as connection:
+        connection.execute(_FORGET_ALONE, {"job_id": key(task_id)})
+        connection.execute(_FORGET, {"job_id": key(task_id)})
+
+
+def save_group(database: Database, group_id: str, result: str) -> None:
+    """Keep the members of a group under its id."""
+    insert = database.dialect.insert_or_update(groups).values(id=key(group_id), result=result, inserted_at=now())
+    with database.once() as connection:
+        connection.execute(insert.on_conflict_do_update(index_elements=[groups.c.id], set_={"result": result}))
+
+
+def restore_group(database: Database, group_id: str) -> str | None:
+    """The members that were saved, or `None`."""
+    with database.read() as connection:
+        return connection.execute(select(groups.c.result).where(groups.c.id == key(group_id))).scalar()
+
+
+def delete_group(database: Database, group_id: str) -> None:
+    """Forget the group."""
+    with database.once() as connection:
+        connection.execute(delete(groups).where(groups.c.id == key(group_id)))

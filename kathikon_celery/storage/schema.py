@@ -1,0 +1,96 @@
+"""The schema's version: applied by itself, printed as SQL, and refused when it is newer than the code."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Column, Connection, MetaData, String, Table, inspect, select
+
+from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.errors import SchemaError
+
+#: The newest migration in ``migrations/versions``.
+HEAD = "0001"
+#: Where alembic keeps the version of the tables.
+VERSION_TABLE = "kathikon_version"
+
+_version = Table(VERSION_TABLE, MetaData(), Column("version_num", String(32), primary_key=True))
+_MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+def current(connection: Connection) -> str | None:
+    """The version of the tables, or `None` where there are none."""
+    if not inspect(connection).has_table(VERSION_TABLE):
+        return None
+    return connection.execute(select(_version.c.version_num)).scalar()
+
+
+def setup(database: Database) -> None:
+    """Make or upgrade the tables where need be; any number of processes may do so at once.
+
+    It is tried once, however patient the database's other users are: a worker that cannot connect is to say so, and to
+    heed the signal that stops it. Raises `SchemaError` for tables that are newer than the code, `Unavailable`.
+    """
+    try:
+        _upgrade(database)
+    except Exception as error:
+        raise database.explain(error) from error
+
+
+def _upgrade(database: Database) -> None:
+    with database.read() as connection:
+        version = current(connection)
+    if version == HEAD:
+        return
+    with database.write(durable=True) as connection, database.dialect.migrating(connection):
+        version = current(connection)
+        if version == HEAD:
+            return
+        if version is not None and version not in _known():
+            raise SchemaError(
+                f"the tables of {database!r} have version {version!r}, this code knows versions up to {HEAD!r}:"
+                " they were made by a newer kathikon-celery; install that version or a newer one"
+            )
+        _alembic(attributes={"connection": connection})
+
+
+def ddl(url: str | URL, since: str | None = None) -> str:
+    """The SQL that `setup` would run on a database of *url*'s kind, from version *since* (default: from nothing).
+
+    The database is not reached. Raises `SchemaError` for a version that does not exist.
+    """
+    if since is not None and since not in _known():
+        known = ", ".join(sorted(_known()))
+        raise SchemaError(f"the schema has no version {since!r}; known to this code: {known}")
+    out = io.StringIO()
+    _alembic(attributes={"url": url}, out=out, since=since)
+    return out.getvalue()
+
+
+def _alembic(attributes: dict[str, Any], out: io.StringIO | None = None, since: str | None = None) -> None:
+    from alembic import command  # slow to import, and needed once in the life of a schema
+
+    config = _config()
+    config.attributes.update(attributes)
+    if out is None:
+        command.upgrade(config, HEAD)
+    else:
+        config.output_buffer = out
+        command.upgrade(config, f"{since}:{HEAD}" if since else HEAD, sql=True)
+
+
+def _config() -> Any:
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+def _known() -> set[str]:
+    from alembic.script import ScriptDirectory
+
+    return {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}

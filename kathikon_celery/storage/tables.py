@@ -1,0 +1,187 @@
+"""The tables. ``migrations/`` makes them; a test compares the two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    desc,
+    literal_column,
+    text,
+)
+from sqlalchemy.dialects import mysql, postgresql
+from sqlalchemy.sql.expression import ColumnElement
+
+from kathikon_celery.job import State
+from kathikon_celery.storage.clock import Instant
+
+metadata = MetaData()
+
+#: A counter: SQLite numbers rows only in a column that it calls INTEGER.
+Serial = BigInteger().with_variant(Integer(), "sqlite")
+#: Names are compared byte by byte, whatever the database's collation.
+Name = (
+    String(200)
+    .with_variant(postgresql.TEXT(collation="C"), "postgresql")
+    .with_variant(mysql.VARCHAR(200, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb")
+)
+#: Payloads: megabytes where need be.
+Long = Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
+
+jobs = Table(
+    "kathikon_jobs",
+    metadata,
+    Column("seq", Serial, primary_key=True),
+    Column("id", Name, nullable=False),
+    Column("queue", Name),
+    Column("task", Long, nullable=False),
+    Column("state", String(20), nullable=False),
+    Column("priority", BigInteger, nullable=False),
+    Column("publication", BigInteger, nullable=False),
+    Column("fence", Integer, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("crashes", Integer, nullable=False),
+    Column("max_attempts", Integer, nullable=False),
+    Column("acked", Boolean(create_constraint=False), nullable=False),
+    Column("node_id", BigInteger),
+    Column("root_id", Name),
+    Column("parent_id", Name),
+    Column("group_id", Name),
+    Column("inserted_at", Instant, nullable=False),
+    Column("scheduled_at", Instant),
+    Column("available_at", Instant, nullable=False),
+    Column("expires_at", Instant),
+    Column("claimed_at", Instant),
+    Column("started_at", Instant),
+    Column("ended_at", Instant),
+    Column("envelope", Long, nullable=False),
+    Column("body", Long, nullable=False),
+    Column("status", Long),
+    Column("result", Long),
+    Column("traceback", Long),
+    Column("meta", Long),
+    Column("reason", Long),
+    Column("errors", Long),
+    UniqueConstraint("id", name="kathikon_jobs_id"),
+    sqlite_autoincrement=True,  # a number is never given twice, so that an old fence fits no other job
+)
+
+# Each index holds only the rows that its reader wants: what has ended costs a claim nothing. A query names the
+# condition by the same constant, in literal words: no planner can match a parameter with it.
+READY = text("state = 'available'")
+DUE = text("state IN ('scheduled', 'retryable')")
+PENDING = text("state IN ('scheduled', 'retryable', 'available')")
+HELD = text("node_id IS NOT NULL")
+ENDED = text("ended_at IS NOT NULL")
+EXPIRING = text("expires_at IS NOT NULL AND state IN ('scheduled', 'retryable', 'available')")
+FREE = text("node_id IS NULL")
+
+Index(
+    "kathikon_jobs_ready",
+    jobs.c.queue,
+    desc(jobs.c.priority),
+    jobs.c.available_at,
+    jobs.c.seq,
+    postgresql_where=READY,
+    sqlite_where=READY,
+)
+Index("kathikon_jobs_due", jobs.c.available_at, postgresql_where=DUE, sqlite_where=DUE)
+Index("kathikon_jobs_held", jobs.c.node_id, postgresql_where=HELD, sqlite_where=HELD)
+Index("kathikon_jobs_ended", jobs.c.state, jobs.c.ended_at, postgresql_where=ENDED, sqlite_where=ENDED)
+Index("kathikon_jobs_expiring", jobs.c.expires_at, postgresql_where=EXPIRING, sqlite_where=EXPIRING)
+
+
+def state_in(states: Iterable[State]) -> ColumnElement[bool]:
+    """The condition that a job is in one of *states*, in literal words."""
+    return jobs.c.state.in_([literal_column(f"'{state.value}'") for state in sorted(states)])
+
+
+messages = Table(
+    "kathikon_messages",
+    metadata,
+    Column("seq", Serial, primary_key=True),
+    Column("queue", Name, nullable=False),
+    Column("priority", BigInteger, nullable=False),
+    Column("available_at", Instant, nullable=False),
+    Column("expires_at", Instant),
+    Column("node_id", BigInteger),
+    Column("fence", Integer, nullable=False),
+    Column("envelope", Long, nullable=False),
+    Column("body", Long, nullable=False),
+    sqlite_autoincrement=True,
+)
+Index(
+    "kathikon_messages_ready",
+    messages.c.queue,
+    desc(messages.c.priority),
+    messages.c.seq,
+    postgresql_where=FREE,
+    sqlite_where=FREE,
+)
+Index("kathikon_messages_held", messages.c.node_id, postgresql_where=HELD, sqlite_where=HELD)
+Index("kathikon_messages_expires", messages.c.expires_at)
+
+queues = Table(
+    "kathikon_queues",
+    metadata,
+    Column("name", Name, primary_key=True),
+    Column("label", Long, nullable=False),
+    Column("durable", Boolean(create_constraint=False), nullable=False),
+    Column("auto_delete", Boolean(create_constraint=False), nullable=False),
+    Column("expires", Double),
+    Column("message_ttl", Double),
+    Column("node_id", BigInteger),
+    Column("used_at", Instant, nullable=False),
+)
+
+exchanges = Table(
+    "kathikon_exchanges",
+    metadata,
+    Column("name", Name, primary_key=True),
+    Column("label", Long, nullable=False),
+    Column("type", String(20), nullable=False),
+)
+
+bindings = Table(
+    "kathikon_bindings",
+    metadata,
+    Column("exchange", Name, primary_key=True),
+    Column("queue", Name, primary_key=True),
+    Column("routing_key", Name, primary_key=True),
+    Column("label", Long, nullable=False),
+)
+Index("kathikon_bindings_queue", bindings.c.queue)
+
+nodes = Table(
+    "kathikon_nodes",
+    metadata,
+    Column("id", Serial, primary_key=True),
+    Column("name", Long, nullable=False),
+    Column("machine", Long, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("pid_started", Double, nullable=False),
+    Column("started_at", Instant, nullable=False),
+    Column("lease_until", Instant, nullable=False),
+    #: The queues that an idle node waits for; NULL while it is busy (PostgreSQL wakes by it).
+    Column("waiting", Text().with_variant(postgresql.ARRAY(postgresql.TEXT(collation="C")), "postgresql")),
+    sqlite_autoincrement=True,
+)
+
+groups = Table(
+    "kathikon_groups",
+    metadata,
+    Column("id", Name, primary_key=True),
+    Column("result", Long, nullable=False),
+    Column("inserted_at", Instant, nullable=False),
+)

@@ -1,0 +1,143 @@
+"""Exchanges, queues and bindings, the same for every process."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, and_, bindparam, delete, exists, select, update
+
+from kathikon_celery.storage.clock import now
+from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.names import key, label, name_of
+from kathikon_celery.storage.tables import bindings, exchanges, messages, queues
+
+
+def declare_exchange(database: Database, name: str, kind: str) -> str:
+    """Make the exchange unless it exists; its type as it then is."""
+    insert = database.dialect.insert_or_update(exchanges).values(name=key(name), label=label(name), type=kind)
+    with database.once() as connection:
+        connection.execute(insert.on_conflict_do_nothing(index_elements=[exchanges.c.name]))
+        return str(connection.execute(select(exchanges.c.type).where(exchanges.c.name == key(name))).scalar_one())
+
+
+def exchange_type(connection: Connection, name: str) -> str | None:
+    """The type of the exchange, or `None` when there is none."""
+    return connection.execute(select(exchanges.c.type).where(exchanges.c.name == key(name))).scalar()
+
+
+def delete_exchange(database: Database, name: str) -> None:
+    """Delete the exchange and its bindings; the queues stay."""
+    with database.write() as connection:
+        connection.execute(delete(bindings).where(bindings.c.exchange == key(name)))
+        connection.execute(delete(exchanges).where(exchanges.c.name == key(name)))
+
+
+def declare_queue(
+    database: Database,
+    name: str,
+    *,
+    durable: bool = True,
+    auto_delete: bool = False,
+    expires: float | None = None,
+    message_ttl: float | None = None,
+) -> None:
+    """Make the queue, or note that it is used. *expires* and *message_ttl* in seconds."""
+    values = {"durable": durable, "auto_delete": auto_delete, "expires": expires, "message_ttl": message_ttl}
+    insert = database.dialect.insert_or_update(queues).values(
+        name=key(name), label=label(name), used_at=now(), **values
+    )
+    with database.once() as connection:
+        connection.execute(insert.on_conflict_do_update(index_elements=[queues.c.name], set_={"used_at": now()}))
+
+
+def own_queue(database: Database, name: str, node_id: int) -> None:
+    """Note that the node consumes the queue: an auto-delete queue goes when the node goes."""
+    statement = update(queues).where(queues.c.name == key(name)).values(node_id=node_id, used_at=now())
+    with database.once() as connection:
+        connection.execute(statement)
+
+
+def queue_exists(connection: Connection, name: str) -> bool:
+    """Whether the queue was declared."""
+    return bool(connection.execute(select(exists().where(queues.c.name == key(name)))).scalar())
+
+
+_TTL = select(queues.c.message_ttl).where(queues.c.name == bindparam("queue"))
+
+
+def message_ttl(connection: Connection, name: str) -> float | None:
+    """Seconds that a message may wait in the queue, or `None` for as long as need be."""
+    return connection.execute(_TTL, {"queue": key(name)}).scalar()
+
+
+def all_queues(connection: Connection) -> list[str]:
+    """The names of the declared queues."""
+    labels = connection.execute(select(queues.c.label).order_by(queues.c.name)).scalars()
+    return [name_of(one) for one in labels]
+
+
+def delete_queue(connection: Connection, name_key: str) -> None:
+    """Delete a queue by its key, with its bindings and messages. Jobs stay: they are obligations."""
+    connection.execute(delete(bindings).where(bindings.c.queue == name_key))
+    connection.execute(delete(messages).where(messages.c.queue == name_key))
+    connection.execute(delete(queues).where(queues.c.name == name_key))
+
+
+def bind(database: Database, queue: str, exchange: str, routing_key: str) -> None:
+    """Bind the queue to the exchange; binding twice is binding once."""
+    values = {
+        "exchange": key(exchange),
+        "queue": key(queue),
+        "routing_key": key(routing_key),
+        "label": label(routing_key),
+    }
+    insert = database.dialect.insert_or_update(bindings).values(values)
+    with database.once() as connection:
+        connection.execute(
+            insert.on_conflict_do_nothing(
+                index_elements=[bindings.c.exchange, bindings.c.queue, bindings.c.routing_key]
+            )
+        )
+
+
+def unbind(database: Database, queue: str, exchange: str, routing_key: str) -> None:
+    """Undo `bind`."""
+    with database.once() as connection:
+        connection.execute(
+            delete(bindings).where(
+                bindings.c.exchange == key(exchange),
+                bindings.c.queue == key(queue),
+                bindings.c.routing_key == key(routing_key),
+            )
+        )
+
+
+_BOUND = (
+    select(queues.c.label, bindings.c.label.label("routing_key"))
+    .join(queues, queues.c.name == bindings.c.queue)
+    .where(bindings.c.exchange == bindparam("exchange"))
+)
+
+
+def bound(connection: Connection, exchange: str) -> list[tuple[str, str]]:
+    """Queue and routing key of every binding of the exchange."""
+    return [(name_of(row[0]), name_of(row[1])) for row in connection.execute(_BOUND, {"exchange": key(exchange)})]
+
+
+def all_bindings(connection: Connection) -> list[tuple[str, str, str]]:
+    """Queue, exchange and routing key of every binding."""
+    query = (
+        select(queues.c.label, exchanges.c.label, bindings.c.label)
+        .join(queues, queues.c.name == bindings.c.queue)
+        .join(exchanges, exchanges.c.name == bindings.c.exchange)
+    )
+    return [(name_of(row[0]), name_of(row[1]), name_of(row[2])) for row in connection.execute(query)]
+
+
+def delete_unused(database: Database) -> int:
+    """Delete the queues that nobody has used for as long as their ``expires`` says; the number of them."""
+    idle = and_(queues.c.expires.is_not(None), queues.c.node_id.is_(None))
+    stale = select(queues.c.name).where(idle, queues.c.used_at < now(-queues.c.expires))
+    with database.write() as connection:
+        names = list(connection.execute(stale).scalars())
+        for name in names:
+            delete_queue(connection, name)
+    return len(names)

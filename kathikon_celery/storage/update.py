@@ -1,0 +1,75 @@
+"""Updating: a job is written back, through the state machine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import Any
+
+from sqlalchemy import false, null
+from sqlalchemy import update as update_statement
+
+from kathikon_celery.job import TERMINAL, WAITING, Job, State, check_transition
+from kathikon_celery.storage.clock import now
+from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.errors import MovedOn, NotFound
+from kathikon_celery.storage.insert import OF_A_RUN
+from kathikon_celery.storage.names import key
+from kathikon_celery.storage.reading import fetch
+from kathikon_celery.storage.tables import jobs
+
+_COLUMNS = [column for column in jobs.c if column.name not in ("seq", "id", "fence")]
+_NAMES = ("queue", "root_id", "parent_id", "group_id")
+
+
+def update(database: Database, job: Job) -> None:
+    """Write every field of *job* to its row, and what a new state brings with it back to *job*.
+
+    Raises `TransitionError` when its state may not follow the row's, `MovedOn` when the row was claimed, given back or
+    published since *job* was read, `NotFound` when there is none.
+    """
+
+    def write(again: bool) -> None:
+        with database.write(durable=True) as connection:
+            old = fetch(connection, job.id, lock=True)
+            if old is None:
+                raise NotFound(f"there is no job {job.id!r}")
+            if old.fence != job.fence and not (again and old.state is job.state):
+                raise MovedOn(
+                    f"job {job.id!r} has moved on: it was read under fence {job.fence} and has {old.fence} now;"
+                    " fetch it again"
+                )
+            values = {column.name: getattr(job, column.name) for column in _COLUMNS}
+            values = {name: value for name, value in values.items() if value is not None or jobs.c[name].nullable}
+            values |= {name: key(values[name]) for name in _NAMES if values[name]}
+            values |= {"state": job.state.value, "errors": json.dumps(job.errors) if job.errors else None}
+            if old.state is not job.state:
+                check_transition(job.id, old.state, job.state)
+                values |= _entering(job, old.state)
+            connection.execute(update_statement(jobs).where(jobs.c.seq == old.seq).values(values))
+            if job.state is State.AVAILABLE:
+                database.dialect.wake(connection, [values["queue"]], 1)
+            elif job.state in WAITING:
+                database.dialect.ring(connection)
+            new = fetch(connection, job.id)
+        for field in fields(Job):
+            setattr(job, field.name, getattr(new, field.name))
+
+    database.patiently(write)
+
+
+def _entering(job: Job, old: State) -> dict[str, Any]:
+    """What the row says of a job that becomes ``job.state``, by the database's clock."""
+    if job.state in TERMINAL:
+        return {"ended_at": now(), "node_id": null()}
+    if job.state is State.CLAIMED:
+        return {"claimed_at": now(), "fence": jobs.c.fence + 1, "attempts": jobs.c.attempts + 1}
+    if job.state is State.RUNNING:
+        return {"started_at": now()}
+    if job.state is State.WAITING_FOR_CHILDREN:
+        return {"node_id": null()}
+    due = job.scheduled_at if job.state in WAITING and job.scheduled_at else now()
+    waits: dict[str, Any] = {"available_at": due, "acked": false(), "fence": jobs.c.fence + 1}
+    if old in TERMINAL:
+        waits |= {"attempts": 0, "crashes": 0}
+    return dict.fromkeys(OF_A_RUN, null()) | waits
