@@ -1,0 +1,159 @@
+"""This process among the nodes of a database: its row, its lease, and the lock that tells others of its death."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import platform
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from time import monotonic
+
+import psutil
+
+from kathikon_celery.storage import Storage, nodes
+from kathikon_celery.storage.errors import in_words, is_lost
+
+logger = logging.getLogger(__name__)
+
+_all: dict[tuple[int, Storage], Presence] = {}
+_all_lock = threading.Lock()
+
+
+@cache
+def machine() -> str:
+    """What process ids are unique in: this host since its boot, and on Linux the namespace of process ids."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{platform.node()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
+    return f"{platform.node()}/{psutil.boot_time():.0f}"
+
+
+def is_running(pid: int, started: float) -> bool:
+    """Whether the process of this machine that had this id and start time still runs."""
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
+class Presence:
+    """A node: entered when this process first consumes, renewed by a thread of its own, removed at the end.
+
+    Arguments:
+        storage: the database it is a node of.
+        name: for people; a worker's node name.
+    """
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self.storage = storage
+        self.name = name
+        self.id = 0
+        #: Called, in the lease's thread, when the others took this node for dead and it came back under a new id.
+        self.on_reborn: list[Callable[[int, int], None]] = []
+        self._users = 0
+        self._since: float | None = None
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._renewed = 0.0
+
+    @classmethod
+    def of(cls, storage: Storage) -> Presence:
+        """The one presence of this process on a database."""
+        with _all_lock:
+            return _all.setdefault((os.getpid(), storage), cls(storage, f"{os.getpid()}@{platform.node()}"))
+
+    @property
+    def lease(self) -> float:
+        """Seconds after which a node that was silent is taken for dead."""
+        return self.storage.settings.lease
+
+    @property
+    def unbroken(self) -> float:
+        """Seconds for which the lease has been held without a gap."""
+        return monotonic() - self._since if self._since is not None else 0.0
+
+    def enter(self) -> None:
+        """Become a node, or count one more user of it. Raises the database's error when it is away."""
+        with _all_lock:
+            if not self._users:
+                self._register()
+                self._stopped.clear()
+                self._thread = threading.Thread(target=self._run, name="kathikon-lease", daemon=True)
+                self._thread.start()
+            self._users += 1
+
+    def leave(self) -> None:
+        """One user less; the last one removes the node and returns what it held."""
+        with _all_lock:
+            self._users -= 1
+            if self._users:
+                return
+            self._stopped.set()
+            thread, self._thread = self._thread, None
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout=5)
+        with suppress(Exception):  # the others return it when the lease is over
+            nodes.remove(self.storage.database, self.id)
+
+    @staticmethod
+    def leave_all() -> None:
+        """Remove this process's nodes as it ends; what a program has not closed itself is returned at once."""
+        for (pid, _), presence in list(_all.items()):
+            if pid == os.getpid() and presence._users:
+                presence._users = 1
+                presence.leave()
+
+    def _register(self) -> None:
+        process = psutil.Process()
+        database = self.storage.database
+        self.id = nodes.register(database, self.name, machine(), process.pid, process.create_time(), self.lease)
+        self._since = self._renewed = monotonic()
+
+    def _run(self) -> None:
+        holder = nodes.Holder(self.storage.database)
+        complained = False
+        try:
+            while not self._stopped.is_set():
+                try:
+                    self._renew(holder)
+                    complained = False
+                except Exception as error:
+                    holder.drop()
+                    if not is_lost(error):
+                        logger.exception("Kathikon: the lease could not be renewed")
+                    elif not complained:
+                        logger.warning("Kathikon: the lease could not be renewed, trying again: %s", in_words(error))
+                        complained = True
+                    self._stopped.wait(min(0.5, self.lease / 8))
+                else:
+                    self._stopped.wait(self.lease / 4)
+        finally:
+            holder.drop()
+
+    def _renew(self, holder: nodes.Holder) -> None:
+        now = monotonic()
+        if now - self._renewed > self.lease:
+            self._since = now
+        if holder.renew(self.id, self.lease):
+            self._renewed = now
+            return
+        old = self.id
+        self._register()
+        logger.warning(
+            "Kathikon: node %s was silent for longer than its lease of %g s and was taken for dead; its jobs were"
+            " given to others, what it still does with them changes nothing. It goes on as node %s",
+            old, self.lease, self.id,
+        )  # fmt: skip
+        for callback in self.on_reborn:
+            callback(old, self.id)
+
+
+atexit.register(Presence.leave_all)

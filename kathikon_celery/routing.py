@@ -1,0 +1,165 @@
+"""Queues and routes of a Celery app, made from its settings when they are first needed.
+
+An app's configuration is complete only when it is used: ``app.conf.update(kathikon_queues=…)`` may come after
+``config_from_object``. So the configuration holds a `Router` and a `ConfiguredQueues`, which look at ``app.conf`` then.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from celery import current_app
+from celery.app.amqp import AMQP
+from celery.app.routes import Router as CeleryRouter
+from celery.utils.functional import maybe_list
+from kombu.entity import Exchange, Queue
+
+from kathikon_celery.settings import Settings
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from celery import Celery, Task
+
+__all__ = ["ConfiguredQueues", "Router", "configure", "declare_queues"]
+
+#: Names of tasks whose route an app remembers.
+_MEMO = 4096
+
+
+def configure(app: Celery) -> Settings:
+    """Return the settings of *app*, after Celery's ``timezone`` was made to follow ``kathikon_timezone``.
+
+    Raises `kathikon_celery.settings.SettingError` for a wrong setting.
+    """
+    settings = Settings.load(app.conf)
+    if "timezone" in settings.sources and str(app.conf.timezone) != settings.timezone:
+        app.conf.timezone = settings.timezone
+        vars(app).pop("timezone", None)  # a cached property
+    return settings
+
+
+class Router:
+    """An entry of Celery's ``task_routes`` that sends each task to the queue whose ``tasks`` name it.
+
+    A name that is written out comes before every pattern; of several patterns that match, the first one configured
+    counts. A task that none matches goes to Celery's ``task_default_queue``, or, where that is not configured, to the
+    first queue that is. What the caller or the task itself says (``queue=``, ``exchange=``) comes before all that, as
+    with any route of Celery's. The settings are read once for each app, when it first publishes.
+    """
+
+    def __init__(self) -> None:
+        self._routes: WeakKeyDictionary[Celery, Callable[[str], str | None]] = WeakKeyDictionary()
+
+    def __call__(
+        self,
+        name: str,
+        args: Any = None,
+        kwargs: Any = None,
+        options: Any = None,
+        task: Task | None = None,
+        **kw: Any,
+    ) -> dict[str, str] | None:
+        """Return ``{"queue": …}`` for the task called *name*; None leaves it to Celery."""
+        app = task.app if task is not None else _asking_app()
+        route = self._routes.get(app)
+        if route is None:
+            route = self._routes[app] = _make_route(app)
+        queue = route(name)
+        return {"queue": queue} if queue is not None else None
+
+    def __repr__(self) -> str:
+        return "Router()"
+
+    def __reduce__(self) -> tuple[type[Router], tuple[()]]:
+        return Router, ()
+
+
+class ConfiguredQueues:
+    """An iterable for Celery's ``task_queues``: the queues that the settings name.
+
+    With it every process knows them all: a worker consumes them unless ``-Q`` or ``-X`` restrict it, and
+    ``celery purge`` empties them.
+    """
+
+    def __iter__(self) -> Iterator[Queue]:
+        app = _asking_app()
+        return (_queue(app, name) for name in _names(app, configure(app)))
+
+    def __repr__(self) -> str:
+        return "ConfiguredQueues()"
+
+
+def declare_queues(app: Celery) -> None:
+    """Make a worker of *app* consume the configured queues as well, and keep the queues that it has.
+
+    It does nothing for an app whose ``task_queues`` is a `ConfiguredQueues`; for one with a ``task_queues`` of its own,
+    the queues of an explicit ``kathikon_queues`` are added. After ``-Q`` was applied they serve for routing only; one
+    that ``-X`` is to leave out must be here before, so in ``celeryd_init``.
+    """
+    queues = app.amqp.queues
+    add = queues.select_add if queues._consume_from is None else queues.add
+    for name in _names(app, configure(app)):
+        if name not in queues:
+            add(_queue(app, name))
+
+
+def _asking_app() -> Celery:
+    """Return the app on whose behalf Celery calls.
+
+    Celery hands its routers and queues no app, but whoever calls them has one. The current app need not be the one: it
+    is that of a thread, and any other thread of a web server has a default app there.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, AMQP | CeleryRouter) and caller.app is not None:
+            return caller.app
+        frame = frame.f_back
+    return current_app._get_current_object()
+
+
+def _names(app: Celery, settings: Settings) -> list[str]:
+    """Names of the queues to consume."""
+    names = list(settings.queues) if "queues" in settings.sources else []
+    own_queues = app.conf.task_queues and not isinstance(app.conf.task_queues, ConfiguredQueues)
+    # Where no Router is at work, Celery sends what no route matches to its default queue.
+    routed = names and any(isinstance(route, Router) for route in maybe_list(app.conf.task_routes) or ())
+    if not own_queues and not routed and app.conf.task_default_queue not in names:
+        names.append(app.conf.task_default_queue)
+    return names
+
+
+def _queue(app: Celery, name: str) -> Queue:
+    """Declare queue *name* as Celery does one that is not in ``task_queues``, so that all processes agree."""
+    if name == app.conf.task_default_queue:
+        return Queue(name, app.amqp.default_exchange, app.conf.task_default_routing_key)
+    return Queue(name, Exchange(name), name)
+
+
+def _make_route(app: Celery) -> Callable[[str], str | None]:
+    settings = configure(app)
+    exact: dict[str, str] = {}
+    patterns: list[tuple[str, str]] = []
+    for queue in settings.queues.values():
+        for task in queue.tasks:
+            if any(character in task for character in "*?["):
+                patterns.append((task, queue.name))
+            else:
+                exact.setdefault(task, queue.name)
+    default = None
+    if "queues" in settings.sources and app.conf.task_default_queue not in {*settings.queues, *app.amqp.queues}:
+        default = next(iter(settings.queues))
+
+    @lru_cache(_MEMO)
+    def route(name: str) -> str | None:
+        if name in exact:
+            return exact[name]
+        return next((queue for pattern, queue in patterns if fnmatchcase(name, pattern)), default)
+
+    return route

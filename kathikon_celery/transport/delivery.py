@@ -1,0 +1,78 @@
+"""What was claimed: a job or a message on its way through this process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from kathikon_celery.job import Job, State
+from kathikon_celery.storage.messages import Message
+
+
+class Verdict(Enum):
+    """What becomes of a delivery."""
+
+    DONE = auto()  # completed; a message is gone
+    BACK = auto()  # ready again for anybody
+    CRASHED = auto()  # ready again, its process was lost
+    ENDED = auto()  # dead, cancelled or discarded: see `Outcome.state`
+    PASSED_ON = auto()  # it was published again by its own task, and waits anew
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a delivery ended, for the row."""
+
+    verdict: Verdict
+    state: State | None = None
+    reason: str = ""
+    traceback: str | None = None
+
+
+DONE = Outcome(Verdict.DONE)
+BACK = Outcome(Verdict.BACK)
+CRASHED = Outcome(Verdict.CRASHED)
+PASSED_ON = Outcome(Verdict.PASSED_ON)
+
+
+@dataclass(slots=True, eq=False)
+class Delivery:
+    """One claimed row."""
+
+    item: Job | Message
+    #: Key of the queue it came from.
+    queue: str
+    #: Monotonic time of the claim.
+    claimed: float
+    #: The message is acknowledged before the task runs.
+    early: bool = False
+    #: That was written.
+    marked: bool = False
+    #: Monotonic time at which the pool accepted it.
+    accepted: float | None = None
+    #: The row says that it runs.
+    running: bool = False
+    #: The pool child writes result and state by itself, so a row that has moved on is no news.
+    stored: bool = False
+    #: What an acknowledgement means; the worker's request says when it means something else.
+    outcome: Outcome = DONE
+
+    @property
+    def is_job(self) -> bool:
+        return isinstance(self.item, Job)
+
+    @property
+    def pair(self) -> tuple[int, int]:
+        return self.item.seq, self.item.fence
+
+    @property
+    def tag(self) -> str:
+        """The delivery tag. Of a job it is all that the pool child needs in order to write its result."""
+        return f"{'job' if self.is_job else 'message'}.{self.item.seq}.{self.item.fence}"
+
+
+def pair_of(tag: object) -> tuple[int, int] | None:
+    """Row and fence that a job's delivery tag names; `None` for any other tag."""
+    kind, _, rest = str(tag).partition(".")
+    seq, _, fence = rest.partition(".")
+    return (int(seq), int(fence)) if kind == "job" and seq.isdigit() and fence.isdigit() else None

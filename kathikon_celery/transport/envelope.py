@@ -1,0 +1,150 @@
+"""A kombu message as a job or a stored message, and back."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64decode, b64encode
+from datetime import datetime, timezone
+from random import getrandbits
+from typing import Any
+
+from kombu.utils import json as kombu_json
+
+from kathikon_celery.job import Job, State
+
+#: The range of a priority: what a column of the database holds.
+LOWEST, HIGHEST = -(2**63), 2**63 - 1
+
+#: Keys of the JSON that is kept beside the body, and kombu's names for them.
+_HEADERS, _PROPERTIES, _TYPE, _ENCODING, _BASE64 = "headers", "properties", "content-type", "content-encoding", "base64"
+#: A property that is ours: see `to_job`.
+_PUBLICATION = "kathikon_publication"
+
+
+def _dumps(value: Any) -> str:
+    try:
+        return json.dumps(value, separators=(",", ":"))
+    except TypeError:
+        return kombu_json.dumps(value)  # type: ignore[no-any-return]
+
+
+def _loads(text: str) -> Any:
+    # Only kombu's own notation for dates and the like needs kombu's slower reader.
+    return kombu_json.loads(text) if '"__type__"' in text else json.loads(text)
+
+
+def _as_text(body: Any) -> tuple[str, bool]:
+    """The body as text that any database keeps, and whether that is base64."""
+    if isinstance(body, str) and "\0" not in body:
+        try:
+            body.encode()
+            return body, False
+        except UnicodeEncodeError:
+            return b64encode(body.encode("utf-8", "surrogatepass")).decode(), True
+    data = body.encode("utf-8", "surrogatepass") if isinstance(body, str) else bytes(body or b"")
+    return b64encode(data).decode(), True
+
+
+def fold(message: dict[str, Any]) -> tuple[str, str]:
+    """Envelope and body of a message as `kombu.transport.virtual` prepares it."""
+    body, encoded = _as_text(message["body"])
+    properties = {name: value for name, value in message[_PROPERTIES].items() if value not in (None, "")}
+    envelope = {
+        _HEADERS: message[_HEADERS],
+        _PROPERTIES: properties,
+        _TYPE: message.get(_TYPE),
+        _ENCODING: message.get(_ENCODING),
+    }
+    if encoded:
+        envelope[_BASE64] = True
+    return _dumps(envelope), body
+
+
+def unfold(envelope: str, body: str, tag: str, redelivered: bool) -> dict[str, Any]:
+    """The message again, as `kombu.transport.virtual.Message` wants it. Raises `ValueError` for a corrupt row."""
+    try:
+        message = _loads(envelope)
+        headers, properties = message[_HEADERS], message[_PROPERTIES]
+        if message.get(_BASE64):
+            body = b64decode(body, validate=True)  # type: ignore[assignment]
+        if not isinstance(headers, dict) or ("task" in headers and not isinstance(headers.get("id"), str)):
+            raise TypeError("headers are no mapping with a task and an id")
+        properties["delivery_tag"] = tag
+        properties.pop(_PUBLICATION, None)
+        info = properties.setdefault("delivery_info", {})
+        info["redelivered"] = redelivered
+        # The row was ready when it was claimed: with its eta Celery would keep it in memory and wait once more.
+        if headers.get("eta"):
+            headers["eta"] = None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"corrupt row: {type(error).__name__}: {error}") from error
+    return {
+        "body": body,
+        _HEADERS: headers,
+        _PROPERTIES: properties,
+        _TYPE: message.get(_TYPE),
+        _ENCODING: message.get(_ENCODING),
+    }
+
+
+def priority_of(message: dict[str, Any]) -> int:
+    """The message's priority. Raises `ValueError` where it is no whole number that fits."""
+    value = message[_PROPERTIES].get("priority") or 0
+    try:
+        priority = int(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"priority {value!r} is no whole number") from None
+    if not LOWEST <= priority <= HIGHEST:
+        raise ValueError(f"priority {priority} is not between {LOWEST} and {HIGHEST}")
+    return priority
+
+
+def task_of(message: dict[str, Any]) -> dict[str, Any] | None:
+    """The Celery headers of a message, whichever protocol it speaks, or `None` when it is no task."""
+    headers = message[_HEADERS]
+    if headers:
+        return headers if isinstance(headers.get("task"), str) and isinstance(headers.get("id"), str) else None
+    if message.get(_TYPE) == "application/json" and isinstance(message["body"], str) and '"task"' in message["body"]:
+        body = json.loads(message["body"])
+        if isinstance(body, dict) and isinstance(body.get("task"), str) and isinstance(body.get("id"), str):
+            return body
+    return None
+
+
+def to_job(message: dict[str, Any], task: dict[str, Any], queue: str, max_attempts: int, local: timezone) -> Job:
+    """The job that a task message asks for. *local*: the zone of times that name none."""
+    # It tells the same publication, which kombu sends again after a lost connection, from a new one of the same id.
+    publication = message[_PROPERTIES].setdefault(_PUBLICATION, getrandbits(63))
+    envelope, body = fold(message)
+    task_id, root = task["id"], task.get("root_id")
+    return Job(
+        id=task_id,
+        queue=queue,
+        task=task["task"],
+        state=State.RETRYABLE if task.get("retries") else State.AVAILABLE,
+        priority=priority_of(message),
+        envelope=envelope,
+        body=body,
+        scheduled_at=_moment(task.get("eta"), local),
+        expires_at=_moment(task.get("expires"), local),
+        max_attempts=max_attempts,
+        root_id=root if root != task_id else None,
+        parent_id=task.get("parent_id"),
+        group_id=task.get("group"),
+        publication=publication,
+    )
+
+
+def _moment(value: Any, local: timezone) -> datetime | None:
+    """An ISO 8601 text as a moment; `None` where it is none (the worker then says so)."""
+    if not value:
+        return None
+    if not isinstance(value, datetime):
+        try:
+            value = datetime.fromisoformat(str(value).replace("Z", "+00:00"))
+        except ValueError:
+            return None
+    try:
+        return (value if value.tzinfo else value.replace(tzinfo=local)).astimezone(timezone.utc)  # type: ignore[no-any-return]
+    except OverflowError:
+        return datetime.max.replace(tzinfo=timezone.utc)

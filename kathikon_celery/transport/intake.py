@@ -1,0 +1,582 @@
+"""The intake of one connection: a thread that claims ahead for its consumers and writes back what they finished.
+
+All database work of a consumer happens in this thread, in as few transactions as the load allows: while one is under
+way, the next batch grows. A lost database stops nothing but this thread, which tries again until it is back.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+from sqlalchemy import Connection
+
+from kathikon_celery.job import State
+from kathikon_celery.presence import Presence
+from kathikon_celery.storage import Storage, claim, finish, messages, nodes
+from kathikon_celery.storage.errors import in_words, is_lost
+from kathikon_celery.storage.names import key
+from kathikon_celery.storage.wake import Wakeup
+from kathikon_celery.transport.delivery import BACK, DONE, Delivery, Outcome, Verdict
+from kathikon_celery.transport.pace import Pace
+
+logger = logging.getLogger(__name__)
+
+#: Seconds after which a job that the pool has accepted is written as running, if it still is.
+RUNNING_AFTER = 0.05
+#: Seconds between two transactions while there is much to do: what comes meanwhile shares the next one.
+BUSY_GAP = 0.004
+#: Seconds until it is made sure that nothing came after a claim that got all there was.
+LOOK_AGAIN = 0.003
+#: Jobs a second from which on there is much to do.
+BUSY = 150.0
+#: Deliveries that a consumer without prefetch limit has in hand at most.
+UNLIMITED = 200
+#: Seconds for which reports are remembered, should the server forget them: PostgreSQL writes them out in a third of it.
+MEMORY = 2.0
+#: Longest pause between two attempts to reach a database that is away, in seconds.
+PAUSE = 0.5
+
+
+#: A task that must not run twice was cut short.
+LOST = Outcome(Verdict.ENDED, State.DEAD, finish.LOST_AT_MOST_ONCE)
+
+
+@dataclass(slots=True)
+class Subscription:
+    """A queue that is consumed."""
+
+    queue: str
+    no_ack: bool
+    deliver: Callable[[Delivery], None]
+    #: How many deliveries its channel may have in hand; 0 is no limit.
+    prefetch: Callable[[], int]
+    #: How many of its jobs may be in hand at once; `None` is no limit.
+    concurrency: int | None = None
+    pace: Pace = field(default_factory=Pace)
+    waiting: deque[Delivery] = field(default_factory=deque)
+    in_hand: int = 0
+
+    @property
+    def outstanding(self) -> int:
+        return self.in_hand + len(self.waiting)
+
+
+class Intake:
+    """Claims and reports for the consumers of one connection.
+
+    Arguments:
+        storage: where from.
+        concurrency: of a queue by its name, or `None` for no limit.
+    """
+
+    def __init__(self, storage: Storage, concurrency: Callable[[str], int | None] = lambda queue: None) -> None:
+        self.storage = storage
+        self.database = storage.database
+        self.presence = Presence.of(storage)
+        #: How many jobs the worker's pool can run at once; `None` where there is no pool.
+        self.slots: Callable[[], int] | None = None
+        #: Whether jobs are claimed before a slot is free for them.
+        self.claims_ahead = True
+        #: Whether a task's message is acknowledged before it runs.
+        self.is_early: Callable[[str], bool] = lambda task: False
+        #: What an acknowledgement of a task means as long as the consumer says nothing else.
+        self.outcome_of: Callable[[str], Outcome] = lambda task: DONE
+        #: Whether the pool has a delivery in its hands, so that it must not be given back.
+        self.is_in_pool: Callable[[Delivery], bool] = lambda delivery: False
+        #: Called from this thread when another process calls all nodes: perhaps a job is due soon.
+        self.on_call: Callable[[], None] = lambda: None
+        #: Called, in any thread, when there is something to deliver.
+        self.on_ready: Callable[[], None] = lambda: None
+        #: Monotonic time of the last transaction that went well.
+        self.last_success = monotonic()
+        self._concurrency = concurrency
+        self._lock = threading.RLock()
+        self._subscriptions: dict[str, Subscription] = {}
+        self._in_hand: dict[str, Delivery] = {}
+        self._reports: list[tuple[Delivery, Outcome]] = []
+        self._to_mark: list[Delivery] = []
+        self._server: object = None  # which life of the server we know
+        self._opened = 0  # how many connections had been made when we last made sure
+        self._claims_from = 0.0  # after its restart, all nodes first claim anew what they hold
+        self._said: deque[tuple[float, Delivery, Outcome]] = deque()
+        self._wakeup: Wakeup | None = None
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._called = True  # somebody called, or it is time: look for anything
+        self._look = True  # look for jobs
+        self._look_from = 0.0  # but not before this moment
+        self._waits = False  # our row says that we wait
+        self._unsure = True  # a commit may have happened of which we did not hear
+        self._first = 0  # the queue that is served first this time
+        self._ready = threading.Condition(self._lock)
+        self._interrupted = False
+
+    # --- what the channels call
+
+    def subscribe(
+        self, queue: str, no_ack: bool, deliver: Callable[[Delivery], None], prefetch: Callable[[], int]
+    ) -> None:
+        """Consume *queue*. *deliver* is called from `pump`, for each delivery."""
+        with self._lock:
+            limit = self._concurrency(queue)
+            self._subscriptions[key(queue)] = Subscription(queue, no_ack, deliver, prefetch, limit)
+        self.start()
+        self.look()
+
+    def unsubscribe(self, queue: str) -> None:
+        """Consume *queue* no longer; what was claimed for it and not delivered is given back."""
+        with self._lock:
+            subscription = self._subscriptions.pop(key(queue), None)
+            if subscription is not None:
+                self._reports += [(delivery, BACK) for delivery in subscription.waiting]
+                self._waits = False
+        self._notify()
+
+    def start(self) -> None:
+        """Become a node and start the thread, unless that was done."""
+        with self._lock:
+            if self._thread is not None:
+                return
+            self.presence.enter()
+            self.presence.on_reborn.append(self._reborn)
+            self._wakeup = self.database.wakeup(self.presence.id)
+            self._stopping = False
+            self._thread = threading.Thread(target=self._run, name="kathikon-intake", daemon=True)
+            self._thread.start()
+
+    def take_one(self, queue: str, no_ack: bool) -> Delivery | None:
+        """Claim one delivery at once, in the caller's thread (AMQP's ``basic.get``)."""
+        self.start()
+        name = key(queue)
+        with self.database.write() as connection:
+            items: list[Any] = list(claim.claim(self.database, connection, name, 1, self.presence.id))
+            if not items:
+                items = list(messages.take(self.database, connection, name, 1, self.presence.id, keep=not no_ack))
+        if not items:
+            return None
+        delivery = Delivery(items[0], name, monotonic())
+        with self._lock:
+            self._in_hand[delivery.tag] = delivery
+        if no_ack:
+            self.finish(delivery.tag)
+        return delivery
+
+    def delivery(self, tag: str) -> Delivery | None:
+        """The delivery in hand that has this tag."""
+        return self._in_hand.get(tag)
+
+    def in_hand(self) -> list[Delivery]:
+        """All deliveries that were handed out and not finished."""
+        with self._lock:
+            return list(self._in_hand.values())
+
+    def accepted(self, delivery: Delivery) -> None:
+        """The pool has begun to run it."""
+        delivery.accepted = monotonic()
+        if not delivery.running:
+            self._notify()
+
+    def acknowledge(self, tag: str) -> None:
+        """The consumer acknowledges. A task that acknowledges early still runs: its end is told by `finish`."""
+        delivery = self._in_hand.get(tag)
+        if delivery is not None and (not delivery.early or delivery.outcome.verdict is Verdict.ENDED):
+            self.finish(tag, delivery.outcome)
+
+    def finish(self, tag: str, outcome: Outcome | None = None) -> None:
+        """Report the end of a delivery; any thread, any order, once or more often."""
+        with self._lock:
+            delivery = self._in_hand.pop(tag, None)
+            if delivery is None:
+                return
+            self._reports.append((delivery, outcome or delivery.outcome))
+            subscription = self._subscriptions.get(delivery.queue)
+            if subscription is not None:
+                subscription.in_hand = max(0, subscription.in_hand - 1)
+                subscription.pace.count()
+                if subscription.waiting:
+                    self.on_ready()
+        self._notify()
+
+    def give_back(self, which: Callable[[Delivery], bool]) -> None:
+        """Return the deliveries in hand that *which* names."""
+        for delivery in self.in_hand():
+            if which(delivery):
+                self.finish(delivery.tag, BACK)
+
+    def pump(self) -> int:
+        """Hand out what is waiting and allowed, in the consumer's thread; how much it was."""
+        handed = 0
+        for subscription in list(self._subscriptions.values()):
+            while (delivery := self._next(subscription)) is not None:
+                handed += 1
+                subscription.deliver(delivery)
+        return handed
+
+    def wait(self, timeout: float) -> bool:
+        """Sleep until something can be handed out, at most *timeout* seconds; false when nothing can."""
+        with self._ready:
+            self._ready.wait_for(lambda: self._interrupted or self._can_hand_out(), timeout)
+            self._interrupted = False
+            return self._can_hand_out()
+
+    def interrupt(self) -> None:
+        """End the `wait` that the consumer is in, or else its next one. Any thread may call it."""
+        with self._ready:
+            self._interrupted = True
+            self._ready.notify_all()
+
+    def look(self) -> None:
+        """Look for work now."""
+        self._called = True
+        self._notify()
+
+    def stop(self) -> None:
+        """Write what is to be written, give back what the pool has not in its hands, and end the thread."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+            if thread is None:
+                return
+            for name in list(self._subscriptions):
+                self.unsubscribe(self._subscriptions[name].queue)
+            for delivery in list(self._in_hand.values()):
+                if self.is_in_pool(delivery):
+                    continue
+                cut_short = delivery.early and delivery.accepted
+                self.finish(delivery.tag, LOST if cut_short else BACK)
+            self._stopping = True
+            remains = bool(self._in_hand)
+        self._notify()
+        if not remains:  # else the thread ends by itself, with the last report of what the pool still runs
+            thread.join(timeout=10)
+
+    # --- handing out
+
+    def _next(self, subscription: Subscription) -> Delivery | None:
+        with self._lock:
+            while subscription.waiting and self._may_hand_out(subscription):
+                delivery = subscription.waiting.popleft()
+                subscription.in_hand += 1
+                if subscription.no_ack and not delivery.is_job:
+                    subscription.in_hand -= 1
+                    return delivery
+                self._in_hand[delivery.tag] = delivery
+                if not delivery.early or delivery.marked:
+                    return delivery
+                self._to_mark.append(delivery)
+                self._notify()
+            return None
+
+    def _may_hand_out(self, subscription: Subscription) -> bool:
+        if subscription.concurrency is not None and subscription.in_hand >= subscription.concurrency:
+            return False
+        limit = subscription.prefetch()
+        if self.slots is not None and subscription.waiting[0].is_job:
+            ahead = round(self._rate() * self.storage.settings.claim_horizon) if self.claims_ahead else 0
+            limit = min(limit or UNLIMITED, self.slots() + ahead)
+        in_hand = sum(one.in_hand for one in self._subscriptions.values() if one.prefetch == subscription.prefetch)
+        return not limit or in_hand < limit
+
+    def _can_hand_out(self) -> bool:
+        return any(one.waiting and self._may_hand_out(one) for one in self._subscriptions.values())
+
+    def _rate(self) -> float:
+        return sum(one.pace.rate() for one in self._subscriptions.values())
+
+    # --- the thread
+
+    def _notify(self) -> None:
+        if self._wakeup is not None:
+            self._wakeup.notify()
+
+    def _run(self) -> None:
+        assert self._wakeup is not None
+        pause, last, next_look, due_soon = 0.0, 0.0, 0.0, False
+        while True:
+            try:
+                if self._stopping and not self._reports and not self._in_hand:
+                    break
+                now = monotonic()
+                gap = BUSY_GAP if self._rate() > BUSY else 0.0
+                ready_at = max(min(self._due_at(now, next_look), next_look), last + gap)
+                if ready_at > now and not self._stopping:
+                    if self._wakeup.wait(min(ready_at - now, self.storage.settings.poll_interval)):
+                        self._look, self._look_from, self._waits = True, 0.0, False
+                        due_soon = self._wakeup.called_all
+                        self._called = self._called or due_soon
+                    continue
+                if now >= next_look:
+                    self._called = True
+                if self._step():
+                    self.on_ready()
+                if due_soon:
+                    due_soon = False
+                    self.on_call()
+                last = self.last_success = monotonic()
+                next_look = last + self.storage.settings.poll_interval
+                if pause:
+                    logger.warning("Kathikon: the database %r is back", self.database)
+                    pause = 0.0
+            except Exception as error:
+                self._unsure, self._waits, self._called = True, False, True
+                if not is_lost(error):
+                    logger.exception("Kathikon: unexpected error while claiming")
+                elif not pause:
+                    logger.warning("Kathikon: the database is away, trying until it is back: %s", in_words(error))
+                if self._stopping and pause >= PAUSE:
+                    break  # the lease will run out, and the others take over
+                pause = min(PAUSE, pause * 2 or 0.05)
+                self._wakeup.wait(pause)
+        self._wakeup.close()
+        self.presence.on_reborn.remove(self._reborn)
+        self.presence.leave()
+
+    def _due_at(self, now: float, next_look: float) -> float:
+        """When the next transaction is worth while."""
+        if self._reports or self._to_mark or self._called:
+            return now
+        if self._look and self._wanted():
+            return self._look_from
+        started = [one.accepted for one in list(self._in_hand.values()) if one.accepted and not one.running]
+        return min(started) + RUNNING_AFTER if started else next_look
+
+    def _wanted(self) -> list[tuple[Subscription, int]]:
+        """How many jobs to claim for which queue, in the order of this turn."""
+        with self._lock:
+            every = [one for one in self._subscriptions.values() if self.slots is None or not one.no_ack]
+        if not every:
+            return []
+        self._first = (self._first + 1) % len(every)
+        every = every[self._first :] + every[: self._first]
+        if self.slots is None:
+            # No pool: as much as each channel may have in hand.
+            free = [(one, (one.prefetch() or UNLIMITED) - one.outstanding) for one in every]
+            return [(one, limit) for one, limit in free if limit > 0]
+        horizon = self.storage.settings.claim_horizon if self.claims_ahead else 0.0
+        slots = max(self.slots(), 1)
+        outstanding = sum(one.outstanding for one in every)
+        target = slots + round(self._rate() * horizon)
+        if outstanding >= slots and outstanding > target // 2:
+            return []
+        wanted = []
+        for one in every:
+            most = slots if one.concurrency is None else one.concurrency
+            limit = min(target - outstanding, most + round(one.pace.rate() * horizon) - one.outstanding)
+            if limit > 0:
+                wanted.append((one, limit))
+        return wanted
+
+    def _step(self) -> bool:
+        """One transaction: write the reports, claim what is wanted. True when there is something to deliver."""
+        with self._lock:
+            reports, self._reports = self._reports, []
+            to_mark, self._to_mark = self._to_mark, []
+            called, self._called = self._called, False
+            look, self._look = self._look or called, False
+            names = list(self._subscriptions)
+            now = monotonic()
+            started = [
+                one
+                for one in self._in_hand.values()
+                if one.is_job and one.accepted and not one.running and one.accepted + RUNNING_AFTER <= now
+            ]
+        try:
+            if to_mark:
+                self._mark(to_mark)
+            wanted = self._wanted() if look or reports else []
+            claimed: list[tuple[Subscription, Delivery]] = []
+            if reports or started or self._unsure or (look and names and self._is_worth_a_claim(names)):
+                with self.database.write() as connection:
+                    if self._server is not None and self._opened != self.database.opened:
+                        self._unsure = True  # another thread may have met the loss of the server before us
+                    if self._unsure:
+                        self._say_again(connection)
+                    if monotonic() < self._claims_from:
+                        wanted = []
+                    self._report(connection, reports)
+                    if started:
+                        finish.started(self.database, connection, [one.pair for one in started])
+                    if self._unsure:
+                        self._reconcile(connection, reports)
+                    if called:
+                        claimed = self._take(connection)
+                    claimed += self._claim(connection, wanted, names)
+        except BaseException:
+            with self._lock:
+                self._reports = reports + self._reports
+                self._to_mark = [one for one in to_mark if not one.marked] + self._to_mark
+                self._called = True
+            raise
+        self._unsure = False
+        self._said += [(now, delivery, outcome) for delivery, outcome in reports if not delivery.stored]
+        while self._said and self._said[0][0] < now - MEMORY:
+            self._said.popleft()
+        with self._ready:
+            for one in started:
+                one.running = True
+            for subscription, delivery in claimed:
+                if self._subscriptions.get(delivery.queue) is subscription:
+                    subscription.waiting.append(delivery)
+                else:
+                    self._reports.append((delivery, BACK))
+            self._return_stale()
+            self._ready.notify_all()
+        return bool(claimed or to_mark or reports)
+
+    def _is_worth_a_claim(self, names: list[str]) -> bool:
+        """Whether there is something to claim, or our row must say that we wait."""
+        if not self._waits:
+            return True  # we were called, or must say that we wait
+        with self.database.read() as connection:
+            there = claim.is_anything_there(connection, names)
+        self._waits = not there
+        return there
+
+    def _mark(self, deliveries: list[Delivery]) -> None:
+        """Write, on disk, that at-most-once tasks start; only then they are handed out."""
+        with self.database.write(durable=True) as connection:
+            finish.started(self.database, connection, [one.pair for one in deliveries], acked=True)
+        with self._ready:
+            for delivery in deliveries:
+                delivery.marked = delivery.running = True
+                self._in_hand.pop(delivery.tag, None)
+                subscription = self._subscriptions.get(delivery.queue)
+                if subscription is None:
+                    self._reports.append((delivery, BACK))
+                else:
+                    subscription.in_hand -= 1
+                    subscription.waiting.appendleft(delivery)
+
+    def _report(self, connection: Connection, reports: Iterable[tuple[Delivery, Outcome]]) -> None:
+        done: list[Delivery] = []
+        back: list[Delivery] = []
+        crashed: list[Delivery] = []
+        gone: list[Delivery] = []
+        returned: list[Delivery] = []
+        for delivery, outcome in reports:
+            verdict = outcome.verdict
+            if not delivery.is_job:
+                (gone if verdict in (Verdict.DONE, Verdict.ENDED) else returned).append(delivery)
+            elif verdict is Verdict.DONE:
+                done.append(delivery)
+            elif verdict is Verdict.BACK:
+                back.append(delivery)
+            elif verdict is Verdict.CRASHED:
+                crashed.append(delivery)
+            elif outcome.state is not None and not finish.ended(
+                connection, delivery.pair, outcome.state, outcome.reason, outcome.traceback
+            ):
+                self._complain(connection, [delivery])
+        database = self.database
+        if done and finish.completed(database, connection, [one.pair for one in done]) != len(done):
+            self._complain(connection, done)
+        if back:
+            finish.given_back(database, connection, [one.pair for one in back])
+        if crashed and finish.given_back(database, connection, [one.pair for one in crashed], True) != len(crashed):
+            self._complain(connection, crashed)
+        if back or crashed:
+            database.dialect.wake(connection, {one.queue for one in back + crashed}, len(back) + len(crashed))
+        if gone:
+            messages.acknowledge(database, connection, [one.pair for one in gone])
+        if returned:
+            messages.give_back(database, connection, [one.pair for one in returned])
+
+    def _complain(self, connection: Connection, deliveries: list[Delivery]) -> None:
+        """Say which deliveries were others' when they were reported; the report has changed nothing."""
+        pairs = [one.pair for one in deliveries if not one.stored]
+        if pairs and not self._unsure and (lost := finish.moved_on(connection, pairs)):
+            logger.warning(
+                "Kathikon: %s had been given to others, or published anew, before this worker reported its end;"
+                " the report changed nothing", ", ".join(lost),
+            )  # fmt: skip
+
+    def _take(self, connection: Connection) -> list[tuple[Subscription, Delivery]]:
+        """Take the messages that are no jobs."""
+        taken = []
+        with self._lock:
+            subscriptions = list(self._subscriptions.items())
+        for name, one in subscriptions:
+            limit = (one.prefetch() or UNLIMITED) - one.outstanding
+            if limit > 0:
+                batch = messages.take(self.database, connection, name, limit, self.presence.id, not one.no_ack)
+                taken += [(one, Delivery(message, name, monotonic())) for message in batch]
+                self._called = self._called or len(batch) == limit
+        return taken
+
+    def _claim(
+        self, connection: Connection, wanted: list[tuple[Subscription, int]], names: list[str]
+    ) -> list[tuple[Subscription, Delivery]]:
+        """Claim jobs, or say that we wait for them."""
+        claimed: list[tuple[Subscription, Delivery]] = []
+        room = max((limit for _, limit in wanted), default=0)
+        hungry = False
+        for subscription, limit in wanted:
+            name, limit = key(subscription.queue), min(limit, room)
+            if limit <= 0:
+                break
+            jobs = claim.claim(self.database, connection, name, limit, self.presence.id)
+            now = monotonic()
+            for job in jobs:
+                early, outcome = self.is_early(job.task), self.outcome_of(job.task)
+                claimed.append((subscription, Delivery(job, name, now, early, outcome=outcome)))
+            room -= len(jobs)
+            hungry = hungry or len(jobs) < limit
+        # Idle and hungry: whoever publishes shall wake us. Busy and hungry: look again soon, which costs less.
+        by_name = self.database.dialect.wakes_by_name
+        waits = hungry and not (by_name and (claimed or self._rate() > BUSY))
+        if waits != self._waits and by_name and wanted:
+            nodes.wait_for(connection, self.presence.id, names if waits else None)
+        if wanted:
+            self._waits = waits
+            if hungry and not waits:
+                self._look, self._look_from = True, monotonic() + LOOK_AGAIN
+        return claimed
+
+    def _say_again(self, connection: Connection) -> None:
+        """Claim and report anew what a server that crashed has forgotten, since it had not yet written it to disk."""
+        with self._lock:
+            held = [*self._in_hand.values(), *(one for _, one, _ in self._said)]
+            held += [one for subscription in self._subscriptions.values() for one in subscription.waiting]
+        pairs = [one.pair for one in held if one.is_job]
+        if pairs:
+            claim.claim_again(self.database, connection, pairs, self.presence.id)
+        self._report(connection, [(delivery, outcome) for _, delivery, outcome in self._said])
+        self._opened = self.database.opened
+        server, self._server = self._server, self.database.dialect.incarnation(connection)
+        if server not in (None, self._server):
+            self._claims_from = monotonic() + PAUSE * 2
+
+    def _reconcile(self, connection: Connection, reports: list[tuple[Delivery, Outcome]]) -> None:
+        """Give back what the table says that we hold and we do not know of: its claim's answer was lost."""
+        with self._lock:
+            known = {one.pair for one in self._in_hand.values()}
+            known |= {one.pair for one, _ in reports + self._reports}
+            known |= {one.pair for subscription in self._subscriptions.values() for one in subscription.waiting}
+        forgotten = [pair for pair in finish.held_by(connection, self.presence.id) if pair not in known]
+        if forgotten:
+            finish.given_back(self.database, connection, forgotten)
+
+    def _return_stale(self) -> None:
+        """Give back what was claimed ahead and waits for too long: the tasks have become slower."""
+        oldest = monotonic() - max(0.25, 5 * self.storage.settings.claim_horizon)
+        for subscription in self._subscriptions.values() if self.slots is not None else ():
+            stale = [one for one in subscription.waiting if one.is_job and one.claimed < oldest]
+            for delivery in stale:
+                subscription.waiting.remove(delivery)
+                self._reports.append((delivery, BACK))
+
+    def _reborn(self, old: int, new: int) -> None:
+        """This process was taken for dead: what it has claimed and not begun is others' now."""
+        with self._lock:
+            for subscription in self._subscriptions.values():
+                subscription.waiting.clear()
+            if self._wakeup is not None and self._thread is not None:
+                old_wakeup, self._wakeup = self._wakeup, self.database.wakeup(new)
+                old_wakeup.notify()
+            self._unsure, self._waits = True, False
+        self.look()

@@ -1,0 +1,182 @@
+"""The kombu transport: one connection of a producer or a consumer."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from contextlib import suppress
+from datetime import timezone
+from typing import TYPE_CHECKING, Any, cast
+
+import sqlalchemy
+from kombu.transport import virtual
+from sqlalchemy.exc import DBAPIError
+
+from kathikon_celery.settings import Settings, broker_database, mask
+from kathikon_celery.storage import Storage
+from kathikon_celery.storage.errors import LOST, in_words, is_lost
+from kathikon_celery.transport.channel import Channel
+from kathikon_celery.transport.delivery import Delivery
+from kathikon_celery.transport.intake import Intake
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+logger = logging.getLogger(__name__)
+
+
+def app_of_connection() -> Celery | None:
+    """The Celery app whose broker is Kathikon: the current one, or the one that is configured so."""
+    from celery import _state
+
+    for app in (_state.get_current_app(), *_state._get_active_apps()):
+        if app.configured and str(app.conf.broker_url or "").startswith("kathikon"):
+            return cast("Celery", app)
+    return None
+
+
+class Bell:
+    """A descriptor that is readable after it was rung."""
+
+    def __init__(self) -> None:
+        self._receiver, self._sender = socket.socketpair()
+        self._receiver.setblocking(False)
+        self._rung = False
+
+    def fileno(self) -> int:
+        return self._receiver.fileno()
+
+    def ring(self) -> None:
+        if not self._rung:
+            self._rung = True
+            with suppress(OSError):  # closed
+                self._sender.send(b"\0")
+
+    def clear(self) -> None:
+        with suppress(OSError):
+            self._receiver.recv(64)
+        self._rung = False
+
+    def close(self) -> None:
+        self._receiver.close()
+        self._sender.close()
+
+
+class Transport(virtual.Transport):
+    """Messages as rows of a SQL database."""
+
+    Channel = Channel
+    can_parse_url = True
+    driver_type = "kathikon"
+    driver_name = "sqlalchemy"
+    polling_interval = None
+    connection_errors = (*virtual.Transport.connection_errors, *LOST)
+    channel_errors = (*virtual.Transport.channel_errors, DBAPIError)
+    implements = virtual.Transport.implements.extend(
+        asynchronous=True, exchange_type=frozenset(["direct", "topic", "fanout"]), heartbeats=False
+    )
+
+    def __init__(self, client: Any, **kwargs: Any) -> None:
+        super().__init__(client, **kwargs)
+        #: Exchanges that this connection has declared.
+        self.declared: set[tuple[str, str]] = set()
+        #: Whether a Celery worker consumes on this connection: what is transient may then be lost without an error.
+        self.is_worker = False
+        self._storage: Storage | None = None
+        self._intake: Intake | None = None
+        self._hub: Any = None
+        self._bell: Bell | None = None
+        self._complained = False
+
+    @property
+    def storage(self) -> Storage:
+        """The database that the connection's URL names."""
+        if self._storage is None:
+            app = app_of_connection()
+            settings = Settings.load(app.conf if app is not None else None)
+            url = self.client.hostname
+            url = None if url is None or url.startswith("kathikon:") else broker_database(f"kathikon+{url}")
+            self._storage = Storage.shared(url, settings, self.client.connect_timeout)
+        return self._storage
+
+    @property
+    def intake(self) -> Intake:
+        """What claims for this connection's consumers."""
+        if self._intake is None:
+            queues = self.storage.settings.queues if "queues" in self.storage.settings.sources else {}
+            limits = {name: queue.concurrency for name, queue in queues.items()}
+            self._intake = Intake(self.storage, limits.get)
+            self._intake.on_ready = self.ring
+        return self._intake
+
+    def driver_version(self) -> str:
+        """SQLAlchemy's version."""
+        return sqlalchemy.__version__
+
+    def as_uri(self, uri: str, include_password: bool = False, mask_with: str = "**") -> str:
+        """The URL for people, without its password."""
+        shown = uri if include_password else mask(uri)
+        return shown if shown.startswith("kathikon:") else f"kathikon+{shown}"
+
+    def establish_connection(self) -> Transport:
+        """Reach the database, and make its tables where need be."""
+        self.storage.setup()
+        return cast("Transport", super().establish_connection())
+
+    def verify_connection(self, connection: Any) -> bool:
+        """A lost database is noticed, and waited for, by those who use it."""
+        return True
+
+    def close_connection(self, connection: Any) -> None:
+        """Close the channels, give back what nobody works on."""
+        super().close_connection(connection)
+        if self._intake is not None:
+            self._intake.stop()
+        if self._bell is not None:
+            self._hub.remove_reader(self._bell.fileno())
+            self._bell.close()
+            self._bell = self._hub = None
+
+    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        """Deliver from the worker's event loop, as it reads: what a tick adds is seen only after the next sleep."""
+        self._bell = Bell()
+        loop.add_reader(self._bell.fileno(), self._on_bell)
+        self._hub = loop
+
+    def _on_bell(self) -> None:
+        if self._bell is not None:
+            self._bell.clear()
+            self.intake.pump()
+
+    def ring(self) -> None:
+        """Have the event loop deliver what is there. Any thread may call it."""
+        if self._bell is not None:
+            self._bell.ring()
+
+    def drain_events(self, connection: Any, timeout: float | None = None) -> None:
+        """Deliver what is there; raises `socket.timeout` when nothing came within *timeout* seconds."""
+        if self.intake.pump():
+            return
+        while not self.intake.wait(timeout if timeout is not None else 1.0):
+            if timeout is not None:
+                raise TimeoutError
+        if not self.intake.pump() and timeout is not None:
+            raise TimeoutError
+
+    def local_zone(self) -> timezone:
+        """The zone of times that name none: the app's."""
+        app = app_of_connection()
+        return cast(timezone, app.timezone) if app is not None else timezone.utc
+
+    def corrupt(self, delivery: Delivery, error: Exception) -> None:
+        """Say that a row cannot be read."""
+        what = "job" if delivery.is_job else "message"
+        logger.error("Kathikon: %s %s is dead: %s", what, getattr(delivery.item, "id", delivery.item.seq), error)
+
+    def lost_transient(self, error: Exception) -> None:
+        """Note that an event or a reply was lost because the database is away; anything else is raised."""
+        if not is_lost(error):
+            raise error
+        if not self._complained:
+            self._complained = True
+            logger.warning("Kathikon: events and replies are lost while the database is away: %s", in_words(error))
