@@ -1,0 +1,62 @@
+"""``celery -A proj kathikon …``: what Kathikon adds to Celery's command line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from kathikon_celery.settings import mask
+from kathikon_celery.storage import Storage, schema
+
+if TYPE_CHECKING:
+    from celery.bin.base import CLIContext
+
+
+def _storage(context: CLIContext) -> Storage:
+    app = context.app
+    broker = str(app.conf.broker_url or "")
+    if not broker.startswith("kathikon"):
+        raise click.ClickException(
+            f"the broker of {app.main!r} is {mask(broker)!r}, not Kathikon;"
+            ' say app.config_from_object("kathikon_celery.config"), and name the app: celery -A proj kathikon …'
+        )
+    return Storage.for_app(app, setup=False)
+
+
+@click.group(name="kathikon")
+def kathikon() -> None:
+    """Look after the tables that the jobs live in."""
+
+
+@kathikon.command(name="schema")
+@click.option("--sql", is_flag=True, help="Print the SQL instead, for the app's kind of database; it is not reached.")
+@click.option("--since", metavar="VERSION", help="With --sql: only what came after that version of the schema.")
+@click.pass_obj
+def schema_command(context: CLIContext, sql: bool, since: str | None) -> None:
+    """Make the tables, or upgrade them. Workers and producers do so by themselves as well."""
+    if since and not sql:
+        raise click.UsageError("--since goes with --sql: without it the version is read from the database.")
+    storage = _storage(context)
+    if sql:
+        click.echo(schema.ddl(storage.database.url, since), nl=False)
+        return
+    storage.setup()
+    url = storage.database.url.render_as_string(hide_password=True)
+    click.echo(f"The schema of {url} has version {schema.HEAD}.")
+
+
+@kathikon.command()
+@click.pass_obj
+def counts(context: CLIContext) -> None:
+    """Count the jobs by queue and state."""
+    storage = _storage(context)
+    storage.setup()
+    found = [(queue, state, f"{number:,}") for (queue, state), number in sorted(storage.counts().items())]
+    if not found:
+        click.echo("There are no jobs.")
+        return
+    rows = [("queue", "state", "jobs"), *found]
+    queue_width, state_width, number_width = (max(map(len, column)) for column in zip(*rows, strict=True))
+    for queue, state, number in rows:
+        click.echo(f"{queue:<{queue_width}}  {state:<{state_width}}  {number:>{number_width}}")

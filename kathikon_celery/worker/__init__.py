@@ -1,0 +1,1 @@
+"""What a Celery worker on Kathikon runs besides Celery's own parts."""

@@ -1,0 +1,97 @@
+"""Adds Kathikon's steps to a worker whose broker is Kathikon, before Celery builds it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from celery import bootsteps
+
+from kathikon_celery.presence import Presence
+from kathikon_celery.routing import configure, declare_queues
+from kathikon_celery.storage import Storage
+from kathikon_celery.worker.lifeline import Lifeline
+from kathikon_celery.worker.promoter import Promoter
+from kathikon_celery.worker.pruner import Pruner
+from kathikon_celery.worker.retrying import retry_failed
+from kathikon_celery.worker.service import Service
+from kathikon_celery.worker.supply import InWords, NotForUs, Supply
+
+#: Seconds for which a task that publishes, or stores its result, waits for a database that is away.
+PATIENCE = 3600.0
+
+_IN_WORDS, _NOT_FOR_US = InWords(), NotForUs()
+
+
+def _promoter(storage: Storage) -> Promoter:
+    return Promoter(storage=storage, interval=storage.settings.scheduler_interval)
+
+
+def _pruner(storage: Storage) -> Pruner:
+    return Pruner(storage=storage, interval=storage.settings.prune_interval)
+
+
+def _lifeline(storage: Storage) -> Lifeline:
+    return Lifeline(storage=storage)
+
+
+class _ServiceStep(bootsteps.StartStopStep):
+    """Runs a service for the life of the worker."""
+
+    abstract = True
+    make: Callable[[Storage], Service]
+    attribute: str
+
+    def __init__(self, parent: Any, **kwargs: Any) -> None:
+        super().__init__(parent, **kwargs)
+        setattr(parent, self.attribute, None)
+
+    def create(self, parent: Any) -> Service:
+        service = type(self).make(Storage.for_app(parent.app, setup=False))
+        setattr(parent, self.attribute, service)
+        return service
+
+
+class PromoterStep(_ServiceStep):
+    """Runs the promoter."""
+
+    requires = ("celery.worker.components:Pool",)
+    make, attribute = staticmethod(_promoter), "kathikon_promoter"
+
+
+class PrunerStep(_ServiceStep):
+    """Runs the pruner."""
+
+    requires = ("celery.worker.components:Pool",)
+    make, attribute = staticmethod(_pruner), "kathikon_pruner"
+
+
+class LifelineStep(_ServiceStep):
+    """Runs the lifeline."""
+
+    requires = ("celery.worker.components:Pool",)
+    make, attribute = staticmethod(_lifeline), "kathikon_lifeline"
+
+
+def install(sender: Any, **kwargs: Any) -> None:
+    """Handler of Celery's ``worker_init``: *sender* is the worker, its steps not yet built."""
+    app = sender.app
+    if not str(app.conf.broker_url or "").startswith("kathikon"):
+        return
+    configure(app)
+    declare_queues(app)
+    app.steps["worker"].update({PromoterStep, PrunerStep, LifelineStep})
+    app.steps["consumer"].add(Supply)
+    if app.Task.Request == "celery.worker.request:Request":
+        app.Task.Request = "kathikon_celery.worker.request:Request"
+    storage = Storage.for_app(app, setup=False)
+    storage.database.patience = PATIENCE
+    if storage.settings.retry_failed:
+        app.finalize()
+        for task in app.tasks.values():
+            if not task.name.startswith("celery."):
+                retry_failed(task, storage.settings.max_attempts)
+    Presence.of(storage).name = sender.hostname
+    logging.getLogger("celery.worker").addFilter(_IN_WORDS)
+    logging.getLogger("celery.worker.consumer.tasks").addFilter(_NOT_FOR_US)

@@ -1,0 +1,31 @@
+"""The promoter makes due jobs available, to the millisecond and all together, so that priority decides among them."""
+
+from __future__ import annotations
+
+from time import monotonic, sleep
+
+from kathikon_celery.storage.promote import CHUNK
+from kathikon_celery.worker.service import Service
+
+#: Seconds between two looks at the table when one call after another says that a job is due soon.
+GAP = 0.005
+#: The clock of a database may count in milliseconds: a job that is due within one is waited for.
+TICK = 0.001
+
+
+class Promoter(Service):
+    """Sleeps until the next job is due, at most ``kathikon_scheduler_interval`` seconds. Every worker has one."""
+
+    _last = 0.0
+
+    def step(self) -> float:
+        too_early = self._last + GAP - monotonic()
+        if too_early > 0:
+            sleep(too_early)
+        due = self.storage.next_due()
+        if due is not None and due <= 0 and self.storage.promote_scheduled() == CHUNK:
+            return 0.0
+        if due is not None and due <= 0:
+            due = self.storage.next_due()
+        self._last = monotonic()
+        return self.interval if due is None else min(self.interval, max(due, TICK))

@@ -1,0 +1,24 @@
+"""The pruner deletes what ended long ago, and what nobody will ask for again."""
+
+from __future__ import annotations
+
+from random import uniform
+
+from kathikon_celery.storage import prune, topology
+from kathikon_celery.worker.service import Service
+
+
+class Pruner(Service):
+    """Deletes in chunks every ``kathikon_prune_interval`` seconds. Every worker has one, each at its own beat."""
+
+    def step(self) -> float:
+        self.storage.discard_expired()
+        while self.storage.prune() and not self._stopping:
+            pass
+        database = self.storage.database
+        prune.expired_messages(database)
+        topology.delete_unused(database)
+        kept = self.storage.settings.retention_period["completed"]
+        if kept is not None:
+            prune.old_groups(database, kept)
+        return self.interval * uniform(0.8, 1.2)

@@ -1,0 +1,105 @@
+"""Celery's request, which tells the job's row how the task ended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from billiard.einfo import ExceptionWithTraceback
+from celery.exceptions import Ignore, Reject, Retry, WorkerLostError
+from celery.worker.request import Request as CeleryRequest
+
+from kathikon_celery.job import State, in_brief
+from kathikon_celery.transport.delivery import CRASHED, DONE, PASSED_ON, Delivery, Outcome, Verdict
+
+
+def _ended(state: State, reason: str, traceback: str | None = None) -> Outcome:
+    return Outcome(Verdict.ENDED, state, reason, traceback)
+
+
+class Request(CeleryRequest):
+    """A request whose acknowledgement says what became of the job (see `TRANSITIONS`)."""
+
+    def __init__(self, message: Any, **options: Any) -> None:
+        super().__init__(message, **options)
+        self._delivery: Delivery | None = getattr(message, "delivery", None)
+        self._set_outcome(DONE)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # Celery makes a subclass a task, with an `on_success` that calls no other: it is wrapped there.
+        super().__init_subclass__(**kwargs)
+        succeeded = cls.on_success
+
+        def on_success(self: Request, failed__retval__runtime: Any, **options: Any) -> Any:
+            try:
+                return succeeded(self, failed__retval__runtime, **options)
+            finally:
+                self._end_of_early_task()
+
+        cls.on_success = on_success
+
+    def on_accepted(self, pid: int, time_accepted: float) -> None:
+        if self._delivery is not None:
+            self._intake.accepted(self._delivery)
+        super().on_accepted(pid, time_accepted)
+
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
+        self._decide(exc_info)
+        try:
+            return super().on_failure(exc_info, send_failed_event, return_ok)
+        finally:
+            self._end_of_early_task()
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        if not soft:
+            self._set_outcome(_ended(State.DEAD, f"hard time limit ({timeout} s) exceeded"))
+        try:
+            super().on_timeout(soft, timeout)
+        finally:
+            if not soft:
+                self._end_of_early_task()
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        self._set_outcome(_ended(State.DISCARDED if expired else State.CANCELLED, reason))
+        if self._delivery is not None:
+            self._delivery.stored = self.store_errors
+        super()._announce_revoked(reason, terminated, signum, expired)
+        self._end_of_early_task()
+
+    def acknowledge(self) -> None:
+        if self._delivery is not None and not self.ignore_result:
+            self._delivery.stored = True
+        super().acknowledge()
+
+    @property
+    def _intake(self) -> Any:
+        return self._message.channel.intake
+
+    def _set_outcome(self, outcome: Outcome) -> None:
+        if self._delivery is not None:
+            self._delivery.outcome = outcome
+
+    def _decide(self, exc_info: Any) -> None:
+        error = exc_info.exception
+        if isinstance(error, ExceptionWithTraceback):
+            error = error.exc
+        if isinstance(error, Retry):
+            self._set_outcome(PASSED_ON)
+        elif isinstance(error, Ignore):
+            self._set_outcome(DONE)
+        elif isinstance(error, Reject):
+            if not error.requeue:
+                self._set_outcome(_ended(State.DISCARDED, in_brief(f"rejected: {error.reason}")))
+        elif isinstance(error, (WorkerLostError, SystemExit, KeyboardInterrupt)) and self.task.reject_on_worker_lost:
+            self._set_outcome(CRASHED)
+        else:
+            self._set_outcome(_ended(State.DEAD, in_brief(error), str(exc_info.traceback)))
+
+    def _end_of_early_task(self) -> None:
+        """A task that was acknowledged before it ran has ended: now its row is told."""
+        if self._delivery is not None and self._delivery.early:
+            outcome = self._delivery.outcome
+            if outcome.verdict is Verdict.CRASHED:
+                outcome = _ended(
+                    State.DEAD, "the process that ran it was lost, and acks_late=False forbids a second run"
+                )
+            self._intake.finish(self._delivery.tag, outcome)

@@ -1,0 +1,101 @@
+"""Joins Celery's consumer and the transport's intake: how many slots there are, and what the pool has in its hands."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any
+
+from celery import bootsteps
+from celery.worker import state
+from celery.worker.consumer.tasks import Tasks
+from kombu.utils.imports import symbol_by_name
+
+from kathikon_celery.job import Job, State
+from kathikon_celery.settings import SettingError, mask
+from kathikon_celery.storage import SchemaError
+from kathikon_celery.transport.delivery import DONE, Delivery, Outcome, Verdict
+from kathikon_celery.worker.request import Request
+
+#: Celery acknowledges, or rejects, what it cannot make a request of.
+UNREADABLE = Outcome(Verdict.ENDED, State.DEAD, "the worker could not read the message; its log says why")
+
+
+class Supply(bootsteps.StartStopStep):
+    """A step of the consumer, started for each connection."""
+
+    requires = (Tasks,)
+
+    def start(self, c: Any) -> None:
+        """Tell the intake of the pool."""
+        transport = c.connection.transport
+        transport.is_worker = True
+        intake = transport.intake
+        intake.presence.name = c.hostname
+        tasks = c.app.tasks
+
+        def is_early(name: str) -> bool:
+            task = tasks.get(name)
+            return task is not None and not task.acks_late
+
+        @cache
+        def outcome_of(name: str) -> Outcome:
+            task = tasks.get(name)
+            if task is None:
+                return Outcome(Verdict.ENDED, State.DEAD, f"NotRegistered({name!r})")
+            return UNREADABLE if issubclass(symbol_by_name(task.Request), Request) else DONE
+
+        intake.is_early = is_early
+        intake.outcome_of = outcome_of
+        intake.is_in_pool = is_in_pool
+        intake.claims_ahead = not c.app.conf.worker_disable_prefetch
+        intake.slots = lambda: c.pool.num_processes
+        promoter = getattr(c.controller, "kathikon_promoter", None)
+        if promoter is not None:
+            intake.on_call = promoter.nudge
+
+    def stop(self, c: Any) -> None:
+        """Give back at once what was claimed and not begun; the pool goes on with what it has."""
+        if c.connection is not None:
+            intake = c.connection.transport.intake
+            intake.give_back(lambda delivery: delivery.is_job and not is_in_pool(delivery))
+
+    def info(self, c: Any) -> dict[str, Any]:
+        """What ``celery inspect stats`` says of the broker: what Celery says, without the password in the URL."""
+        if c.connection is None:
+            return {}
+        broker = c.connection.info()
+        del broker["password"]
+        shown = {"hostname": c.connection.as_uri(), "alternates": [mask(url) for url in broker["alternates"]]}
+        return {"broker": broker | shown}
+
+    def shutdown(self, c: Any) -> None:
+        """The pool has ended: what is left is nobody's."""
+        if c.connection is not None:
+            c.connection.transport.intake.is_in_pool = lambda delivery: False
+
+
+def is_in_pool(delivery: Delivery) -> bool:
+    """Whether the pool works on the delivery, or has it in its own queue."""
+    if not isinstance(delivery.item, Job):
+        return False
+    request = state.requests.get(delivery.item.id)
+    if request is None or getattr(request, "_delivery", None) is not delivery:
+        return False
+    return request in state.active_requests or request._apply_result is not None
+
+
+class InWords(logging.Filter):
+    """Leaves out the traceback of an error that ends the worker and says by itself what is wrong."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], SettingError | SchemaError):
+            record.exc_info = None
+        return True
+
+
+class NotForUs(logging.Filter):
+    """Drops Celery's word that ``worker_disable_prefetch`` is for Redis only: the intake heeds it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "worker_disable_prefetch is only supported" not in str(record.msg)
