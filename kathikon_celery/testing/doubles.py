@@ -1,0 +1,57 @@
+"""A double of the storage, for tests that need no database."""
+
+from __future__ import annotations
+
+from inspect import getmembers, isfunction
+from typing import cast
+from unittest.mock import create_autospec
+
+from sqlalchemy.engine import make_url
+
+from kathikon_celery.settings import Settings
+from kathikon_celery.storage import Storage
+from kathikon_celery.storage.dialects import dialect_for
+from kathikon_celery.storage.engine import Database
+
+__all__ = ["storage_double"]
+
+#: What a verb that is declared to return one of these returns when there are no jobs.
+_NOTHING = {"int": int, "list": list, "dict": dict}
+
+
+def storage_double(settings: Settings | None = None) -> Storage:
+    """Return a mock of `Storage` that has no jobs, and no verb that `Storage` has not.
+
+    >>> storage = storage_double()
+    >>> storage.next_due.return_value = -0.5
+    >>> storage.promote_scheduled.return_value = 3
+    >>> Promoter(storage=storage, interval=1.0).step()
+
+    Its ``database`` is a mock as well, of a database that answers every question with nothing.
+
+    Arguments:
+        settings: default: every setting has its default, whatever the environment says.
+    """
+    storage = create_autospec(Storage, instance=True)
+    storage.settings = settings or Settings()
+    storage.database = _database_double()
+    for name, verb in getmembers(Storage, isfunction):
+        if not name.startswith("_"):
+            kind = str(verb.__annotations__["return"]).partition("[")[0]
+            getattr(storage, name).return_value = _NOTHING[kind]() if kind in _NOTHING else None
+    return cast("Storage", storage)
+
+
+def _database_double() -> Database:
+    database = create_autospec(Database, instance=True)
+    # A true dialect, since statements are built with it. It opens no file: that is up to the database.
+    database.url = make_url("sqlite:///no-file")
+    database.dialect = dialect_for(database.url)
+    database.patience = 0.0
+    database.patiently.side_effect = lambda call, *_: call(False)
+    for way in (database.read, database.once, database.write):
+        result = way.return_value.__enter__.return_value.execute.return_value
+        result.rowcount = 0
+        result.scalar.return_value = result.first.return_value = result.one_or_none.return_value = None
+        result.all.return_value = []
+    return cast("Database", database)
