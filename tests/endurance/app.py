@@ -1,0 +1,49 @@
+"""The Celery app that every scenario runs, configured by the environment that `harness.Run` sets.
+
+``ENDURANCE_CONFIG``, ``ENDURANCE_BROKER``, ``ENDURANCE_BACKEND`` and ``ENDURANCE_CONF`` (a JSON object of further
+settings) are applied in that order; ``ENDURANCE_JOURNAL`` is the file to write to and ``ENDURANCE_WORKER`` the number
+of this worker. Without a config module the app asks of its broker what ours does unasked: late acks.
+"""
+
+import json
+import os
+import time
+
+from celery import Celery
+from celery.signals import worker_ready
+
+from tests.endurance.journal import Event, Writer
+
+LATE_ACKS = {
+    "task_acks_late": True,
+    "task_reject_on_worker_lost": True,
+    "task_default_queue": "endurance",
+    "broker_connection_retry_on_startup": True,
+}
+WORKER = int(os.environ.get("ENDURANCE_WORKER", "-1"))
+
+journal = Writer(os.environ["ENDURANCE_JOURNAL"])
+app = Celery("endurance")
+if config := os.environ.get("ENDURANCE_CONFIG"):
+    app.config_from_object(config)
+else:
+    app.conf.update(LATE_ACKS)
+for setting, variable in {"broker_url": "ENDURANCE_BROKER", "result_backend": "ENDURANCE_BACKEND"}.items():
+    if value := os.environ.get(variable):
+        app.conf[setting] = value
+app.conf.update(json.loads(os.environ.get("ENDURANCE_CONF", "{}")))
+
+
+@app.task(name="endurance.work")
+def work(job: int, seconds: float) -> int:
+    """Sleep for `seconds` and return the number of the worker that ran the job."""
+    journal.write(Event.STARTED, job, WORKER)
+    if seconds:
+        time.sleep(seconds)
+    journal.write(Event.ENDED, job, WORKER)
+    return WORKER
+
+
+@worker_ready.connect
+def _ready(**kwargs: object) -> None:
+    journal.write(Event.READY, worker=WORKER)

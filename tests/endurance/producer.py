@@ -1,0 +1,43 @@
+"""Sends jobs, as a process of its own: ``python -m tests.endurance.producer --help``."""
+
+import argparse
+import time
+import traceback
+
+from tests.endurance.app import journal, work
+from tests.endurance.journal import Event
+
+
+def send(first: int, count: int, *, seconds: float = 0.0, rate: float = 0.0, countdown: float = 0.0) -> None:
+    """Send jobs `first` to `first` + `count`, `rate` a second (0: as fast as they go), each once.
+
+    A job whose ``delay()`` raises may or may not have reached the broker, so it is recorded as refused and not sent
+    again, and its traceback printed.
+    """
+    begin = time.monotonic()
+    for number in range(count):
+        if rate:
+            time.sleep(max(0.0, begin + number / rate - time.monotonic()))
+        job, at = first + number, time.monotonic()
+        try:
+            work.apply_async((job, seconds), countdown=countdown or None)
+        except Exception:
+            journal.write(Event.REFUSED, job, at=at)
+            traceback.print_exc()
+        else:
+            journal.write(Event.SENT, job, at=at)
+
+
+def main() -> None:
+    """Read the command line and send."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("first", type=int, help="number of the first job")
+    parser.add_argument("count", type=int, help="how many jobs")
+    parser.add_argument("--seconds", type=float, default=0.0, help="how long each job sleeps")
+    parser.add_argument("--rate", type=float, default=0.0, help="jobs a second; 0: as fast as they go")
+    parser.add_argument("--countdown", type=float, default=0.0, help="seconds until the jobs are due")
+    send(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Every endurance scenario at small scale: what must hold at any speed, not how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.endurance.child_recycling import child_recycling
+from tests.endurance.database_restart import database_restart
+from tests.endurance.harness import Figures, Run
+from tests.endurance.kill_workers import kill_workers
+from tests.endurance.many_countdowns import many_countdowns
+from tests.endurance.sqlite_contention import sqlite_contention
+from tests.endurance.stopped_worker import stopped_worker
+from tests.endurance.terminate_backends import terminate_backends
+
+ONCE = {"refused": 0, "unfinished": 0, "twice": 0}
+NOT_LOST = {"unfinished": 0, "twice_unexplained": 0}
+
+
+@pytest.fixture
+def run(database_url: str) -> Iterator[Run]:
+    """A run on each database in turn."""
+    with Run(f"kathikon+{database_url}") as run:
+        yield run
+
+
+@pytest.fixture
+def cluster_run() -> Iterator[Run]:
+    """A run on a PostgreSQL server of its own."""
+    with Run("kathikon+{database}") as run:
+        yield run
+
+
+def assert_figures(figures: Figures, **expected: object) -> None:
+    assert {name: figures[name] for name in expected} == expected, figures
+
+
+def test_a_killed_workers_jobs_are_run_again(run: Run) -> None:
+    figures = kill_workers(run, jobs=60, seconds=0.2, kills=2, every=1.0)
+    assert_figures(figures, sent=60, refused=0, twice_unacked=0, **NOT_LOST)
+    assert 1 <= figures["twice_running"] <= 4
+
+
+def test_a_worker_that_was_stopped_changes_nothing(run: Run) -> None:
+    figures = stopped_worker(run, jobs=4, seconds=0.5)
+    assert_figures(figures, **NOT_LOST, twice=2, taken_over=2, started_late=0, recorded=4, changed=0)
+    assert figures["said"]
+
+
+@pytest.mark.postgresql
+def test_nothing_is_lost_when_the_database_restarts(cluster_run: Run) -> None:
+    figures = database_restart(cluster_run, restarts=2, every=1.5, rate=20.0)
+    assert_figures(figures, **NOT_LOST, workers_lost=0)
+
+
+@pytest.mark.postgresql
+def test_nothing_is_lost_when_connections_are_cut(cluster_run: Run) -> None:
+    figures = terminate_backends(cluster_run, times=4, every=1.0, rate=20.0)
+    assert_figures(figures, **NOT_LOST, workers_lost=0)
+
+
+def test_many_processes_share_a_sqlite_file(sqlite_url: str) -> None:
+    with Run(f"kathikon+{sqlite_url}") as run:
+        figures = sqlite_contention(run, minutes=0.05, workers=3, producers=3)
+    assert_figures(figures, **ONCE, locked=0, sent=450)
+
+
+def test_jobs_that_wait_are_in_nobodys_way(run: Run) -> None:
+    figures = many_countdowns(run, waiting=300, jobs=50, probes=10)
+    assert_figures(figures, **ONCE, early=0, scheduled=300)
+
+
+def test_children_are_replaced_and_no_job_with_them(run: Run) -> None:
+    figures = child_recycling(run, jobs=200, per_child=20)
+    assert_figures(figures, **ONCE)
+    assert figures["children"] >= 10

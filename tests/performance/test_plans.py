@@ -1,0 +1,120 @@
+"""Every statement that runs often reaches its rows by the index that was made for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection
+
+from kathikon_celery.job import State
+from kathikon_celery.storage import claim, finish, insert, messages, nodes, promote, prune, results
+from tests.performance.conftest import Plans
+from tests.storage.actors import new_job
+
+BY_SEQ = "kathikon_jobs_pkey"
+BY_ID = "kathikon_jobs_id"
+MESSAGE_BY_SEQ = "kathikon_messages_pkey"
+READY = "kathikon_jobs_ready"
+DUE = "kathikon_jobs_due"
+HELD = "kathikon_jobs_held"
+ENDED = "kathikon_jobs_ended"
+EXPIRING = "kathikon_jobs_expiring"
+MESSAGES_HELD = "kathikon_messages_held"
+MESSAGES_READY = "kathikon_messages_ready"
+
+IN_AN_HOUR = datetime.now(timezone.utc) + timedelta(hours=1)
+PAIRS = [(seq, 1) for seq in range(100, 200)]
+
+
+def writing(call: Callable[[Plans, Connection], Any]) -> Callable[[Plans], Any]:
+    def run(plans: Plans) -> None:
+        with plans.database.write() as connection:
+            call(plans, connection)
+
+    return run
+
+
+def reading(call: Callable[[Plans, Connection], Any]) -> Callable[[Plans], Any]:
+    def run(plans: Plans) -> None:
+        with plans.database.read() as connection:
+            call(plans, connection)
+
+    return run
+
+
+def result(state: State | None) -> dict[str, Any]:
+    return {"state": state, "status": "x", "result": "1", "traceback": None, "meta": None}
+
+
+#: For each function: how to call it, and for each table it reads the index and the words of what it is searched by.
+STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
+    "publish by its own task": (lambda plans: insert.insert(plans.database, new_job("id-9"), fence=7), {BY_ID: "id"}),
+    "fetch": (lambda plans: plans.storage.fetch("id-77"), {BY_ID: "id"}),
+    "claim": (
+        writing(lambda plans, conn: claim.claim(plans.database, conn, "queue-1", 10, plans.worker.id)),
+        {READY: "queue", BY_SEQ: ""},
+    ),
+    "is anything there": (
+        reading(lambda plans, conn: claim.is_anything_there(conn, ["queue-1", "queue-2"])),
+        {READY: "queue", MESSAGES_READY: "queue"},
+    ),
+    "started": (writing(lambda plans, conn: finish.started(plans.database, conn, PAIRS)), {BY_SEQ: ""}),
+    "completed": (writing(lambda plans, conn: finish.completed(plans.database, conn, PAIRS)), {BY_SEQ: ""}),
+    "given back": (writing(lambda plans, conn: finish.given_back(plans.database, conn, PAIRS)), {BY_SEQ: ""}),
+    "ended": (writing(lambda plans, conn: finish.ended(conn, PAIRS[0], State.DEAD, "x", "y")), {BY_SEQ: ""}),
+    "moved on": (writing(lambda plans, conn: finish.moved_on(conn, PAIRS)), {BY_SEQ: ""}),
+    "held by": (reading(lambda plans, conn: finish.held_by(conn, plans.worker.id)), {HELD: "node_id"}),
+    "result": (lambda plans: results.store(plans.database, PAIRS[1], **result(State.DEAD)), {BY_SEQ: ""}),
+    "result in between": (lambda plans: results.store(plans.database, PAIRS[1], **result(None)), {BY_SEQ: ""}),
+    "promote": (lambda plans: promote.promote(plans.database), {DUE: "available_at", BY_SEQ: ""}),
+    "next due": (reading(lambda plans, conn: promote.next_due(conn)), {DUE: ""}),
+    "expire": (lambda plans: promote.expire(plans.database), {EXPIRING: "expires_at", BY_SEQ: ""}),
+    "prunable": (
+        reading(lambda plans, conn: prune.prunable(conn, {State.COMPLETED: 600000.0})),
+        {ENDED: "ended_at"},
+    ),
+    "prune": (lambda plans: plans.storage.prune(), {ENDED: "ended_at", BY_SEQ: ""}),
+    "delete": (lambda plans: prune.delete_keys(plans.database, ["id-1", "id-2", "id-3"]), {BY_ID: "id"}),
+    "purge": (writing(lambda plans, conn: prune.purge(conn, "queue-0")), {READY: "queue", DUE: ""}),
+    "orphans": (reading(lambda plans, conn: nodes.orphans(conn)), {HELD: "", MESSAGES_HELD: ""}),
+    "rescue": (lambda plans: nodes.remove(plans.database, 3), {HELD: "node_id", MESSAGES_HELD: "node_id"}),
+    "take messages": (
+        writing(lambda plans, conn: messages.take(plans.database, conn, "queue-1", 10, plans.worker.id, True)),
+        {MESSAGES_READY: "queue", MESSAGE_BY_SEQ: ""},
+    ),
+    "take messages for good": (
+        writing(lambda plans, conn: messages.take(plans.database, conn, "queue-1", 10, plans.worker.id, False)),
+        {MESSAGES_READY: "queue", MESSAGE_BY_SEQ: ""},
+    ),
+    "acknowledge": (
+        writing(lambda plans, conn: messages.acknowledge(plans.database, conn, PAIRS[:5])),
+        {MESSAGE_BY_SEQ: ""},
+    ),
+    "expired messages": (
+        lambda plans: prune.expired_messages(plans.database),
+        {"kathikon_messages_expires": "expires_at", MESSAGE_BY_SEQ: ""},
+    ),
+    "size": (reading(lambda plans, conn: messages.size(conn, "queue-1")), {READY: "queue"}),
+}
+
+
+#: They take the first rows in the order of the index.
+IN_ORDER = {"claim", "promote", "next due", "prunable", "prune", "take messages", "take messages for good"}
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_plan(plans: Plans, name: str) -> None:
+    call, expected = STATEMENTS[name]
+    with plans.of() as found:
+        call(plans)
+    assert set(expected) <= {access.index for plan in found for access in plan.accesses}
+    for plan in found:
+        print(plan)
+        assert not (plan.sorts and name in IN_ORDER)
+        for access in plan.accesses:
+            assert access.index in expected or access.table != "kathikon_jobs"
+            # A partial index that is read from end to end is no better than a table.
+            assert expected.get(access.index or "", "") in access.condition

@@ -1,0 +1,87 @@
+"""Who acts on the tables: publishers, and workers as storage sees them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+from kathikon_celery.job import Job, State
+from kathikon_celery.storage import Storage, claim, finish, insert, messages, nodes, results
+from kathikon_celery.storage.messages import Message
+from kathikon_celery.storage.names import key
+
+_publications = count(1)
+
+
+def new_job(job_id: str = "job", **fields: Any) -> Job:
+    """A job, each call another publication."""
+    return Job(id=job_id, publication=next(_publications), **fields)
+
+
+def the_job(storage: Storage, job_id: str = "job") -> Job:
+    """The row as it is now."""
+    job = storage.fetch(job_id)
+    assert job is not None
+    return job
+
+
+class Worker:
+    """A node that claims and reports."""
+
+    def __init__(self, storage: Storage, lease: float = 60.0) -> None:
+        self.database = storage.database
+        self.id = nodes.register(self.database, "worker", "machine", 1, 0.0, lease)
+
+    def claim(self, limit: int = 1, queue: str = "default") -> list[Job]:
+        with self.database.write() as connection:
+            return claim.claim(self.database, connection, key(queue), limit, self.id)
+
+    def claim_one(self, queue: str = "default") -> Job:
+        (job,) = self.claim(1, queue)
+        return job
+
+    def start(self, *jobs: Job, acked: bool = False) -> int:
+        with self.database.write() as connection:
+            return finish.started(self.database, connection, _pairs(jobs), acked)
+
+    def complete(self, *jobs: Job) -> int:
+        with self.database.write() as connection:
+            return finish.completed(self.database, connection, _pairs(jobs))
+
+    def end(self, job: Job, state: State, reason: str = "because", traceback: str | None = None) -> int:
+        with self.database.write() as connection:
+            return finish.ended(connection, (job.seq, job.fence), state, reason, traceback)
+
+    def give_back(self, *jobs: Job, crashed: bool = False) -> int:
+        with self.database.write() as connection:
+            return finish.given_back(self.database, connection, _pairs(jobs), crashed)
+
+    def store(self, job: Job, state: State | None = State.COMPLETED, **fields: Any) -> bool:
+        written = {"status": "SUCCESS", "result": "1", "traceback": None, "meta": None, **fields}
+        return results.store(self.database, (job.seq, job.fence), state, **written)
+
+    def publish_again(self, job: Job, **fields: Any) -> bool:
+        """What ``self.retry`` does: the task publishes its own id."""
+        return insert.insert(self.database, new_job(job.id, **fields), fence=job.fence)
+
+    def note_retry(self, job: Job, reason: str) -> None:
+        """And what it then notes of its failure."""
+        results.store_retry(self.database, (job.seq, job.fence), result="{}", traceback="Traceback", reason=reason)
+
+    def take(self, limit: int = 10, queue: str = "queue", keep: bool = True) -> list[Message]:
+        with self.database.write() as connection:
+            return messages.take(self.database, connection, key(queue), limit, self.id, keep)
+
+    def die(self) -> int | None:
+        """Somebody finds it dead."""
+        return nodes.remove(self.database, self.id)
+
+
+def _pairs(jobs: tuple[Job, ...]) -> list[tuple[int, int]]:
+    return [(job.seq, job.fence) for job in jobs]
+
+
+def without(job: Job, *names: str) -> Job:
+    """A copy in which these fields are empty, for comparisons that leave them out."""
+    return replace(job, **dict.fromkeys(names))

@@ -1,0 +1,190 @@
+"""Claiming: the order, and that nobody gets what another has."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+
+import pytest
+
+from kathikon_celery.job import State
+from kathikon_celery.storage import Storage, claim, messages, nodes
+from tests.storage.actors import Worker, new_job, the_job
+
+PRIORITIES = [0, 2**62, -(2**62), 1, -1, 2**63 - 1, -(2**63), 10, 9, 255]
+
+
+def test_higher_priority_first(storage: Storage) -> None:
+    storage.insert_many([new_job(str(priority), priority=priority) for priority in PRIORITIES])
+    assert [job.priority for job in storage.claim("default", 100)] == sorted(PRIORITIES, reverse=True)
+
+
+def test_one_by_one_in_the_same_order(storage: Storage, worker: Worker) -> None:
+    storage.insert_many([new_job(str(priority), priority=priority) for priority in PRIORITIES])
+    assert [worker.claim_one().priority for _ in PRIORITIES] == sorted(PRIORITIES, reverse=True)
+
+
+def test_of_equal_priority_what_is_ready_for_longer(
+    storage: Storage, worker: Worker, set_row: Callable[..., None]
+) -> None:
+    storage.insert_many([new_job(name) for name in ("late", "early", "between")])
+    start = datetime.now(timezone.utc)
+    for name, microseconds in (("late", 2), ("early", 0), ("between", 1)):
+        set_row(name, available_at=start + timedelta(microseconds=microseconds))
+    assert [job.id for job in worker.claim(3)] == ["early", "between", "late"]
+
+
+def test_of_the_same_moment_what_was_published_first(
+    storage: Storage, worker: Worker, set_row: Callable[..., None]
+) -> None:
+    ids = [f"{number:02}" for number in range(20)]
+    storage.insert_many([new_job(job_id) for job_id in ids])
+    moment = datetime.now(timezone.utc)
+    for job_id in reversed(ids):
+        set_row(job_id, available_at=moment)
+    assert [job.id for job in worker.claim(7) + worker.claim(20)] == ids
+
+
+def test_no_more_than_asked_for_and_of_the_queue_asked_for(storage: Storage, worker: Worker) -> None:
+    storage.insert_many([new_job(str(number), queue="mails" if number % 2 else "default") for number in range(20)])
+    assert [job.id for job in worker.claim(3, "mails")] == ["1", "3", "5"]
+    assert worker.claim(0) == []
+    assert len(worker.claim(100)) == 10
+    assert worker.claim(100) == []
+    assert worker.claim(100, "nowhere") == []
+
+
+def test_what_a_claim_tells_and_writes(storage: Storage, worker: Worker) -> None:
+    storage.insert(new_job(task="proj.task", priority=4, envelope='{"headers":{}}', body="[]"))
+    job, row = worker.claim_one(), the_job(storage)
+    assert (row.state, row.node_id, row.attempts, row.fence) == (State.CLAIMED, worker.id, 1, 1)
+    for name in ("seq", "id", "queue", "task", "state", "priority", "fence", "attempts", "crashes", "envelope", "body"):
+        assert getattr(job, name) == getattr(row, name)
+
+
+def test_only_what_is_available_is_claimed(storage: Storage, worker: Worker, set_row: Callable[..., None]) -> None:
+    storage.insert_many([new_job(state.value) for state in State])
+    for state in State:
+        set_row(state.value, state=state.value)
+    assert [job.id for job in worker.claim(100)] == ["available"]
+
+
+def test_a_node_that_was_taken_for_dead_gets_nothing(storage: Storage, worker: Worker) -> None:
+    storage.insert(new_job())
+    worker.die()
+    assert worker.claim() == []
+    assert the_job(storage).state is State.AVAILABLE
+
+
+def test_claims_of_many_threads_never_overlap(storage: Storage) -> None:
+    """Twelve workers, a thousand jobs, claims that are given back in between."""
+    count, claimers = 1000, 12
+    storage.insert_many([new_job(str(number), priority=number % 3) for number in range(count)])
+    workers = [Worker(storage) for _ in range(claimers)]
+    barrier = threading.Barrier(claimers)
+    done: list[str] = []
+    fences: list[tuple[int, int]] = []
+    errors: list[BaseException] = []
+
+    def work(worker: Worker, size: int) -> None:
+        try:
+            barrier.wait(10)
+            while jobs := worker.claim(size):
+                fences.extend((job.seq, job.fence) for job in jobs)
+                back = jobs[0] if jobs[0].attempts == 1 and len(jobs) > 5 else None
+                if back:
+                    assert worker.give_back(back) == 1
+                rest = [job for job in jobs if job is not back]
+                assert worker.complete(*rest) == len(rest)
+                done.extend(job.id for job in rest)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(one, 3 + number)) for number, one in enumerate(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors
+    assert Counter(done) == {str(number): 1 for number in range(count)}
+    assert len(fences) == len(set(fences))
+    assert storage.counts() == {("default", "completed"): count}
+
+
+def test_a_job_is_no_longer_there_once_another_has_claimed_it_in_an_open_transaction(storage: Storage) -> None:
+    """PostgreSQL skips it; SQLite lets the second wait, and then find the next one."""
+    storage.insert_many([new_job("1"), new_job("2")])
+    first, second, got = Worker(storage), Worker(storage), []
+    thread = threading.Thread(target=lambda: got.extend(second.claim()))
+    with storage.database.write() as connection:
+        (job,) = claim.claim(storage.database, connection, "default", 1, first.id)
+        thread.start()
+        if storage.database.dialect.name == "postgresql":
+            thread.join(10)
+            assert [one.id for one in got] == ["2"]
+    thread.join(10)
+    assert (job.id, [one.id for one in got]) == ("1", ["2"])
+
+
+@pytest.mark.parametrize(
+    ("queue", "expected"), [("default", True), ("mails", False), ("messages", True), ("held", False)]
+)
+def test_is_anything_there(storage: Storage, worker: Worker, queue: str, expected: bool) -> None:
+    storage.insert(new_job())
+    storage.insert(new_job("later", queue="mails", scheduled_at=datetime.now(timezone.utc) + timedelta(hours=1)))
+    messages.put(storage.database, ["messages", "held"], "{}", "")
+    worker.take(queue="held")
+    with storage.database.read() as connection:
+        assert claim.is_anything_there(connection, [queue]) is expected
+        assert claim.is_anything_there(connection, ["nowhere", queue]) is expected
+        assert not claim.is_anything_there(connection, [])
+
+
+def test_a_claim_that_the_server_forgot_is_made_again(storage: Storage, set_row: Callable[..., None]) -> None:
+    storage.insert_many([new_job("1"), new_job("2")])
+    worker = Worker(storage)
+    jobs = worker.claim(2)
+    set_row("1", state="available", node_id=None, fence=0, attempts=0)  # as after a crash of the server
+    pairs = [(job.seq, job.fence) for job in jobs]
+    with storage.database.write() as connection:
+        assert claim.claim_again(storage.database, connection, pairs, worker.id) == 1
+    assert worker.complete(*jobs) == 2
+
+
+@pytest.mark.postgresql
+def test_a_publication_calls_one_idle_node_that_waits_for_its_queue(postgresql_storage: Storage) -> None:
+    storage = postgresql_storage
+    worker, other = Worker(storage), Worker(storage)
+    for one, names in ((worker, ["mails"]), (other, ["default", "mails"])):
+        with storage.database.write() as connection:
+            nodes.wait_for(connection, one.id, names)
+    wakeups = [storage.database.wakeup(one.id) for one in (worker, other)]
+    assert all(wakeup.wait(10) for wakeup in wakeups)  # they listen now
+    storage.insert(new_job())
+    assert wakeups[1].wait(10)
+    assert not wakeups[0].wait(0)
+    storage.insert(new_job("2"))  # nobody waits for it any more
+    assert not wakeups[1].wait(0.05)
+    storage.insert(new_job("3", queue="mails"))
+    assert wakeups[0].wait(10)
+    for wakeup in wakeups:
+        wakeup.close()
+
+
+def test_a_publication_is_heard(storage: Storage) -> None:
+    worker = Worker(storage)
+    if storage.database.dialect.wakes_by_name:
+        with storage.database.write() as connection:
+            nodes.wait_for(connection, worker.id, ["default"])
+    wakeup = storage.database.wakeup(worker.id)
+    while wakeup.wait(0.05):
+        pass
+    storage.insert(new_job())
+    assert wakeup.wait(10)
+    while wakeup.wait(0.05):
+        pass
+    storage.insert(new_job("later", scheduled_at=datetime.now(timezone.utc) + timedelta(hours=1)))
+    assert wakeup.wait(10)
+    wakeup.close()

@@ -1,0 +1,220 @@
+"""Nodes, leases and the rescue of what the dead held (the fourth invariant)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from kathikon_celery.job import State
+from kathikon_celery.storage import Storage, finish, messages, nodes, topology
+from kathikon_celery.storage.nodes import Holder
+from tests.storage.actors import Worker, new_job, the_job
+
+
+def test_a_claimed_job_comes_back_without_a_crash(storage: Storage, worker: Worker, other: Worker) -> None:
+    storage.insert(new_job(priority=3))
+    before = the_job(storage)
+    claimed = worker.claim_one()
+    assert worker.die() == 1
+    job = the_job(storage)
+    assert (job.state, job.crashes, job.node_id, job.claimed_at) == (State.AVAILABLE, 0, None, None)
+    assert job.fence > claimed.fence
+    assert (job.available_at, job.priority) == (before.available_at, 3)
+    assert other.claim_one().attempts == 2
+
+
+def test_a_running_job_comes_back_with_a_crash(storage: Storage, worker: Worker) -> None:
+    storage.insert(new_job())
+    worker.start(worker.claim_one())
+    worker.die()
+    job = the_job(storage)
+    assert (job.state, job.crashes, job.node_id, job.started_at) == (State.AVAILABLE, 1, None, None)
+
+
+def test_a_job_whose_processes_are_lost_too_often_is_dead(storage: Storage) -> None:
+    storage.insert(new_job(max_attempts=3))
+    for crash in (1, 2, 3):
+        worker = Worker(storage)
+        worker.start(worker.claim_one())
+        worker.die()
+        job = the_job(storage)
+        assert (job.crashes, job.state) == (crash, State.DEAD if crash == 3 else State.AVAILABLE)
+    assert job.reason == finish.LOST_TOO_OFTEN
+    assert job.failed_at == job.ended_at
+    assert job.ended_at is not None
+    assert job.started_at is not None
+    assert job.node_id is None
+
+
+def test_claims_that_are_lost_count_no_crash(storage: Storage) -> None:
+    storage.insert(new_job(max_attempts=1))
+    for _ in range(5):
+        worker = Worker(storage)
+        worker.claim_one()
+        worker.die()
+    assert the_job(storage).state is State.AVAILABLE
+    assert the_job(storage).crashes == 0
+
+
+def test_an_early_acknowledged_job_that_ran_is_dead_and_runs_not_twice(storage: Storage, worker: Worker) -> None:
+    storage.insert(new_job())
+    worker.start(worker.claim_one(), acked=True)
+    worker.die()
+    job = the_job(storage)
+    assert (job.state, job.reason, job.crashes) == (State.DEAD, finish.LOST_AT_MOST_ONCE, 1)
+    assert job.started_at is not None
+    assert Worker(storage).claim() == []
+
+
+@pytest.mark.parametrize("max_attempts", [1, 20])
+def test_what_the_lost_run_said_of_itself_is_forgotten(storage: Storage, worker: Worker, max_attempts: int) -> None:
+    storage.insert(new_job(max_attempts=max_attempts))
+    job = worker.claim_one()
+    worker.start(job)
+    worker.store(job, None, status="PROGRESS", result='{"done":1}', meta="{}")
+    worker.die()
+    row = the_job(storage)
+    assert row.status is row.result is row.meta is row.traceback is None
+
+
+def test_only_what_the_dead_one_held(storage: Storage, worker: Worker, other: Worker) -> None:
+    storage.insert_many([new_job(str(number)) for number in range(6)])
+    mine, theirs = worker.claim(3), other.claim(2)
+    worker.complete(mine[0])
+    assert worker.die() == 2
+    states = {job.id: job.state for job in storage.all()}
+    assert states[mine[0].id] is State.COMPLETED
+    assert states[mine[1].id] is states[mine[2].id] is State.AVAILABLE
+    assert {states[job.id] for job in theirs} == {State.CLAIMED}
+
+
+def test_a_second_rescue_finds_nothing(storage: Storage, worker: Worker) -> None:
+    storage.insert(new_job())
+    worker.claim_one()
+    assert worker.die() == 1
+    before = the_job(storage)
+    assert worker.die() == 0
+    assert the_job(storage) == before
+
+
+def test_a_lease_that_was_renewed_meanwhile_saves_the_node(storage: Storage) -> None:
+    dead = Worker(storage, lease=-1)
+    alive = Worker(storage, lease=60)
+    storage.insert_many([new_job("1"), new_job("2")])
+    for worker in (dead, alive):
+        worker.claim_one()
+    assert nodes.remove(storage.database, alive.id, unless_renewed=True) is None
+    assert nodes.remove(storage.database, dead.id, unless_renewed=True) == 1
+    assert storage.counts() == {("default", "available"): 1, ("default", "claimed"): 1}
+
+
+def test_a_lease_is_seen_by_others(storage: Storage, worker: Worker, other: Worker) -> None:
+    def lease() -> float:
+        with storage.database.read() as connection:
+            (node,) = nodes.others(connection, worker.id)
+        assert node.id == other.id
+        return node.lease
+
+    assert nodes.renew(storage.database, other.id, 30)
+    assert lease() == pytest.approx(30, abs=5)
+    assert nodes.renew(storage.database, other.id, -30)
+    assert lease() == pytest.approx(-30, abs=5)
+
+
+def test_who_was_taken_for_dead_learns_it(storage: Storage, worker: Worker, other: Worker) -> None:
+    worker.die()
+    assert not nodes.renew(storage.database, worker.id, 30)
+    assert Worker(storage).id > other.id  # no number twice
+
+
+def test_rows_held_under_no_node_are_found_and_returned(
+    storage: Storage, worker: Worker, set_row: Callable[..., None]
+) -> None:
+    """A claim that was committed after its node had been removed."""
+    storage.insert(new_job())
+    set_row(state="claimed", node_id=4711)
+    messages.put(storage.database, ["queue"], "{}", "")
+    ghost = Worker(storage)
+    ghost.id = 4712
+    (held,) = ghost.take()
+    with storage.database.read() as connection:
+        assert set(nodes.orphans(connection)) == {4711, 4712}
+    for node_id in (4711, 4712):
+        nodes.remove(storage.database, node_id)
+    assert the_job(storage).state is State.AVAILABLE
+    assert [message.seq for message in worker.take()] == [held.seq]
+    with storage.database.read() as connection:
+        assert nodes.orphans(connection) == []
+
+
+def test_messages_that_the_dead_one_held_are_there_again(storage: Storage, worker: Worker, other: Worker) -> None:
+    messages.put(storage.database, ["queue"], "{}", "text")
+    (held,) = worker.take()
+    worker.die()
+    (again,) = other.take()
+    assert (again.seq, again.body, again.redelivered) == (held.seq, "text", True)
+    assert again.fence > held.fence
+
+
+def test_auto_delete_queues_go_with_their_node_and_others_expire(storage: Storage, worker: Worker) -> None:
+    database = storage.database
+    for number in range(20):
+        topology.declare_queue(database, f"reply-{number}", auto_delete=True)
+        topology.own_queue(database, f"reply-{number}", worker.id)
+    topology.declare_queue(database, "mine", expires=0.0)
+    topology.own_queue(database, "mine", worker.id)
+    topology.declare_queue(database, "another's", auto_delete=True)
+    assert topology.delete_unused(database) == 0
+    worker.die()
+    with database.read() as connection:
+        assert set(topology.all_queues(connection)) == {"mine", "another's"}
+    assert topology.delete_unused(database) == 1
+
+
+def test_newest_grows_with_each_node(storage: Storage) -> None:
+    def newest() -> int:
+        with storage.database.read() as connection:
+            return nodes.newest(connection)
+
+    assert newest() == 0
+    assert Worker(storage).id == newest()
+    assert Worker(storage).id == newest()
+
+
+class TestLock:
+    """The session lock by which a node's death is seen at once; SQLite has none."""
+
+    def test_it_is_free_when_its_holder_is_gone(self, storage: Storage, worker: Worker) -> None:
+        database, holder = storage.database, Holder(storage.database)
+
+        def is_free() -> bool | None:
+            with database.read() as connection:
+                return nodes.is_lock_free(database, connection, worker.id)
+
+        has_locks = database.dialect.name == "postgresql"
+        assert is_free() is (True if has_locks else None)
+        assert holder.renew(worker.id, 30)
+        assert is_free() is (False if has_locks else None)
+        holder.drop()
+        assert is_free() is (True if has_locks else None)
+
+    def test_a_lease_is_renewed_while_the_lock_is_not_to_be_had(self, storage: Storage, worker: Worker) -> None:
+        """The server may see the connection that held it, long after that connection was lost."""
+        lost, holder = Holder(storage.database), Holder(storage.database)
+        assert lost.renew(worker.id, 30)
+        assert holder.renew(worker.id, 30)
+        lost.drop()
+        assert holder.renew(worker.id, 30)
+        with storage.database.read() as connection:
+            assert not nodes.is_lock_free(storage.database, connection, worker.id)
+        holder.drop()
+
+    def test_a_new_id_takes_a_new_lock(self, storage: Storage, worker: Worker, other: Worker) -> None:
+        holder = Holder(storage.database)
+        assert holder.renew(worker.id, 30)
+        assert holder.renew(other.id, 30)
+        with storage.database.read() as connection:
+            free = [nodes.is_lock_free(storage.database, connection, one.id) for one in (worker, other)]
+        assert free == ([True, False] if storage.database.dialect.name == "postgresql" else [None, None])
+        holder.drop()

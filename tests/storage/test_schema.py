@@ -1,0 +1,203 @@
+"""The schema: made once by whoever comes first, the same by migrations and as SQL, and refused when it is newer."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from kathikon_celery.settings import Settings
+from kathikon_celery.storage import SchemaError, Storage, schema
+from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.tables import metadata
+from tests.storage.actors import new_job
+
+SETTINGS = Settings()
+
+SET_UP = """
+import sys
+from contextlib import closing
+from kathikon_celery.settings import Settings
+from kathikon_celery.storage import Storage
+from tests.storage.actors import new_job
+
+with closing(Storage(sys.argv[1], Settings())) as storage:
+    print("ready", flush=True)
+    sys.stdin.read()  # until all are
+    storage.setup()
+    storage.insert(new_job(sys.argv[2]))
+"""
+
+
+def test_many_processes_set_up_an_empty_database_at_once(database_url: str, tmp_path: Path) -> None:
+    count = 8
+    command = [sys.executable, "-W", "error", "-c", SET_UP, database_url]
+    root = Path(__file__).parents[2]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = [
+        subprocess.Popen([*command, str(number)], cwd=root, text=True, **pipes)  # type: ignore[call-overload]
+        for number in range(count)
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n", process.communicate()
+    for process in processes:
+        process.stdin.close()
+        process.stdin = None
+    outcomes = [(process.communicate(timeout=60)[1], process.returncode) for process in processes]
+    assert outcomes == [("", 0)] * count
+    with closing(Storage(database_url, SETTINGS)) as storage:
+        assert {job.id for job in storage.all()} == {str(number) for number in range(count)}
+
+
+def test_the_migrations_make_what_the_tables_say(database_url: str) -> None:
+    with closing(Storage(database_url, SETTINGS)) as storage:
+        storage.setup()
+        with storage.database.read() as connection:
+            context = MigrationContext.configure(
+                connection, opts={"compare_type": True, "version_table": schema.VERSION_TABLE}
+            )
+            assert compare_metadata(context, metadata) == []
+            assert _definitions(connection) == _of_metadata(database_url)
+
+
+def _of_metadata(url: str) -> dict[str, object]:
+    """What ``metadata.create_all`` makes of an empty database of the same kind."""
+    if url.startswith("sqlite"):
+        engine = sa.create_engine("sqlite://")
+        with engine.begin() as connection:
+            metadata.create_all(connection)
+            return _definitions(connection)
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(sa.text("CREATE SCHEMA other"))
+        connection.execute(sa.text("SET LOCAL search_path TO other"))
+        metadata.create_all(connection)
+        found = _definitions(connection, "other")
+    engine.dispose()
+    return found
+
+
+def _definitions(connection: sa.Connection, schema: str | None = None) -> dict[str, object]:
+    """Columns with types, defaults and nullability, keys, and indexes with their conditions and order."""
+    if connection.dialect.name == "sqlite":
+        rows = connection.execute(sa.text("SELECT name, sql FROM sqlite_master WHERE name LIKE 'kathikon%'"))
+        words = {name: " ".join((sql or "").replace("\t", " ").split()) for name, sql in rows}
+        return {name: sql for name, sql in words.items() if name != "kathikon_version"}
+    inspector = sa.inspect(connection)
+    found: dict[str, object] = {}
+    for table in metadata.sorted_tables:
+        columns = inspector.get_columns(table.name, schema)
+        found[table.name] = [(column["name"], str(column["type"]), column["nullable"]) for column in columns]
+    definitions = sa.text("SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = :schema")
+    namespace = schema or "public"
+    for name, definition in connection.execute(definitions, {"schema": namespace}):
+        if name != "kathikon_version_pkc":
+            found[name] = definition.replace(f" {namespace}.", " ")
+    return found
+
+
+@pytest.mark.postgresql
+def test_postgresql_vacuums_by_the_number_of_dead_rows(postgresql_url: str) -> None:
+    with closing(Storage(postgresql_url, SETTINGS)) as storage:
+        storage.setup()
+        query = "SELECT relname, reloptions FROM pg_class WHERE relname IN ('kathikon_jobs', 'kathikon_messages')"
+        with storage.database.read() as connection:
+            options = dict(connection.execute(sa.text(query)).all())
+    assert {"fillfactor=70", "autovacuum_vacuum_scale_factor=0"} < set(options["kathikon_jobs"])
+    assert "autovacuum_vacuum_scale_factor=0" in options["kathikon_messages"]
+
+
+def test_its_sql_runs_by_itself(database_url: str) -> None:
+    script = schema.ddl(database_url)
+    if database_url.startswith("sqlite"):
+        with closing(sqlite3.connect(sa.make_url(database_url).database or "")) as connection:
+            connection.executescript(script)
+    else:
+        with psycopg.connect(database_url.replace("+psycopg", ""), autocommit=True) as connection:
+            connection.execute(script.encode())
+    with closing(Storage(database_url, SETTINGS)) as storage:
+        storage.setup()
+        storage.insert(new_job())
+        assert storage.claim("default")
+        with storage.database.read() as connection:
+            assert schema.current(connection) == schema.HEAD
+            assert _definitions(connection) == _of_metadata(database_url)
+
+
+def test_its_sql_from_the_newest_version_does_nothing(database_url: str) -> None:
+    script = schema.ddl(database_url, since=schema.HEAD)
+    assert "CREATE" not in script
+
+
+def test_the_head_is_the_newest_migration() -> None:
+    assert ScriptDirectory.from_config(schema._config()).get_heads() == [schema.HEAD]
+
+
+def test_a_newer_schema_is_refused(database_url: str) -> None:
+    with closing(Storage(database_url, SETTINGS)) as storage:
+        storage.setup()
+        with storage.database.write() as connection:
+            connection.execute(sa.text("UPDATE kathikon_version SET version_num = '9999'"))
+        with closing(Storage(database_url, SETTINGS)) as old, pytest.raises(SchemaError) as raised:
+            old.setup()
+        assert "version '9999'" in str(raised.value)
+        assert f"up to '{schema.HEAD}'" in str(raised.value)
+        with storage.database.read() as connection:
+            assert schema.current(connection) == "9999"
+
+
+def test_no_password_in_its_error(postgresql_url: str) -> None:
+    url = sa.make_url(postgresql_url).set(password="s3cret").render_as_string(hide_password=False)
+    with closing(Storage(url, SETTINGS)) as storage:
+        storage.setup()
+        with storage.database.write() as connection:
+            connection.execute(sa.text("UPDATE kathikon_version SET version_num = '9999'"))
+        with closing(Storage(url, SETTINGS)) as old, pytest.raises(SchemaError) as raised:
+            old.setup()
+    assert "s3cret" not in str(raised.value)
+
+
+def test_setup_again_writes_nothing(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has tables made for him needs no right to make tables."""
+    with closing(Storage(database_url, SETTINGS)) as storage:
+        storage.setup()
+
+    def write(*args: object, **kwargs: object) -> None:
+        raise AssertionError("nothing is to be written")
+
+    monkeypatch.setattr(Database, "write", write)
+    monkeypatch.setattr(Database, "once", write)
+    with closing(Storage(database_url, SETTINGS)) as storage:
+        storage.setup()
+
+
+def test_a_failed_migration_leaves_nothing_behind(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        with storage.database.read() as other:
+            assert schema.current(other) is None  # others see nothing of it yet
+        raise RuntimeError("the power went")
+
+    with closing(Storage(database_url, SETTINGS)) as storage:
+        real = schema._alembic
+
+        def half(attributes: dict[str, object], *rest: object) -> None:
+            real(attributes)
+            fail()
+
+        monkeypatch.setattr(schema, "_alembic", half)
+        with pytest.raises(RuntimeError, match="the power went"):
+            storage.setup()
+        monkeypatch.undo()
+        with storage.database.read() as connection:
+            assert sa.inspect(connection).get_table_names() == []
+        storage.setup()
+        assert storage.all() == []

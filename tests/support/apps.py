@@ -1,0 +1,199 @@
+"""The sample app that integration tests run: ``celery -A tests.support.apps worker``.
+
+Its tasks are shared tasks, so they belong to whichever app is the current one: the module's own in a worker, the one
+that the fixture ``client`` made in a test. There, ``apps.add.delay(2, 2)`` goes to the test's own database.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from typing import Any, NoReturn
+
+from celery import Celery, Task, shared_task
+from celery.exceptions import Ignore, Reject
+
+
+def create_app(name: str = "tests", /, **conf: Any) -> Celery:
+    """An app that is configured as a user's would be; ``conf`` is what it sets on top. Another one stays current."""
+    app = Celery(name, set_as_current=False)
+    app.config_from_object("kathikon_celery.config")
+    if conf:
+        app.conf.update(conf)
+    return app
+
+
+app = create_app(**json.loads(os.environ.get("KATHIKON_TEST_CONF") or "{}"))
+
+
+def append_line(path: str, line: str) -> None:
+    """Append one line to a file at once, so that lines of several processes never mix."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, f"{line}\n".encode())
+    finally:
+        os.close(descriptor)
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[str]:
+    """The lines that tasks have appended so far; none if there is no file."""
+    try:
+        with open(path) as file:
+            return file.read().splitlines()
+    except FileNotFoundError:
+        return []
+
+
+@shared_task
+def add(x: int, y: int) -> int:
+    return x + y
+
+
+@shared_task
+def echo(*args: Any, **kwargs: Any) -> list[Any]:
+    return [list(args), kwargs]
+
+
+@shared_task
+def fail(message: str = "as asked") -> NoReturn:
+    raise ValueError(message)
+
+
+@shared_task(acks_late=False)
+def fail_early(message: str = "as asked") -> NoReturn:
+    raise ValueError(message)
+
+
+@shared_task
+def sleep(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+@shared_task
+def append(path: str, line: str, seconds: float = 0.0) -> str:
+    """Append a line, which counts this start, and work for a while."""
+    append_line(path, line)
+    time.sleep(seconds)
+    return line
+
+
+@shared_task
+def start_and_end(path: str, line: str, seconds: float = 0.05) -> str:
+    """Append ``start <line>`` and, after the work, ``end <line>``."""
+    append_line(path, f"start {line}")
+    time.sleep(seconds)
+    append_line(path, f"end {line}")
+    return line
+
+
+@shared_task(acks_late=False)
+def append_early(path: str, line: str, seconds: float = 0.0) -> str:
+    """As ``append``, but acknowledged before it starts: at most once."""
+    return append.run(path, line, seconds)  # type: ignore[no-any-return]
+
+
+@shared_task(ignore_result=True)
+def append_without_result(path: str, line: str) -> str:
+    append_line(path, line)
+    return line
+
+
+@shared_task(bind=True, max_retries=None)
+def retry_then_succeed(self: Task, path: str, failures: int, countdown: float = 0.0) -> int:
+    """Retry until it has been started more than ``failures`` times; return how often it was retried."""
+    append_line(path, self.request.id)
+    if self.request.retries < failures:
+        raise self.retry(countdown=countdown, exc=RuntimeError(f"try {self.request.retries + 1}"))
+    return self.request.retries  # type: ignore[no-any-return]
+
+
+@shared_task(bind=True, autoretry_for=(OSError,), retry_backoff=False, default_retry_delay=0, max_retries=2)
+def retry_until_given_up(self: Task, path: str) -> NoReturn:
+    append_line(path, self.request.id)
+    raise OSError("still broken")
+
+
+@shared_task
+def big_payload(data: str, size: int) -> str:
+    """Take a payload of any size and return one of ``size`` characters."""
+    return "x" * size
+
+
+@shared_task(acks_late=True)
+def reject(requeue: bool = False) -> NoReturn:
+    raise Reject("as asked", requeue=requeue)
+
+
+@shared_task(acks_late=True)
+def reject_until_third_start(path: str, line: str) -> int:
+    """Go back to the queue twice, then return the number of starts."""
+    append_line(path, line)
+    if (starts := len(read_lines(path))) < 3:
+        raise Reject("not yet", requeue=True)
+    return starts
+
+
+@shared_task
+def ignore() -> NoReturn:
+    raise Ignore
+
+
+@shared_task
+def kill_own_process(path: str, line: str, times: int = 1_000_000) -> str:
+    """Append a line and kill the process it runs in, ``times`` times over all; then return."""
+    append_line(path, line)
+    if len(read_lines(path)) <= times:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return line
+
+
+@shared_task(acks_late=False)
+def kill_own_process_early(path: str, line: str) -> None:
+    """As ``kill_own_process``, but acknowledged before it starts: at most once."""
+    append_line(path, line)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@shared_task(soft_time_limit=0.5, time_limit=30)
+def exceed_soft_limit() -> None:
+    time.sleep(60)
+
+
+@shared_task(time_limit=0.5)
+def exceed_hard_limit() -> None:
+    time.sleep(60)
+
+
+@shared_task
+def wait_for_file(path: str) -> str:
+    """Run until the file ``path`` appears."""
+    deadline = time.monotonic() + 30
+    while not os.path.exists(path) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return "done"
+
+
+@shared_task(bind=True)
+def progress(self: Task, until: str) -> str:
+    """Report the state PROGRESS with its data, then wait for the file ``until`` to appear."""
+    self.update_state(state="PROGRESS", meta={"done": 1, "of": 2})
+    return wait_for_file.run(until)  # type: ignore[no-any-return]
+
+
+@shared_task(bind=True)
+def replace(self: Task, x: int, y: int) -> NoReturn:
+    raise self.replace(add.s(x, y))
+
+
+@shared_task(bind=True)
+def describe(self: Task) -> dict[str, Any]:
+    """What the task can say of its own delivery, and of the process it runs in."""
+    request = self.request
+    return {
+        "id": request.id, "retries": request.retries, "eta": request.eta, "expires": request.expires,
+        "priority": request.delivery_info["priority"], "queue": request.delivery_info["routing_key"],
+        "hostname": request.hostname, "pid": os.getpid(), "ppid": os.getppid(),
+    }  # fmt: skip

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from kathikon_celery.testing.process import ProcessContainer
+from tests.support.waiting import wait_until
+
+#: Starts a child of its own, says so, and waits; on SIGTERM it ends with what SIGTERM says.
+PARENT = """
+import os, signal, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+signal.signal(signal.SIGUSR1, lambda *_: print("heard", flush=True))
+print("hello", os.environ["GREETED"], sys.argv[1:], child.pid, "ready.", flush=True)
+while True:
+    time.sleep(0.01)
+"""
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Any]:
+    made: list[ProcessContainer] = []
+
+    def make(*command: str, prompt: str = "ready.") -> ProcessContainer:
+        made.append(
+            ProcessContainer(
+                command or ("python", "parent.py", "name@%h"),
+                directory=tmp_path / "box",
+                content={"parent.py": PARENT.encode(), "package/data.txt": b"42"},
+                environment={"GREETED": "in /app", "PYTHONPATH": "/app"},
+                prompt=prompt,
+            )
+        )
+        return made[-1]
+
+    yield make
+    for container in made:
+        container.kill()
+
+
+def test_life(make: Any, tmp_path: Path) -> None:
+    container = make()
+    assert (container.status, container.logs(), container.attrs["State"]["Pid"]) == ("created", b"", 0)
+    container.start()
+    assert container.status == "running"
+    greeting = f"hello in {tmp_path / 'box'} ['name@{container.short_id}'] "
+    assert container.logs().decode().startswith(greeting)
+    assert f"GREETED=in {tmp_path / 'box'}" in container.attrs["Config"]["Env"]
+    assert (tmp_path / "box/package/data.txt").read_bytes() == b"42"
+
+    container.kill(signal.SIGUSR1)
+    wait_until(lambda: b"heard" in container.logs(), what="the signal was heard")
+    assert container.status == "running"
+
+    container.restart()
+    assert container.logs().decode().count("hello") == 2
+    container.stop()
+    assert container.status == "exited"
+
+
+@pytest.mark.parametrize("name", [None, "SIGKILL", "KILL", signal.SIGKILL, 9])
+def test_nothing_survives_a_kill(make: Any, name: Any) -> None:
+    container = make()
+    container.start()
+    child = psutil.Process(int(container.logs().split()[-2]))
+    container.kill(name)
+    container.kill(name)
+    assert container.status == "exited"
+    wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, what="the child is gone")
+
+
+def test_a_command_that_ends_or_is_too_slow(make: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"did not say 'ready.' but:\nsorry") as raised:
+        make("python", "-c", "print('sorry')").start()
+    assert "python -c" in str(raised.value)
+    slow = make("python", "parent.py", prompt="never said")
+    with pytest.raises(RuntimeError, match="'never said' but:"):
+        slow.start(timeout=0.3)
+    assert slow.status == "exited"
+
+
+def test_exec_run(make: Any) -> None:
+    container = make()
+    container.start()
+    code, output = container.exec_run("python -c \"import os; print(os.getcwd(), os.environ['WORKER_PID'])\"")
+    assert (code, output.decode().split()) == (0, [str(container._directory), str(container.attrs["State"]["Pid"])])
+    code, output = container.exec_run([sys.executable, "-c", "import sys; sys.exit('no')"])
+    assert (code, output) == (1, b"no\n")
+
+
+def test_the_processes_of_a_worker(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kathikon_celery.testing.worker_utils import get_running_processes_info
+
+    container = make()
+    container.start()
+    monkeypatch.setenv("WORKER_PID", str(container.attrs["State"]["Pid"]))
+    known = json.loads(get_running_processes_info(["pid"]))
+    assert [process["pid"] for process in known] == [container.attrs["State"]["Pid"], int(container.logs().split()[-2])]
+    assert os.getpid() not in [process["pid"] for process in json.loads(get_running_processes_info())]
