@@ -15,7 +15,7 @@ from kathikon_celery.job import Job, State, in_brief
 from kathikon_celery.settings import Settings, broker_database, mask
 from kathikon_celery.storage import Storage, results
 from kathikon_celery.storage.errors import is_lost
-from kathikon_celery.transport.delivery import pair_of
+from kathikon_celery.transport.delivery import hold_of
 
 #: Which state of a job a state of Celery's makes it take.
 STATES = {
@@ -89,18 +89,18 @@ class KathikonBackend(BaseBackend):
         written: dict[str, Any] = {"status": state, "result": self._text(result), "traceback": traceback}
         if state not in states.EXCEPTION_STATES and traceback is not None:
             written["traceback"] = str(traceback)
-        pair = pair_of((getattr(request, "properties", None) or {}).get("delivery_tag")) if request else None
-        if pair is None or request.id != task_id:
+        hold = hold_of((getattr(request, "properties", None) or {}).get("delivery_tag")) if request else None
+        if hold is None or request.id != task_id:
             results.store_alone(database, task_id, STATES.get(state), **written, meta=self._text(rest))
         elif state == states.RETRY:
             if not getattr(request, "was_refused", False):
                 del written["status"]
-                results.store_retry(database, pair, **written, reason=_reason(result))
+                results.store_retry(database, hold, **written, reason=_reason(result))
         else:
             reason = _reason(result) if state in states.EXCEPTION_STATES else None
             is_given_up = reason == "expired" or _type_and_arguments(result)[0] == "Reject"
             becomes = State.DISCARDED if is_given_up else STATES.get(state)
-            results.store(database, pair, becomes, **written, meta=self._text(rest), reason=reason)
+            results.store(database, hold, becomes, **written, meta=self._text(rest), reason=reason)
         return result
 
     def _text(self, value: Any) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 from random import getrandbits
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class State(str, Enum):
@@ -93,6 +93,18 @@ def backoff(attempt: int) -> float:
     return float(min(attempt * attempt * 5, 86400))
 
 
+class Hold(NamedTuple):
+    """One node's claim of one row. Who reports under one that is over changes nothing.
+
+    The node is part of it, since a server that crashed may give the same fence twice: it forgets claims that were not
+    yet on disk.
+    """
+
+    seq: int
+    fence: int
+    node_id: int | None
+
+
 @dataclass(slots=True, kw_only=True)
 class Job:
     """One row of ``kathikon_jobs``. Times are aware datetimes in UTC, set by the database's clock."""
@@ -144,6 +156,11 @@ class Job:
     reason: str | None = None
     #: One ``{"at", "attempt", "reason"}`` a failure.
     errors: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def hold(self) -> Hold:
+        """The claim under which its node holds it."""
+        return Hold(self.seq, self.fence, self.node_id)
 
     def _ended_as(self, state: State) -> datetime | None:
         return self.ended_at if self.state is state else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -9,10 +10,9 @@ from sqlalchemy import BigInteger, Connection, Integer, bindparam, desc, exists,
 from sqlalchemy.sql.dml import Update
 from sqlalchemy.types import NullType
 
-from kathikon_celery.job import Job, State
+from kathikon_celery.job import Hold, Job, State
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.dialects import Dialect
-from kathikon_celery.storage.dialects.base import Pairs
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.tables import FREE, READY, jobs, messages, nodes
 
@@ -21,6 +21,7 @@ _DELIVERY = [
     jobs.c[name]
     for name in ("seq", "id", "queue", "task", "state", "priority", "fence", "attempts", "crashes", "envelope", "body")
 ]
+_NAMES = [column.name for column in _DELIVERY]
 _SINCE = type_coerce(jobs.c.available_at, NullType()).label("since")
 # A node that was taken for dead, and does not know it yet, gets nothing.
 _IS_ALIVE = or_(
@@ -69,21 +70,18 @@ def claim(database: Database, connection: Connection, queue: str, limit: int, no
     rows = sorted(
         connection.execute(_claim(database.dialect), values), key=lambda row: (-row.priority, row.since, row.seq)
     )
-    return [
-        Job(**{column.name: value for column, value in zip(_DELIVERY, row, strict=False)} | {"state": State.CLAIMED})
-        for row in rows
-    ]
+    return [Job(**{**dict(zip(_NAMES, row, strict=False)), "state": State.CLAIMED, "node_id": node_id}) for row in rows]
 
 
 @lru_cache(maxsize=8)
 def _claim_again(dialect: Dialect) -> Any:
-    return _taken(update(jobs).where(dialect.among_pairs(jobs), READY))
+    return _taken(update(jobs).where(dialect.held(jobs, owned=False), READY))
 
 
-def claim_again(database: Database, connection: Connection, pairs: Pairs, node_id: int) -> int:
-    """Repeat claims that gave the fences of *pairs* and that the server has forgotten; the number of them."""
-    before = [(seq, fence - 1) for seq, fence in pairs]
-    return database.dialect.for_pairs(connection, _claim_again(database.dialect), before, {"by_node": node_id})
+def claim_again(database: Database, connection: Connection, holds: Sequence[Hold], node_id: int) -> int:
+    """Repeat claims that gave *holds* and that the server has forgotten; the number of them."""
+    before = [hold._replace(fence=hold.fence - 1) for hold in holds]
+    return database.dialect.for_holds(connection, _claim_again(database.dialect), before, {"by_node": node_id})
 
 
 def is_anything_there(connection: Connection, queues: list[str]) -> bool:

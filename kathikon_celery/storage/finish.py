@@ -1,27 +1,27 @@
 """What a worker reports of the jobs that it holds: started, done, given up, given back.
 
-Each report names the fence of the claim. If the row has moved on, the report changes nothing.
+Each report names the claim under which the job is held. If the row has moved on, the report changes nothing.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from datetime import datetime, timezone
+from collections.abc import Iterable, Sequence
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Boolean, Connection, Text, and_, bindparam, case, false, null, or_, select, update
 
-from kathikon_celery.job import HELD, State, sources
+from kathikon_celery.job import HELD, Hold, State, sources
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.dialects import Dialect
-from kathikon_celery.storage.dialects.base import Pairs
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.names import printable
-from kathikon_celery.storage.tables import jobs, state_in
+from kathikon_celery.storage.tables import held_as, jobs, of_hold, state_in
 
-#: The reason on the row of a job whose processes were lost once too often.
+#: What is noted of a run whose process was lost, and the reason on the row of a job to which that happened too often.
+LOST = "the process that ran it was lost"
 LOST_TOO_OFTEN = "the process that ran it was lost, as often as max_attempts allows"
 LOST_AT_MOST_ONCE = "the worker was lost while the task ran, and acks_late=False forbids to run it again"
 
@@ -36,18 +36,14 @@ def may_become(state: State) -> Any:
 @lru_cache(maxsize=8)
 def _started(dialect: Dialect) -> Any:
     values = {"state": State.RUNNING.value, "started_at": now(), "acked": bindparam("acked_early", type_=Boolean())}
-    return update(jobs).where(dialect.among_pairs(jobs), may_become(State.RUNNING)).values(values)
+    return update(jobs).where(dialect.held(jobs), may_become(State.RUNNING)).values(values)
 
 
 @lru_cache(maxsize=8)
 def _completed(dialect: Dialect) -> Any:
     # A job that ended before its start was written started when it was claimed, as far as we know.
     values = {"state": State.COMPLETED.value, "ended_at": now(), "node_id": null()}
-    return update(jobs).where(dialect.among_pairs(jobs), may_become(State.COMPLETED)).values(values)
-
-
-_HELD = and_(jobs.c.seq == bindparam("pair_seq"), jobs.c.fence == bindparam("pair_fence"))
-_ERRORS = select(jobs.c.errors, jobs.c.attempts).where(_HELD).with_for_update()
+    return update(jobs).where(dialect.held(jobs), may_become(State.COMPLETED)).values(values)
 
 
 @lru_cache(maxsize=8)
@@ -58,9 +54,8 @@ def _ended(state: State) -> Any:
         "node_id": null(),
         "reason": bindparam("why", type_=Text()),
         "traceback": bindparam("trace", type_=Text()),
-        "errors": bindparam("all_errors", type_=Text()),
     }
-    return update(jobs).where(_HELD, IS_HELD, may_become(state)).values(values)
+    return update(jobs).where(held_as(jobs), IS_HELD, may_become(state)).values(values)
 
 
 def returned(crashed: Any) -> dict[str, Any]:
@@ -85,60 +80,85 @@ def returned(crashed: Any) -> dict[str, Any]:
 @lru_cache(maxsize=8)
 def _returned(dialect: Dialect) -> Any:
     crashed = bindparam("has_crashed", type_=Boolean())
-    return update(jobs).where(dialect.among_pairs(jobs), IS_HELD).values(returned(crashed))
+    return update(jobs).where(dialect.held(jobs), IS_HELD).values(returned(crashed))
 
 
-def started(database: Database, connection: Connection, pairs: Pairs, acked: bool = False) -> int:
+def started(database: Database, connection: Connection, holds: Sequence[Hold], acked: bool = False) -> int:
     """The pool has accepted the jobs. *acked*: their messages are acknowledged with it, they never run again."""
-    return database.dialect.for_pairs(connection, _started(database.dialect), pairs, {"acked_early": acked})
+    return database.dialect.for_holds(connection, _started(database.dialect), holds, {"acked_early": acked})
 
 
-def completed(database: Database, connection: Connection, pairs: Pairs) -> int:
+def completed(database: Database, connection: Connection, holds: Sequence[Hold]) -> int:
     """The tasks have returned."""
-    return database.dialect.for_pairs(connection, _completed(database.dialect), pairs, {})
+    return database.dialect.for_holds(connection, _completed(database.dialect), holds, {})
 
 
-def ended(connection: Connection, pair: tuple[int, int], state: State, reason: str, traceback: str | None) -> int:
+def ended(connection: Connection, hold: Hold, state: State, reason: str, traceback: str | None) -> int:
     """The job is *state* (dead, cancelled or discarded), for that *reason*."""
-    values: dict[str, Any] = {"pair_seq": pair[0], "pair_fence": pair[1]}
-    row = connection.execute(_ERRORS, values).first()
-    if row is None:
-        return 0
-    errors = row.errors
-    if state is State.DEAD:
-        errors = with_error(errors, row.attempts, reason)
-    values |= {"why": printable(reason), "trace": printable(traceback), "all_errors": errors}
-    return connection.execute(_ended(state), values).rowcount
+    values = {**of_hold(hold), "why": printable(reason), "trace": printable(traceback)}
+    changed = connection.execute(_ended(state), values).rowcount
+    if changed and state is State.DEAD:
+        add_error(connection, hold.seq, reason, hold.fence)
+    return changed
 
 
-def with_error(errors: str | None, attempt: int, reason: str) -> str:
-    """The JSON of *errors* with one more."""
-    at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-    every = [*json.loads(errors or "[]"), {"at": at, "attempt": attempt, "reason": reason}]
-    return json.dumps(sorted(every, key=lambda error: error["attempt"]))  # that of a quick retry may come first
-
-
-def given_back(database: Database, connection: Connection, pairs: Pairs, crashed: bool = False) -> int:
-    """The jobs are ready again for anybody. *crashed*: the process that ran them was lost."""
-    return database.dialect.for_pairs(connection, _returned(database.dialect), pairs, {"has_crashed": crashed})
-
-
-_WHERE_NOW = select(jobs.c.id, jobs.c.seq, jobs.c.fence, jobs.c.state).where(
-    jobs.c.seq.in_(bindparam("seqs", expanding=True))
+_ERRORS = (
+    select(jobs.c.errors, jobs.c.attempts, jobs.c.fence, now().label("at"))
+    .where(jobs.c.seq == bindparam("of_seq"))
+    .with_for_update()
 )
+_SET_ERRORS = update(jobs).where(jobs.c.seq == bindparam("of_seq")).values(errors=bindparam("all", type_=Text()))
 
 
-def moved_on(connection: Connection, pairs: Pairs) -> list[str]:
-    """The ids of those jobs of *pairs* that were given to somebody else since they were claimed."""
-    known = {row.seq: row for row in connection.execute(_WHERE_NOW, {"seqs": [seq for seq, _ in pairs]})}
-    return [known[seq].id if seq in known else f"#{seq}" for seq, fence in pairs if _is_lost(known.get(seq), fence)]
+def add_error(connection: Connection, seq: int, reason: str, fence: int) -> None:
+    """Note why the run of the job failed that was claimed under *fence*; noting it twice is noting it once."""
+    row = connection.execute(_ERRORS, {"of_seq": seq}).first()
+    if row is None:
+        return
+    # A retry may run already, or have ended: from one fence to the next but one, a job is claimed once.
+    attempt = max(1, row.attempts - (row.fence - fence) // 2)
+    every: list[dict[str, Any]] = json.loads(row.errors or "[]")
+    if any((error["attempt"], error["reason"]) == (attempt, reason) for error in every):
+        return
+    at: datetime = row.at
+    every.append({"at": at.isoformat(timespec="milliseconds"), "attempt": attempt, "reason": reason})
+    every.sort(key=lambda error: error["attempt"])  # that of a quick retry may come first
+    connection.execute(_SET_ERRORS, {"of_seq": seq, "all": json.dumps(every)})
 
 
-def _is_lost(row: Any, fence: int) -> bool:
-    return row is None or row.fence != fence
+def given_back(database: Database, connection: Connection, holds: Sequence[Hold], crashed: bool = False) -> int:
+    """The jobs are ready again for anybody. *crashed*: the process that ran them was lost."""
+    changed = database.dialect.for_holds(connection, _returned(database.dialect), holds, {"has_crashed": crashed})
+    if crashed and changed:
+        note_crashes(connection, holds)
+    return changed
 
 
-def held_by(connection: Connection, node_id: int) -> Iterable[tuple[int, int]]:
-    """Number and fence of the rows that the node holds."""
+_GIVEN_BACK = select(jobs.c.seq, jobs.c.fence, jobs.c.crashes).where(jobs.c.seq.in_(bindparam("seqs", expanding=True)))
+
+
+def note_crashes(connection: Connection, holds: Sequence[Hold]) -> None:
+    """Add a lost process to the errors of the jobs that were given back since they were held so."""
+    fences = {hold.seq: hold.fence for hold in holds}
+    for row in connection.execute(_GIVEN_BACK, {"seqs": list(fences)}).all():
+        if row.fence == fences[row.seq] + 1:
+            add_error(connection, row.seq, LOST, fences[row.seq])
+
+
+_WHERE_NOW = select(jobs.c.id, jobs.c.seq, jobs.c.fence).where(jobs.c.seq.in_(bindparam("seqs", expanding=True)))
+
+
+def moved_on(connection: Connection, holds: Sequence[Hold]) -> list[str]:
+    """The ids of those jobs of *holds* that were given to somebody else since they were claimed."""
+    known = {row.seq: row for row in connection.execute(_WHERE_NOW, {"seqs": [hold.seq for hold in holds]})}
+    return [
+        known[hold.seq].id if hold.seq in known else f"#{hold.seq}"
+        for hold in holds
+        if hold.seq not in known or known[hold.seq].fence != hold.fence
+    ]
+
+
+def held_by(connection: Connection, node_id: int) -> Iterable[Hold]:
+    """What the node holds."""
     query = select(jobs.c.seq, jobs.c.fence).where(jobs.c.node_id == node_id)
-    return [(row.seq, row.fence) for row in connection.execute(query)]
+    return [Hold(row.seq, row.fence, node_id) for row in connection.execute(query)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Executable, bindparam, case, false, literal_column, null, or_, select
 
-from kathikon_celery.job import TERMINAL, Job, State
+from kathikon_celery.job import TERMINAL, Hold, Job, State
 from kathikon_celery.storage.clock import Instant, now
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
@@ -68,7 +68,10 @@ def _statement(dialect: Dialect, later: bool, own: bool, again: bool, bare: bool
 
 _OWN = (
     select(jobs.c.seq)
-    .where(jobs.c.id == bindparam("job_id"), jobs.c.fence == bindparam("of_fence"))
+    .where(jobs.c.id == bindparam("job_id"), jobs.c.fence == bindparam("fence"))
+    .where(
+        or_(jobs.c.node_id == bindparam("node_id"), jobs.c.node_id.is_(None))
+    )  # a task may set its own end, and retry
     .where(jobs.c.state != State.CANCELLED.value)
     .with_for_update()
 )
@@ -93,24 +96,25 @@ def _make(database: Database, job: Job, own: bool, again: bool, bare: bool) -> E
     return _statement(database.dialect, job.scheduled_at is not None, own, again, bare)  # type: ignore[no-any-return]
 
 
-def insert(database: Database, job: Job, fence: int | None = None, soon: bool = True) -> bool:
+def insert(database: Database, job: Job, hold: Hold | None = None, soon: bool = True) -> bool:
     """Publish *job*; on disk when this returns.
 
     An id that is known makes that row wait again, its errors kept, unless this very publication is under way.
 
     Arguments:
-        fence: of the run that publishes its own id again; nothing happens, and the answer is false, when the
+        hold: of the run that publishes its own id again; nothing happens, and the answer is false, when the
             job was given to another worker meanwhile, or cancelled.
         soon: call the promoters, because a job with a due time is due before they look again.
     """
     values = _values(job)
 
-    own = fence is not None
+    own = hold is not None
+    claim = {"job_id": values["new_id"], "fence": hold.fence, "node_id": hold.node_id} if hold else {}
 
     def publish(again: bool) -> bool:
         if own or (job.scheduled_at is not None and not soon):
             with database.write(durable=True) as connection:
-                if own and not connection.execute(_OWN, {"job_id": values["new_id"], "of_fence": fence}).first():
+                if own and not connection.execute(_OWN, claim).first():
                     return again
                 connection.execute(_make(database, job, own, again, True), values)
                 if soon:

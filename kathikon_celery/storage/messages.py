@@ -21,9 +21,9 @@ from sqlalchemy import (
     update,
 )
 
+from kathikon_celery.job import Hold
 from kathikon_celery.storage.clock import now, seconds
 from kathikon_celery.storage.dialects import Dialect
-from kathikon_celery.storage.dialects.base import Pairs
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.tables import FREE, READY, jobs, messages, queues
@@ -39,6 +39,12 @@ class Message:
     fence: int
     envelope: str
     body: str
+    node_id: int | None = None
+
+    @property
+    def hold(self) -> Hold:
+        """The claim under which its node holds it."""
+        return Hold(self.seq, self.fence, self.node_id)
 
     @property
     def redelivered(self) -> bool:
@@ -114,29 +120,30 @@ def take(
     values: dict[str, Any] = {"from_queue": queue, "at_most": limit}
     if keep:
         values["by_node"] = node_id
-    taken = [Message(**row._mapping) for row in connection.execute(_take(database.dialect, keep), values)]
+    rows = connection.execute(_take(database.dialect, keep), values)
+    taken = [Message(**row._mapping, node_id=node_id) for row in rows]
     taken.sort(key=lambda message: (-message.priority, message.seq))
     return taken
 
 
 @lru_cache(maxsize=8)
 def _acknowledged(dialect: Dialect) -> Any:
-    return delete(messages).where(dialect.among_pairs(messages))
+    return delete(messages).where(dialect.held(messages))
 
 
-def acknowledge(database: Database, connection: Connection, pairs: Pairs) -> int:
+def acknowledge(database: Database, connection: Connection, holds: Sequence[Hold]) -> int:
     """The consumer is done with the messages."""
-    return database.dialect.for_pairs(connection, _acknowledged(database.dialect), pairs, {})
+    return database.dialect.for_holds(connection, _acknowledged(database.dialect), holds, {})
 
 
 @lru_cache(maxsize=8)
 def _returned(dialect: Dialect) -> Any:
-    return update(messages).where(dialect.among_pairs(messages)).values(node_id=null(), fence=messages.c.fence + 1)
+    return update(messages).where(dialect.held(messages)).values(node_id=null(), fence=messages.c.fence + 1)
 
 
-def give_back(database: Database, connection: Connection, pairs: Pairs) -> int:
+def give_back(database: Database, connection: Connection, holds: Sequence[Hold]) -> int:
     """The messages are there again for anybody."""
-    changed = database.dialect.for_pairs(connection, _returned(database.dialect), pairs, {})
+    changed = database.dialect.for_holds(connection, _returned(database.dialect), holds, {})
     database.dialect.ring(connection)
     return changed
 

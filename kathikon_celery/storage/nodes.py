@@ -20,10 +20,10 @@ from sqlalchemy import (
     update,
 )
 
-from kathikon_celery.job import State
+from kathikon_celery.job import Hold, State
 from kathikon_celery.storage.clock import now, seconds, seconds_until
 from kathikon_celery.storage.engine import Database
-from kathikon_celery.storage.finish import IS_HELD, returned
+from kathikon_celery.storage.finish import IS_HELD, note_crashes, returned
 from kathikon_celery.storage.tables import HELD, jobs, messages, nodes, queues
 from kathikon_celery.storage.topology import delete_queue
 
@@ -136,7 +136,7 @@ _FREED = (
 )
 _AUTO_DELETED = select(queues.c.name).where(queues.c.node_id == bindparam("node"), queues.c.auto_delete)
 _DISOWNED = update(queues).where(queues.c.node_id == bindparam("node")).values(node_id=null(), used_at=now())
-_ORPHANS = select(jobs.c.queue).where(HELD, jobs.c.node_id == bindparam("node"))
+_ORPHANS = select(jobs.c.seq, jobs.c.fence, jobs.c.queue, jobs.c.state).where(HELD, jobs.c.node_id == bindparam("node"))
 
 
 def remove(database: Database, node: Node | int, unless_renewed: bool = False) -> int | None:
@@ -151,10 +151,12 @@ def remove(database: Database, node: Node | int, unless_renewed: bool = False) -
     with database.write() as connection:
         if not connection.execute(removal).rowcount and unless_renewed:
             return None
-        held = list(connection.execute(_ORPHANS, {"node": node_id}).scalars())
+        held = connection.execute(_ORPHANS, {"node": node_id}).all()
         if held:
             connection.execute(_rescued(), {"node": node_id})
-            database.dialect.wake(connection, {queue for queue in held if queue}, len(held))
+            running = [Hold(row.seq, row.fence, node_id) for row in held if row.state == State.RUNNING.value]
+            note_crashes(connection, running)
+            database.dialect.wake(connection, {row.queue for row in held if row.queue}, len(held))
         connection.execute(_FREED, {"node": node_id})
         for name in connection.execute(_AUTO_DELETED, {"node": node_id}).scalars().all():
             delete_queue(connection, name)

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Text, and_, bindparam, case, delete, false, null, or_, select, update
+from sqlalchemy import Text, bindparam, case, delete, false, null, or_, select, update
 
-from kathikon_celery.job import State
+from kathikon_celery.job import Hold, State
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.engine import Database
-from kathikon_celery.storage.finish import IS_HELD, may_become, with_error
+from kathikon_celery.storage.finish import IS_HELD, add_error, may_become
 from kathikon_celery.storage.names import key, printable
-from kathikon_celery.storage.tables import groups, jobs
+from kathikon_celery.storage.tables import groups, held_as, jobs, of_hold
 
 _WRITTEN = {name: bindparam(f"new_{name}", type_=Text()) for name in ("status", "result", "traceback", "meta")}
-_HELD = and_(jobs.c.seq == bindparam("of_seq"), jobs.c.fence == bindparam("of_fence"))
 #: The word for what a run says of itself; it does not end the job.
-_NOTED = update(jobs).where(_HELD, may_become(State.COMPLETED)).values(_WRITTEN)
+_NOTED = update(jobs).where(held_as(jobs), may_become(State.COMPLETED)).values(_WRITTEN)
 _ENDED = {
     state: update(jobs)
-    .where(_HELD, may_become(state))
+    .where(held_as(jobs), may_become(state))
     .values(**_WRITTEN, state=state.value, ended_at=now(), node_id=null(), reason=bindparam("why", type_=Text()))
     for state in (State.COMPLETED, State.DEAD, State.CANCELLED, State.DISCARDED)
 }
-_STARTED = update(jobs).where(_HELD, may_become(State.RUNNING)).values(state=State.RUNNING.value, started_at=now())
-_ERRORS = (
-    select(jobs.c.errors, jobs.c.attempts, jobs.c.fence).where(jobs.c.seq == bindparam("of_seq")).with_for_update()
+_STARTED = (
+    update(jobs).where(held_as(jobs), may_become(State.RUNNING)).values(state=State.RUNNING.value, started_at=now())
 )
-_SET_ERRORS = update(jobs).where(jobs.c.seq == bindparam("of_seq")).values(errors=bindparam("all", type_=Text()))
 _RETRIED = (
     update(jobs)
     .where(jobs.c.seq == bindparam("of_seq"), jobs.c.fence == bindparam("of_fence"))
@@ -37,7 +34,7 @@ _RETRIED = (
 
 def store(
     database: Database,
-    pair: tuple[int, int],
+    hold: Hold,
     state: State | None,
     *,
     status: str,
@@ -46,11 +43,11 @@ def store(
     meta: str | None,
     reason: str | None = None,
 ) -> bool:
-    """Write what the run that holds the job under *pair* has to say; false when the job has moved on.
+    """Write what the run that holds the job under *hold* has to say; false when the job has moved on.
 
     With *state* running or terminal the job takes that state, all in one transaction.
     """
-    values: dict[str, Any] = {"of_seq": pair[0], "of_fence": pair[1]}
+    values = of_hold(hold)
     texts = {"status": status, "result": result, "traceback": traceback, "meta": meta}
     new = {f"new_{name}": printable(text) for name, text in texts.items()}
 
@@ -63,34 +60,23 @@ def store(
             else:
                 done = connection.execute(_NOTED, {**values, **new}).rowcount
             if done and state is State.DEAD:
-                _add_error(connection, pair, reason or status)
+                add_error(connection, hold.seq, reason or status, hold.fence)
         return bool(done) or again
 
     return database.patiently(write)
 
 
-def store_retry(
-    database: Database, pair: tuple[int, int], *, result: str | None, traceback: str | None, reason: str
-) -> None:
-    """Note the failure for which the run under *pair* has published its job again."""
-    values = {"of_seq": pair[0], "of_fence": pair[1] + 1}
+def store_retry(database: Database, hold: Hold, *, result: str | None, traceback: str | None, reason: str) -> None:
+    """Note the failure for which the run under *hold* has published its job again."""
+    values = {"of_seq": hold.seq, "of_fence": hold.fence + 1}
     new = {"new_status": "RETRY", "new_result": printable(result), "new_traceback": printable(traceback)}
 
     def write(again: bool) -> None:
         with database.write() as connection:
-            _add_error(connection, pair, reason)
+            add_error(connection, hold.seq, reason, hold.fence)
             connection.execute(_RETRIED, {**values, **new})
 
     database.patiently(write)
-
-
-def _add_error(connection: Any, pair: tuple[int, int], reason: str) -> None:
-    seq, fence = pair
-    row = connection.execute(_ERRORS, {"of_seq": seq}).first()
-    if row is not None:
-        # A retry may run already: from one fence to the next but one, a job is claimed once.
-        attempt = max(1, row.attempts - (row.fence - fence) // 2)
-        connection.execute(_SET_ERRORS, {"of_seq": seq, "all": with_error(row.errors, attempt, reason)})
 
 
 def store_alone(

@@ -40,8 +40,8 @@ class SQLBackend:
     def setup(self) -> None:
         schema.setup(self.database)
 
-    def insert(self, job: Job, fence: int | None = None, soon: bool = True) -> bool:
-        return insert.insert(self.database, job, fence, soon)
+    def insert(self, job: Job) -> None:
+        insert.insert(self.database, job)
 
     def insert_many(self, jobs: Sequence[Job]) -> None:
         insert.insert_many(self.database, jobs)

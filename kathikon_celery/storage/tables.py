@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from sqlalchemy import (
     BigInteger,
@@ -16,6 +17,8 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    and_,
+    bindparam,
     desc,
     literal_column,
     text,
@@ -23,7 +26,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.sql.expression import ColumnElement
 
-from kathikon_celery.job import State
+from kathikon_celery.job import Hold, State
 from kathikon_celery.storage.clock import Instant
 
 metadata = MetaData()
@@ -107,6 +110,18 @@ def state_in(states: Iterable[State]) -> ColumnElement[bool]:
     return jobs.c.state.in_([literal_column(f"'{state.value}'") for state in sorted(states)])
 
 
+def held_as(table: Table, owned: bool = True) -> ColumnElement[bool]:
+    """The condition that a row of *table* is held as the values of `of_hold` say; its node counts if *owned*."""
+    by_number = [table.c[name] == bindparam(f"hold_{name}") for name in ("seq", "fence")]
+    # A sum, so that no planner looks up what the node holds: the number alone names the row.
+    return and_(*by_number, table.c.node_id + 0 == bindparam("hold_node_id")) if owned else and_(*by_number)
+
+
+def of_hold(hold: Hold) -> dict[str, Any]:
+    """The values for `held_as`."""
+    return {"hold_seq": hold.seq, "hold_fence": hold.fence, "hold_node_id": hold.node_id}
+
+
 messages = Table(
     "kathikon_messages",
     metadata,
@@ -185,3 +200,4 @@ groups = Table(
     Column("result", Long, nullable=False),
     Column("inserted_at", Instant, nullable=False),
 )
+Index("kathikon_groups_inserted", groups.c.inserted_at)

@@ -136,6 +136,7 @@ def delete_unused(database: Database) -> int:
     """Delete the queues that nobody has used for as long as their ``expires`` says; the number of them."""
     idle = and_(queues.c.expires.is_not(None), queues.c.node_id.is_(None))
     stale = select(queues.c.name).where(idle, queues.c.used_at < now(-queues.c.expires))
+    stale = stale.with_for_update(skip_locked=True)  # who uses one just now waits, and makes it anew
     with database.write() as connection:
         names = list(connection.execute(stale).scalars())
         for name in names:

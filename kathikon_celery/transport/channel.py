@@ -190,8 +190,8 @@ class Channel(virtual.Channel):
             return
         settings = self._storage.settings
         job = to_job(message, task, queues[0], settings.max_attempts, self.connection.local_zone())
-        fence = republishing.fence_of(job.id)
-        if not insert.insert(self._database, job, fence, soon=republishing.is_soon(job, settings.scheduler_interval)):
+        hold = republishing.hold_on(job.id)
+        if not insert.insert(self._database, job, hold, soon=republishing.is_soon(job, settings.scheduler_interval)):
             republishing.refused(job.id)
 
     def _put(self, queues: list[str], message: dict[str, Any], **kwargs: Any) -> None:

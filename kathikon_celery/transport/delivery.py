@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from kathikon_celery.job import Job, State
+from kathikon_celery.job import Hold, Job, State
 from kathikon_celery.storage.messages import Message
 
 
@@ -62,17 +62,19 @@ class Delivery:
         return isinstance(self.item, Job)
 
     @property
-    def pair(self) -> tuple[int, int]:
-        return self.item.seq, self.item.fence
+    def hold(self) -> Hold:
+        return self.item.hold
 
     @property
     def tag(self) -> str:
         """The delivery tag. Of a job it is all that the pool child needs in order to write its result."""
-        return f"{'job' if self.is_job else 'message'}.{self.item.seq}.{self.item.fence}"
+        item = self.item
+        return f"{'job' if self.is_job else 'message'}.{item.seq}.{item.fence}.{item.node_id}"
 
 
-def pair_of(tag: object) -> tuple[int, int] | None:
-    """Row and fence that a job's delivery tag names; `None` for any other tag."""
-    kind, _, rest = str(tag).partition(".")
-    seq, _, fence = rest.partition(".")
-    return (int(seq), int(fence)) if kind == "job" and seq.isdigit() and fence.isdigit() else None
+def hold_of(tag: object) -> Hold | None:
+    """What a job's delivery tag names; `None` for any other tag."""
+    kind, *numbers = str(tag).split(".")
+    if kind != "job" or len(numbers) != 3 or not all(map(str.isdigit, numbers)):
+        return None
+    return Hold(*map(int, numbers))

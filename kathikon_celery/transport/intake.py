@@ -400,7 +400,7 @@ class Intake:
                         wanted = []
                     self._report(connection, reports)
                     if started:
-                        finish.started(self.database, connection, [one.pair for one in started])
+                        finish.started(self.database, connection, [one.hold for one in started])
                     if self._unsure:
                         self._reconcile(connection, reports)
                     if called:
@@ -440,7 +440,7 @@ class Intake:
     def _mark(self, deliveries: list[Delivery]) -> None:
         """Write, on disk, that at-most-once tasks start; only then they are handed out."""
         with self.database.write(durable=True) as connection:
-            finish.started(self.database, connection, [one.pair for one in deliveries], acked=True)
+            finish.started(self.database, connection, [one.hold for one in deliveries], acked=True)
         with self._ready:
             for delivery in deliveries:
                 delivery.marked = delivery.running = True
@@ -469,27 +469,27 @@ class Intake:
             elif verdict is Verdict.CRASHED:
                 crashed.append(delivery)
             elif outcome.state is not None and not finish.ended(
-                connection, delivery.pair, outcome.state, outcome.reason, outcome.traceback
+                connection, delivery.hold, outcome.state, outcome.reason, outcome.traceback
             ):
                 self._complain(connection, [delivery])
         database = self.database
-        if done and finish.completed(database, connection, [one.pair for one in done]) != len(done):
+        if done and finish.completed(database, connection, [one.hold for one in done]) != len(done):
             self._complain(connection, done)
         if back:
-            finish.given_back(database, connection, [one.pair for one in back])
-        if crashed and finish.given_back(database, connection, [one.pair for one in crashed], True) != len(crashed):
+            finish.given_back(database, connection, [one.hold for one in back])
+        if crashed and finish.given_back(database, connection, [one.hold for one in crashed], True) != len(crashed):
             self._complain(connection, crashed)
         if back or crashed:
             database.dialect.wake(connection, {one.queue for one in back + crashed}, len(back) + len(crashed))
         if gone:
-            messages.acknowledge(database, connection, [one.pair for one in gone])
+            messages.acknowledge(database, connection, [one.hold for one in gone])
         if returned:
-            messages.give_back(database, connection, [one.pair for one in returned])
+            messages.give_back(database, connection, [one.hold for one in returned])
 
     def _complain(self, connection: Connection, deliveries: list[Delivery]) -> None:
         """Say which deliveries were others' when they were reported; the report has changed nothing."""
-        pairs = [one.pair for one in deliveries if not one.stored]
-        if pairs and not self._unsure and (lost := finish.moved_on(connection, pairs)):
+        holds = [one.hold for one in deliveries if not one.stored]
+        if holds and not self._unsure and (lost := finish.moved_on(connection, holds)):
             logger.warning(
                 "Kathikon: %s had been given to others, or published anew, before this worker reported its end;"
                 " the report changed nothing", ", ".join(lost),
@@ -542,9 +542,9 @@ class Intake:
         with self._lock:
             held = [*self._in_hand.values(), *(one for _, one, _ in self._said)]
             held += [one for subscription in self._subscriptions.values() for one in subscription.waiting]
-        pairs = [one.pair for one in held if one.is_job]
-        if pairs:
-            claim.claim_again(self.database, connection, pairs, self.presence.id)
+        holds = [one.hold for one in held if one.is_job]
+        if holds:
+            claim.claim_again(self.database, connection, holds, self.presence.id)
         self._report(connection, [(delivery, outcome) for _, delivery, outcome in self._said])
         self._opened = self.database.opened
         server, self._server = self._server, self.database.dialect.incarnation(connection)
@@ -554,10 +554,10 @@ class Intake:
     def _reconcile(self, connection: Connection, reports: list[tuple[Delivery, Outcome]]) -> None:
         """Give back what the table says that we hold and we do not know of: its claim's answer was lost."""
         with self._lock:
-            known = {one.pair for one in self._in_hand.values()}
-            known |= {one.pair for one, _ in reports + self._reports}
-            known |= {one.pair for subscription in self._subscriptions.values() for one in subscription.waiting}
-        forgotten = [pair for pair in finish.held_by(connection, self.presence.id) if pair not in known]
+            known = {one.hold for one in self._in_hand.values()}
+            known |= {one.hold for one, _ in reports + self._reports}
+            known |= {one.hold for subscription in self._subscriptions.values() for one in subscription.waiting}
+        forgotten = [hold for hold in finish.held_by(connection, self.presence.id) if hold not in known]
         if forgotten:
             finish.given_back(self.database, connection, forgotten)
 

@@ -7,19 +7,18 @@ from datetime import datetime, timezone
 
 from celery import current_task
 
-from kathikon_celery.job import Job
-from kathikon_celery.transport.delivery import pair_of
+from kathikon_celery.job import Hold, Job
+from kathikon_celery.transport.delivery import hold_of
 
 logger = logging.getLogger(__name__)
 
 
-def fence_of(job_id: str) -> int | None:
-    """The fence under which the task that runs in this context holds *job_id*; `None` when it publishes another id."""
+def hold_on(job_id: str) -> Hold | None:
+    """How the task that runs in this context holds *job_id*; `None` when it publishes another id."""
     request = current_task.request if current_task else None
     if request is None or request.id != job_id or request.called_directly or request.is_eager:
         return None
-    pair = pair_of((request.properties or {}).get("delivery_tag"))
-    return pair[1] if pair else None
+    return hold_of((request.properties or {}).get("delivery_tag"))
 
 
 def refused(job_id: str) -> None:

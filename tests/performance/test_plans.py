@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
-from kathikon_celery.job import State
+from kathikon_celery.job import Hold, State
 from kathikon_celery.storage import claim, finish, insert, messages, nodes, promote, prune, results
 from tests.performance.conftest import Plans
 from tests.storage.actors import new_job
@@ -26,7 +26,7 @@ MESSAGES_HELD = "kathikon_messages_held"
 MESSAGES_READY = "kathikon_messages_ready"
 
 IN_AN_HOUR = datetime.now(timezone.utc) + timedelta(hours=1)
-PAIRS = [(seq, 1) for seq in range(100, 200)]
+HOLDS = [Hold(seq, 1, 1) for seq in range(100, 200)]
 
 
 def writing(call: Callable[[Plans, Connection], Any]) -> Callable[[Plans], Any]:
@@ -51,7 +51,10 @@ def result(state: State | None) -> dict[str, Any]:
 
 #: For each function: how to call it, and for each table it reads the index and the words of what it is searched by.
 STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
-    "publish by its own task": (lambda plans: insert.insert(plans.database, new_job("id-9"), fence=7), {BY_ID: "id"}),
+    "publish by its own task": (
+        lambda plans: insert.insert(plans.database, new_job("id-9"), hold=Hold(9, 7, 1)),
+        {BY_ID: "id"},
+    ),
     "fetch": (lambda plans: plans.storage.fetch("id-77"), {BY_ID: "id"}),
     "claim": (
         writing(lambda plans, conn: claim.claim(plans.database, conn, "queue-1", 10, plans.worker.id)),
@@ -61,14 +64,14 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
         reading(lambda plans, conn: claim.is_anything_there(conn, ["queue-1", "queue-2"])),
         {READY: "queue", MESSAGES_READY: "queue"},
     ),
-    "started": (writing(lambda plans, conn: finish.started(plans.database, conn, PAIRS)), {BY_SEQ: ""}),
-    "completed": (writing(lambda plans, conn: finish.completed(plans.database, conn, PAIRS)), {BY_SEQ: ""}),
-    "given back": (writing(lambda plans, conn: finish.given_back(plans.database, conn, PAIRS)), {BY_SEQ: ""}),
-    "ended": (writing(lambda plans, conn: finish.ended(conn, PAIRS[0], State.DEAD, "x", "y")), {BY_SEQ: ""}),
-    "moved on": (writing(lambda plans, conn: finish.moved_on(conn, PAIRS)), {BY_SEQ: ""}),
+    "started": (writing(lambda plans, conn: finish.started(plans.database, conn, HOLDS)), {BY_SEQ: ""}),
+    "completed": (writing(lambda plans, conn: finish.completed(plans.database, conn, HOLDS)), {BY_SEQ: ""}),
+    "given back": (writing(lambda plans, conn: finish.given_back(plans.database, conn, HOLDS)), {BY_SEQ: ""}),
+    "ended": (writing(lambda plans, conn: finish.ended(conn, HOLDS[0], State.DEAD, "x", "y")), {BY_SEQ: ""}),
+    "moved on": (writing(lambda plans, conn: finish.moved_on(conn, HOLDS)), {BY_SEQ: ""}),
     "held by": (reading(lambda plans, conn: finish.held_by(conn, plans.worker.id)), {HELD: "node_id"}),
-    "result": (lambda plans: results.store(plans.database, PAIRS[1], **result(State.DEAD)), {BY_SEQ: ""}),
-    "result in between": (lambda plans: results.store(plans.database, PAIRS[1], **result(None)), {BY_SEQ: ""}),
+    "result": (lambda plans: results.store(plans.database, HOLDS[1], **result(State.DEAD)), {BY_SEQ: ""}),
+    "result in between": (lambda plans: results.store(plans.database, HOLDS[1], **result(None)), {BY_SEQ: ""}),
     "promote": (lambda plans: promote.promote(plans.database), {DUE: "available_at", BY_SEQ: ""}),
     "next due": (reading(lambda plans, conn: promote.next_due(conn)), {DUE: ""}),
     "expire": (lambda plans: promote.expire(plans.database), {EXPIRING: "expires_at", BY_SEQ: ""}),
@@ -90,7 +93,7 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
         {MESSAGES_READY: "queue", MESSAGE_BY_SEQ: ""},
     ),
     "acknowledge": (
-        writing(lambda plans, conn: messages.acknowledge(plans.database, conn, PAIRS[:5])),
+        writing(lambda plans, conn: messages.acknowledge(plans.database, conn, HOLDS[:5])),
         {MESSAGE_BY_SEQ: ""},
     ),
     "expired messages": (

@@ -43,31 +43,31 @@ class Worker:
 
     def start(self, *jobs: Job, acked: bool = False) -> int:
         with self.database.write() as connection:
-            return finish.started(self.database, connection, _pairs(jobs), acked)
+            return finish.started(self.database, connection, [job.hold for job in jobs], acked)
 
     def complete(self, *jobs: Job) -> int:
         with self.database.write() as connection:
-            return finish.completed(self.database, connection, _pairs(jobs))
+            return finish.completed(self.database, connection, [job.hold for job in jobs])
 
     def end(self, job: Job, state: State, reason: str = "because", traceback: str | None = None) -> int:
         with self.database.write() as connection:
-            return finish.ended(connection, (job.seq, job.fence), state, reason, traceback)
+            return finish.ended(connection, job.hold, state, reason, traceback)
 
     def give_back(self, *jobs: Job, crashed: bool = False) -> int:
         with self.database.write() as connection:
-            return finish.given_back(self.database, connection, _pairs(jobs), crashed)
+            return finish.given_back(self.database, connection, [job.hold for job in jobs], crashed)
 
     def store(self, job: Job, state: State | None = State.COMPLETED, **fields: Any) -> bool:
         written = {"status": "SUCCESS", "result": "1", "traceback": None, "meta": None, **fields}
-        return results.store(self.database, (job.seq, job.fence), state, **written)
+        return results.store(self.database, job.hold, state, **written)
 
     def publish_again(self, job: Job, **fields: Any) -> bool:
         """What ``self.retry`` does: the task publishes its own id."""
-        return insert.insert(self.database, new_job(job.id, **fields), fence=job.fence)
+        return insert.insert(self.database, new_job(job.id, **fields), hold=job.hold)
 
     def note_retry(self, job: Job, reason: str) -> None:
         """And what it then notes of its failure."""
-        results.store_retry(self.database, (job.seq, job.fence), result="{}", traceback="Traceback", reason=reason)
+        results.store_retry(self.database, job.hold, result="{}", traceback="Traceback", reason=reason)
 
     def take(self, limit: int = 10, queue: str = "queue", keep: bool = True) -> list[Message]:
         with self.database.write() as connection:
@@ -76,10 +76,6 @@ class Worker:
     def die(self) -> int | None:
         """Somebody finds it dead."""
         return nodes.remove(self.database, self.id)
-
-
-def _pairs(jobs: tuple[Job, ...]) -> list[tuple[int, int]]:
-    return [(job.seq, job.fence) for job in jobs]
 
 
 def without(job: Job, *names: str) -> Job:

@@ -147,9 +147,9 @@ def test_a_claim_that_the_server_forgot_is_made_again(storage: Storage, set_row:
     worker = Worker(storage)
     jobs = worker.claim(2)
     set_row("1", state="available", node_id=None, fence=0, attempts=0)  # as after a crash of the server
-    pairs = [(job.seq, job.fence) for job in jobs]
+    holds = [job.hold for job in jobs]
     with storage.database.write() as connection:
-        assert claim.claim_again(storage.database, connection, pairs, worker.id) == 1
+        assert claim.claim_again(storage.database, connection, holds, worker.id) == 1
     assert worker.complete(*jobs) == 2
 
 

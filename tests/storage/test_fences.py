@@ -72,7 +72,21 @@ def test_a_zombies_report_changes_nothing(
     assert not REPORTS[report](worker, job)
     assert the_job(storage) == before
     with storage.database.read() as connection:
-        assert finish.moved_on(connection, [(job.seq, job.fence)]) == ["job"]
+        assert finish.moved_on(connection, [job.hold]) == ["job"]
+
+
+@pytest.mark.parametrize("report", REPORTS)
+def test_a_fence_that_a_crashed_server_gave_twice_is_the_second_nodes(
+    storage: Storage, worker: Worker, other: Worker, set_row: Callable[..., None], report: str
+) -> None:
+    storage.insert(new_job())
+    job = worker.claim_one()
+    set_row(node_id=None, state="available", fence=0, attempts=0)  # the server has forgotten the claim
+    again = other.claim_one()
+    assert (again.seq, again.fence) == (job.seq, job.fence)
+    before = the_job(storage)
+    assert not REPORTS[report](worker, job)
+    assert the_job(storage) == before
 
 
 @pytest.mark.parametrize(("first", "second"), list(permutations(sorted(ENDS), 2)))
@@ -114,7 +128,7 @@ def test_a_batch_counts_what_it_changed(storage: Storage, worker: Worker, other:
     worker.complete(jobs[2])
     assert worker.complete(*jobs) == 7
     with storage.database.read() as connection:
-        lost = finish.moved_on(connection, [(job.seq, job.fence) for job in jobs])
+        lost = finish.moved_on(connection, [job.hold for job in jobs])
     assert lost == ["0", f"#{jobs[1].seq}"]
 
 

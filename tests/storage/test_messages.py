@@ -33,7 +33,7 @@ def rows(storage: Storage) -> int:
 
 def report(storage: Storage, function: Callable[..., int], *taken: Message) -> int:
     with storage.database.write() as connection:
-        return function(storage.database, connection, [(message.seq, message.fence) for message in taken])
+        return function(storage.database, connection, [message.hold for message in taken])
 
 
 @pytest.mark.parametrize("durable", [True, False])

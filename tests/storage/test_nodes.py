@@ -10,6 +10,7 @@ from kathikon_celery.job import State
 from kathikon_celery.storage import Storage, finish, messages, nodes, topology
 from kathikon_celery.storage.nodes import Holder
 from tests.storage.actors import Worker, new_job, the_job
+from tests.support.waiting import wait_until
 
 
 def test_a_claimed_job_comes_back_without_a_crash(storage: Storage, worker: Worker, other: Worker) -> None:
@@ -30,6 +31,7 @@ def test_a_running_job_comes_back_with_a_crash(storage: Storage, worker: Worker)
     worker.die()
     job = the_job(storage)
     assert (job.state, job.crashes, job.node_id, job.started_at) == (State.AVAILABLE, 1, None, None)
+    assert [(error["attempt"], error["reason"]) for error in job.errors] == [(1, finish.LOST)]
 
 
 def test_a_job_whose_processes_are_lost_too_often_is_dead(storage: Storage) -> None:
@@ -41,6 +43,9 @@ def test_a_job_whose_processes_are_lost_too_often_is_dead(storage: Storage) -> N
         job = the_job(storage)
         assert (job.crashes, job.state) == (crash, State.DEAD if crash == 3 else State.AVAILABLE)
     assert job.reason == finish.LOST_TOO_OFTEN
+    assert [(error["attempt"], error["reason"]) for error in job.errors] == [
+        (crash, finish.LOST) for crash in (1, 2, 3)
+    ]
     assert job.failed_at == job.ended_at
     assert job.ended_at is not None
     assert job.started_at is not None
@@ -55,6 +60,7 @@ def test_claims_that_are_lost_count_no_crash(storage: Storage) -> None:
         worker.die()
     assert the_job(storage).state is State.AVAILABLE
     assert the_job(storage).crashes == 0
+    assert the_job(storage).errors == []
 
 
 def test_an_early_acknowledged_job_that_ran_is_dead_and_runs_not_twice(storage: Storage, worker: Worker) -> None:
@@ -197,7 +203,9 @@ class TestLock:
         assert holder.renew(worker.id, 30)
         assert is_free() is (False if has_locks else None)
         holder.drop()
-        assert is_free() is (True if has_locks else None)
+        wait_until(
+            lambda: is_free() is (True if has_locks else None), what="the server sees that the connection is gone"
+        )
 
     def test_a_lease_is_renewed_while_the_lock_is_not_to_be_had(self, storage: Storage, worker: Worker) -> None:
         """The server may see the connection that held it, long after that connection was lost."""
@@ -205,9 +213,13 @@ class TestLock:
         assert lost.renew(worker.id, 30)
         assert holder.renew(worker.id, 30)
         lost.drop()
-        assert holder.renew(worker.id, 30)
-        with storage.database.read() as connection:
-            assert not nodes.is_lock_free(storage.database, connection, worker.id)
+
+        def is_taken() -> bool:
+            assert holder.renew(worker.id, 30)
+            with storage.database.read() as connection:
+                return not nodes.is_lock_free(storage.database, connection, worker.id)
+
+        wait_until(is_taken, what="the server sees that the lost connection is gone")
         holder.drop()
 
     def test_a_new_id_takes_a_new_lock(self, storage: Storage, worker: Worker, other: Worker) -> None:

@@ -170,7 +170,7 @@ class TestByItsOwnTask:
         publication = new_job()
         storage.insert(publication)
         job = worker.claim_one()
-        assert insert.insert(storage.database, publication, fence=job.fence)
+        assert insert.insert(storage.database, publication, hold=job.hold)
         assert the_job(storage).state is State.AVAILABLE
 
     def test_an_early_acknowledged_task_may_retry(self, storage: Storage, worker: Worker) -> None:

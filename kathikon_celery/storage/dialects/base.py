@@ -10,10 +10,8 @@ from typing import Any
 from sqlalchemy import URL, Connection, Executable, Table
 from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
 
+from kathikon_celery.job import Hold
 from kathikon_celery.storage.wake import Wakeup
-
-#: Rows of a table, each named by its number and the fence under which it was claimed.
-Pairs = Sequence[tuple[int, int]]
 
 
 class Dialect(ABC):
@@ -55,12 +53,17 @@ class Dialect(ABC):
         """The condition that a row of *table* is among those that *select* (of ``seq``) picks, and nobody else's."""
 
     @abstractmethod
-    def among_pairs(self, table: Table) -> ColumnElement[bool]:
-        """The condition that ``seq`` and ``fence`` of a row of *table* are one of the pairs given to `for_pairs`."""
+    def held(self, table: Table, owned: bool = True) -> ColumnElement[bool]:
+        """The condition that a row of *table* is held as one of the holds given to `for_holds` says.
+
+        Not *owned*: no more than number and fence are compared.
+        """
 
     @abstractmethod
-    def for_pairs(self, connection: Connection, statement: Executable, pairs: Pairs, values: dict[str, Any]) -> int:
-        """Run *statement*, which says `among_pairs`, for *pairs*; the number of rows it changed."""
+    def for_holds(
+        self, connection: Connection, statement: Executable, holds: Sequence[Hold], values: dict[str, Any]
+    ) -> int:
+        """Run *statement*, which says `held`, for *holds*; the number of rows it changed."""
 
     @abstractmethod
     def publishing(self, insert: Any, queue: BindParameter[str] | None) -> Executable:

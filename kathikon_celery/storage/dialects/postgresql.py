@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import selectors
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import Any
@@ -31,7 +31,8 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import ARRAY, TEXT
 from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
 
-from kathikon_celery.storage.dialects.base import Dialect, Pairs
+from kathikon_celery.job import Hold
+from kathikon_celery.storage.dialects.base import Dialect
 from kathikon_celery.storage.errors import Unavailable, in_words
 from kathikon_celery.storage.tables import nodes
 from kathikon_celery.storage.wake import Wakeup
@@ -86,17 +87,18 @@ class PostgreSQL(Dialect):
         rows = select.with_for_update(skip_locked=True).scalar_subquery()
         return table.c.seq == any_(func.array(rows))
 
-    def among_pairs(self, table: Table) -> ColumnElement[bool]:
-        pairs = (
-            func.unnest(bindparam("pair_seqs", type_=ARRAY(BigInteger)), bindparam("pair_fences", type_=ARRAY(Integer)))
-            .table_valued("seq", "fence", name="pairs")
-            .render_derived()
-        )
-        return and_(table.c.seq == pairs.c.seq, table.c.fence == pairs.c.fence)
+    def held(self, table: Table, owned: bool = True) -> ColumnElement[bool]:
+        types = {"seq": BigInteger, "fence": Integer, "node_id": BigInteger}
+        columns = [bindparam(f"hold_{name}", type_=ARRAY(kind)) for name, kind in types.items()]
+        holds = func.unnest(*columns).table_valued(*types, name="holds").render_derived()
+        return and_(*(table.c[name] == holds.c[name] for name in types if owned or name != "node_id"))
 
-    def for_pairs(self, connection: Connection, statement: Executable, pairs: Pairs, values: dict[str, Any]) -> int:
-        columns = {"pair_seqs": [seq for seq, _ in pairs], "pair_fences": [fence for _, fence in pairs]}
-        return connection.execute(statement, {**columns, **values}).rowcount
+    def for_holds(
+        self, connection: Connection, statement: Executable, holds: Sequence[Hold], values: dict[str, Any]
+    ) -> int:
+        columns = zip(*sorted(holds), strict=True)  # who locks several rows does so in one order
+        arrays = {f"hold_{name}": list(column) for name, column in zip(Hold._fields, columns, strict=True)}
+        return connection.execute(statement, {**arrays, **values}).rowcount
 
     def publishing(self, insert: Any, queue: BindParameter[str] | None) -> Executable:
         inserted = insert.returning(insert.table.c.seq).cte("inserted")

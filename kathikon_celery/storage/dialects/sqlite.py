@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import selectors
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from sqlalchemy import URL, Connection, Executable, Table, and_, bindparam
+from sqlalchemy import URL, Connection, Executable, Table
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
 
-from kathikon_celery.storage.dialects.base import Dialect, Pairs
+from kathikon_celery.job import Hold
+from kathikon_celery.storage.dialects.base import Dialect
 from kathikon_celery.storage.errors import Unavailable, in_words
+from kathikon_celery.storage.tables import held_as, of_hold
 from kathikon_celery.storage.wake import Wakeup
 
 try:
@@ -129,12 +131,13 @@ class SQLite(Dialect):
     def picked(self, select: Select[Any], table: Table) -> ColumnElement[bool]:
         return table.c.seq.in_(select.scalar_subquery())
 
-    def among_pairs(self, table: Table) -> ColumnElement[bool]:
-        return and_(table.c.seq == bindparam("pair_seq"), table.c.fence == bindparam("pair_fence"))
+    def held(self, table: Table, owned: bool = True) -> ColumnElement[bool]:
+        return held_as(table, owned)
 
-    def for_pairs(self, connection: Connection, statement: Executable, pairs: Pairs, values: dict[str, Any]) -> int:
-        rows = [{"pair_seq": seq, "pair_fence": fence, **values} for seq, fence in pairs]
-        return connection.execute(statement, rows).rowcount
+    def for_holds(
+        self, connection: Connection, statement: Executable, holds: Sequence[Hold], values: dict[str, Any]
+    ) -> int:
+        return connection.execute(statement, [of_hold(hold) | values for hold in holds]).rowcount
 
     def publishing(self, insert: Any, queue: BindParameter[str] | None) -> Executable:
         return insert  # type: ignore[no-any-return]

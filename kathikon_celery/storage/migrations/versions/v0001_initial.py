@@ -135,6 +135,7 @@ def upgrade() -> None:
         sa.Column("result", Long, nullable=False),
         sa.Column("inserted_at", Instant, nullable=False),
     )
+    op.create_index("kathikon_groups_inserted", "kathikon_groups", ["inserted_at"])
     if op.get_context().dialect.name == "postgresql":
         # Room on each page for the next versions of its rows; and a vacuum after a fixed number of dead rows, not after
         # a fraction of a table that may hold millions of finished ones.
