@@ -8,14 +8,15 @@ from time import monotonic, sleep
 from typing import Any
 
 from celery import states
-from celery.backends.base import BaseBackend
 from celery.exceptions import TimeoutError as ResultTimeout
 
-from kathikon_celery.job import Job, State, in_brief
+from kathikon_celery.canvas import CanvasBackend, hold_by
+from kathikon_celery.job import TERMINAL, Job, State, in_brief
 from kathikon_celery.settings import Settings, broker_database, mask
 from kathikon_celery.storage import Storage, results
 from kathikon_celery.storage.errors import is_lost
-from kathikon_celery.transport.delivery import hold_of
+from kathikon_celery.storage.settle import End
+from kathikon_celery.transport import collecting
 
 #: Which state of a job a state of Celery's makes it take.
 STATES = {
@@ -46,7 +47,7 @@ BINARY = "base64,"
 FIRST_LOOK, LAST_LOOK = 0.002, 0.05
 
 
-class KathikonBackend(BaseBackend):
+class KathikonBackend(CanvasBackend):
     """``result_backend = "kathikon"``: the broker's database. ``kathikon+postgresql://…`` names another one."""
 
     persistent = True
@@ -89,18 +90,25 @@ class KathikonBackend(BaseBackend):
         written: dict[str, Any] = {"status": state, "result": self._text(result), "traceback": traceback}
         if state not in states.EXCEPTION_STATES and traceback is not None:
             written["traceback"] = str(traceback)
-        hold = hold_of((getattr(request, "properties", None) or {}).get("delivery_tag")) if request else None
-        if hold is None or request.id != task_id:
-            results.store_alone(database, task_id, STATES.get(state), **written, meta=self._text(rest))
-        elif state == states.RETRY:
+        hold, becomes = hold_by(request, task_id), STATES.get(state)
+        if hold is not None and state == states.RETRY:
             if not getattr(request, "was_refused", False):
                 del written["status"]
                 results.store_retry(database, hold, **written, reason=_reason(result))
+            return result
+        written["meta"] = self._text(rest)
+        reason = _reason(result) if state in states.EXCEPTION_STATES else None
+        if reason == "expired" or _type_and_arguments(result)[0] == "Reject":
+            becomes = State.DISCARDED
+        ending = collecting.current(database)
+        if ending is not None and becomes in TERMINAL:
+            untold = getattr(request, "is_untold", False) and request.id == task_id
+            end = End(task_id=task_id, hold=hold, state=becomes, written=written, reason=reason, untold=untold)
+            ending.ends.append(end)
+        elif hold is None:
+            results.store_alone(database, task_id, becomes, **written)
         else:
-            reason = _reason(result) if state in states.EXCEPTION_STATES else None
-            is_given_up = reason == "expired" or _type_and_arguments(result)[0] == "Reject"
-            becomes = State.DISCARDED if is_given_up else STATES.get(state)
-            results.store(database, hold, becomes, **written, meta=self._text(rest), reason=reason)
+            results.store(database, hold, becomes, **written, reason=reason)
         return result
 
     def _text(self, value: Any) -> str:

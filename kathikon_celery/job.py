@@ -20,7 +20,7 @@ class State(str, Enum):
     CLAIMED = "claimed"  # taken by a worker, not started
     RUNNING = "running"  # accepted by the worker's pool
     RETRYABLE = "retryable"  # failed and published again by itself: waits for its backoff
-    WAITING_FOR_CHILDREN = "waiting_for_children"  # the parent of an open batch
+    WAITING_FOR_CHILDREN = "waiting_for_children"  # replaced by others, or the parent of an open batch
     COMPLETED = "completed"  # returned
     DEAD = "dead"  # raised for good, or its process was lost too often: the dead-letter queue
     CANCELLED = "cancelled"  # revoked
@@ -49,7 +49,7 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     State.SCHEDULED: frozenset(_PUBLISHED | _GIVEN_UP),
     State.RETRYABLE: frozenset(_PUBLISHED | _GIVEN_UP | {State.DEAD}),
     State.AVAILABLE: frozenset(_PUBLISHED | _GIVEN_UP | {State.CLAIMED, State.DEAD}),
-    State.CLAIMED: frozenset(_PUBLISHED | _ENDED | {State.RUNNING}),
+    State.CLAIMED: frozenset(_PUBLISHED | _ENDED | {State.RUNNING, State.WAITING_FOR_CHILDREN}),
     State.RUNNING: frozenset(_PUBLISHED | _ENDED | {State.WAITING_FOR_CHILDREN}),
     State.WAITING_FOR_CHILDREN: frozenset(_PUBLISHED | _ENDED),
     State.COMPLETED: frozenset(_PUBLISHED),

@@ -6,7 +6,20 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import BigInteger, Connection, Integer, bindparam, desc, exists, false, or_, select, type_coerce, update
+from sqlalchemy import (
+    BigInteger,
+    Connection,
+    Integer,
+    bindparam,
+    desc,
+    exists,
+    false,
+    null,
+    or_,
+    select,
+    type_coerce,
+    update,
+)
 from sqlalchemy.sql.dml import Update
 from sqlalchemy.types import NullType
 
@@ -37,6 +50,7 @@ def _taken(rows: Update) -> Update:
         fence=jobs.c.fence + 1,
         attempts=jobs.c.attempts + 1,
         claimed_at=now(),
+        status=null(),  # a new run, of which nothing is known yet
     )
 
 

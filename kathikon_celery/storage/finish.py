@@ -13,12 +13,13 @@ from typing import Any
 
 from sqlalchemy import Boolean, Connection, Text, and_, bindparam, case, false, null, or_, select, update
 
-from kathikon_celery.job import HELD, Hold, State, sources
+from kathikon_celery.job import HELD, Hold, Job, State, sources
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.names import printable
-from kathikon_celery.storage.tables import held_as, jobs, of_hold, state_in
+from kathikon_celery.storage.reading import job_of
+from kathikon_celery.storage.tables import UNTOLD, held_as, jobs, of_hold, state_in
 
 #: What is noted of a run whose process was lost, and the reason on the row of a job to which that happened too often.
 LOST = "the process that ran it was lost"
@@ -54,6 +55,7 @@ def _ended(state: State) -> Any:
         "node_id": null(),
         "reason": bindparam("why", type_=Text()),
         "traceback": bindparam("trace", type_=Text()),
+        "status": bindparam("word", type_=Text()),
     }
     return update(jobs).where(held_as(jobs), IS_HELD, may_become(state)).values(values)
 
@@ -93,13 +95,37 @@ def completed(database: Database, connection: Connection, holds: Sequence[Hold])
     return database.dialect.for_holds(connection, _completed(database.dialect), holds, {})
 
 
-def ended(connection: Connection, hold: Hold, state: State, reason: str, traceback: str | None) -> int:
-    """The job is *state* (dead, cancelled or discarded), for that *reason*."""
-    values = {**of_hold(hold), "why": printable(reason), "trace": printable(traceback)}
+def ended(
+    connection: Connection, hold: Hold, state: State, reason: str, traceback: str | None, status: str | None = None
+) -> int:
+    """The job is *state* (dead, cancelled or discarded), for that *reason*.
+
+    *status*: Celery's word for it, if all that depends on the task's end was told of it (see `untold`).
+    """
+    values = {**of_hold(hold), "why": printable(reason), "trace": printable(traceback), "word": status}
     changed = connection.execute(_ended(state), values).rowcount
     if changed and state is State.DEAD:
         add_error(connection, hold.seq, reason, hold.fence)
     return changed
+
+
+@lru_cache(maxsize=8)
+def _replaced(dialect: Dialect) -> Any:
+    values = {"state": State.WAITING_FOR_CHILDREN.value, "node_id": null()}
+    return update(jobs).where(dialect.held(jobs), may_become(State.WAITING_FOR_CHILDREN)).values(values)
+
+
+def replaced(database: Database, connection: Connection, holds: Sequence[Hold]) -> int:
+    """The tasks have handed their work to others, the last of which will be published under their ids."""
+    return database.dialect.for_holds(connection, _replaced(database.dialect), holds, {})
+
+
+_UNTOLD = select(jobs).where(UNTOLD).order_by(jobs.c.ended_at).limit(100)
+
+
+def untold(connection: Connection) -> list[Job]:
+    """Jobs that have ended without a run: callbacks, chains and chords that wait for them were not told of it."""
+    return [job_of(row) for row in connection.execute(_UNTOLD)]
 
 
 _ERRORS = (

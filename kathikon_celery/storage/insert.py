@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Executable, bindparam, case, false, literal_column, null, or_, select
+from sqlalchemy import Connection, Executable, bindparam, case, false, literal_column, null, or_, select
 
 from kathikon_celery.job import TERMINAL, Hold, Job, State
 from kathikon_celery.storage.clock import Instant, now
@@ -131,19 +131,24 @@ def insert(database: Database, job: Job, hold: Hold | None = None, soon: bool = 
 def insert_many(database: Database, batch: Sequence[Job]) -> None:
     """Publish *batch* in one transaction, on disk when this returns."""
 
-    def publish(again: bool) -> None:
+    def write(again: bool) -> None:
         with database.write(durable=True) as connection:
-            for later in (False, True):
-                chosen = [job for job in batch if (job.scheduled_at is not None) is later]
-                if chosen:
-                    statement = _make(database, chosen[0], False, again, True)
-                    connection.execute(statement, [_values(job) for job in chosen])
-            _announce(database, connection, batch)
+            publish(database, connection, batch, again)
 
-    database.patiently(publish)
+    database.patiently(write)
 
 
-def _announce(database: Database, connection: Any, batch: Sequence[Job]) -> None:
+def publish(database: Database, connection: Connection, batch: Sequence[Job], again: bool = False) -> None:
+    """Publish *batch* as a part of a transaction; *again*: it may have been committed before."""
+    for later in (False, True):
+        chosen = [job for job in batch if (job.scheduled_at is not None) is later]
+        if chosen:
+            statement = _make(database, chosen[0], False, again, True)
+            connection.execute(statement, [_values(job) for job in chosen])
+    _announce(database, connection, batch)
+
+
+def _announce(database: Database, connection: Connection, batch: Sequence[Job]) -> None:
     at_once = [key(job.queue or "") for job in batch if job.scheduled_at is None]
     if at_once:
         database.dialect.wake(connection, set(at_once), len(at_once))

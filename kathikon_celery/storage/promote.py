@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Connection, Integer, bindparam, select, update
+from sqlalchemy import Connection, Integer, bindparam, null, select, update
 
 from kathikon_celery.job import State
 from kathikon_celery.storage.clock import now, seconds_until
@@ -51,7 +51,7 @@ def _expire(dialect: Dialect) -> Any:
     return (
         update(jobs)
         .where(dialect.picked(expired, jobs))
-        .values(state=State.DISCARDED.value, reason="expired", status="REVOKED", ended_at=now())
+        .values(state=State.DISCARDED.value, reason="expired", status=null(), ended_at=now())
     )
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Text, bindparam, case, delete, false, null, or_, select, update
+from sqlalchemy import Connection, Text, bindparam, case, delete, false, null, or_, select, update
 
 from kathikon_celery.job import Hold, State
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.finish import IS_HELD, add_error, may_become
 from kathikon_celery.storage.names import key, printable
-from kathikon_celery.storage.tables import groups, held_as, jobs, of_hold
+from kathikon_celery.storage.tables import UNTOLD, groups, held_as, jobs, of_hold
 
 _WRITTEN = {name: bindparam(f"new_{name}", type_=Text()) for name in ("status", "result", "traceback", "meta")}
 #: The word for what a run says of itself; it does not end the job.
@@ -47,23 +48,31 @@ def store(
 
     With *state* running or terminal the job takes that state, all in one transaction.
     """
-    values = of_hold(hold)
     texts = {"status": status, "result": result, "traceback": traceback, "meta": meta}
-    new = {f"new_{name}": printable(text) for name, text in texts.items()}
 
     def write(again: bool) -> bool:
         with database.write() as connection:
-            if state is State.RUNNING:
-                connection.execute(_STARTED, values)
             if state in _ENDED:
-                done = connection.execute(_ENDED[state], {**values, **new, "why": printable(reason)}).rowcount
-            else:
-                done = connection.execute(_NOTED, {**values, **new}).rowcount
-            if done and state is State.DEAD:
-                add_error(connection, hold.seq, reason or status, hold.fence)
-        return bool(done) or again
+                return end(connection, hold, state, **texts, reason=reason) or again
+            if state is State.RUNNING:
+                connection.execute(_STARTED, of_hold(hold))
+            return bool(connection.execute(_NOTED, {**of_hold(hold), **_new(texts)}).rowcount) or again
 
     return database.patiently(write)
+
+
+def _new(texts: Mapping[str, str | None]) -> dict[str, str | None]:
+    return {f"new_{name}": printable(text) for name, text in texts.items()}
+
+
+def end(connection: Connection, hold: Hold, state: State, *, reason: str | None, **written: str | None) -> bool:
+    """The run that holds the job under *hold* has ended so; false when the job has moved on."""
+    values = {**of_hold(hold), **_new(written), "why": printable(reason)}
+    if not connection.execute(_ENDED[state], values).rowcount:
+        return False
+    if state is State.DEAD:
+        add_error(connection, hold.seq, reason or str(written["status"]), hold.fence)
+    return True
 
 
 def store_retry(database: Database, hold: Hold, *, result: str | None, traceback: str | None, reason: str) -> None:
@@ -79,24 +88,34 @@ def store_retry(database: Database, hold: Hold, *, result: str | None, traceback
     database.patiently(write)
 
 
-def store_alone(
-    database: Database,
-    task_id: str,
-    state: State | None,
-    *,
-    status: str,
-    result: str | None,
-    traceback: str | None,
-    meta: str | None,
-) -> None:
+_TOLD = update(jobs).where(jobs.c.id == bindparam("job_id"), UNTOLD).values(_WRITTEN)
+
+
+def tell(connection: Connection, task_id: str, **written: str | None) -> bool:
+    """Write the result of a job that has ended without a run; false when that was done."""
+    return bool(connection.execute(_TOLD, {"job_id": key(task_id), **_new(written)}).rowcount)
+
+
+def store_alone(database: Database, task_id: str, state: State | None, **written: str | None) -> None:
     """Write a result under an id, whoever ran it; a row of its own is made where there is no job.
 
     A job that a worker holds keeps its state: that is the worker's to report.
     """
+
+    def write(again: bool) -> None:
+        with database.once() as connection:
+            end_alone(database, connection, task_id, state, **written)
+
+    database.patiently(write)
+
+
+def end_alone(
+    database: Database, connection: Connection, task_id: str, state: State | None, **written: str | None
+) -> bool:
+    """What `store_alone` does, as a part of a transaction; false when the job has ended otherwise."""
     ended = state if state in _ENDED else None
     becomes = ended or State.COMPLETED
-    texts = {"status": status, "result": result, "traceback": traceback, "meta": meta}
-    new = {name: printable(text) for name, text in texts.items()}
+    new = {name: printable(text) for name, text in written.items()}
     row = dict(
         id=key(task_id), task="", priority=0, publication=0, fence=0, attempts=0, crashes=0, max_attempts=0,
         acked=false(), inserted_at=now(), available_at=now(), ended_at=now(), envelope="{}", body="",
@@ -112,12 +131,7 @@ def store_alone(
         set_=changes,
         where=or_(jobs.c.queue.is_(None), may_become(becomes), jobs.c.state == becomes.value),
     )
-
-    def write(again: bool) -> None:
-        with database.once() as connection:
-            connection.execute(statement)
-
-    database.patiently(write)
+    return bool(connection.execute(statement).rowcount)
 
 
 _FORGET = update(jobs).where(jobs.c.id == bindparam("job_id"))

@@ -87,6 +87,7 @@ DUE = text("state IN ('scheduled', 'retryable')")
 PENDING = text("state IN ('scheduled', 'retryable', 'available')")
 HELD = text("node_id IS NOT NULL")
 ENDED = text("ended_at IS NOT NULL")
+UNTOLD = text("state IN ('dead', 'cancelled', 'discarded') AND status IS NULL")
 EXPIRING = text("expires_at IS NOT NULL AND state IN ('scheduled', 'retryable', 'available')")
 FREE = text("node_id IS NULL")
 
@@ -103,6 +104,9 @@ Index("kathikon_jobs_due", jobs.c.available_at, postgresql_where=DUE, sqlite_whe
 Index("kathikon_jobs_held", jobs.c.node_id, postgresql_where=HELD, sqlite_where=HELD)
 Index("kathikon_jobs_ended", jobs.c.state, jobs.c.ended_at, postgresql_where=ENDED, sqlite_where=ENDED)
 Index("kathikon_jobs_expiring", jobs.c.expires_at, postgresql_where=EXPIRING, sqlite_where=EXPIRING)
+Index("kathikon_jobs_untold", jobs.c.ended_at, postgresql_where=UNTOLD, sqlite_where=UNTOLD)
+OF_A_ROOT = text("root_id IS NOT NULL")
+Index("kathikon_jobs_root", jobs.c.root_id, postgresql_where=OF_A_ROOT, sqlite_where=OF_A_ROOT)
 
 
 def state_in(states: Iterable[State]) -> ColumnElement[bool]:
@@ -201,3 +205,28 @@ groups = Table(
     Column("inserted_at", Instant, nullable=False),
 )
 Index("kathikon_groups_inserted", groups.c.inserted_at)
+
+chords = Table(
+    "kathikon_chords",
+    metadata,
+    Column("id", Name, primary_key=True),
+    #: Number of its parts, NULL until all but the last are sent, and how many were added by parts since.
+    Column("size", Integer),
+    Column("added", Integer, nullable=False),
+    Column("ended", Integer, nullable=False),
+    Column("structure", Long),
+    Column("inserted_at", Instant, nullable=False),
+)
+Index("kathikon_chords_inserted", chords.c.inserted_at)
+
+chord_parts = Table(
+    "kathikon_chord_parts",
+    metadata,
+    Column("chord", Name, primary_key=True),
+    Column("task_id", Name, primary_key=True),
+    Column("label", Long, nullable=False),
+    Column("position", Integer),
+    Column("ended", Boolean(create_constraint=False), nullable=False),
+    Column("succeeded", Boolean(create_constraint=False)),
+    Column("result", Long),
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from amqp.protocol import queue_declare_ok_t
@@ -13,7 +14,7 @@ from kombu.utils.uuid import uuid
 from kathikon_celery.job import State
 from kathikon_celery.storage import insert, messages, prune, topology
 from kathikon_celery.storage.names import key
-from kathikon_celery.transport import republishing
+from kathikon_celery.transport import collecting, republishing
 from kathikon_celery.transport.delivery import BACK, Delivery, Outcome, Verdict
 from kathikon_celery.transport.envelope import fold, priority_of, task_of, to_job, unfold
 
@@ -191,11 +192,19 @@ class Channel(virtual.Channel):
         settings = self._storage.settings
         job = to_job(message, task, queues[0], settings.max_attempts, self.connection.local_zone())
         hold = republishing.hold_on(job.id)
+        ending = collecting.current(self._database)
+        if ending is not None and hold is None:
+            ending.jobs.append(job)
+            return
         if not insert.insert(self._database, job, hold, soon=republishing.is_soon(job, settings.scheduler_interval)):
             republishing.refused(job.id)
 
     def _put(self, queues: list[str], message: dict[str, Any], **kwargs: Any) -> None:
         if not queues:
+            return
+        ending = collecting.current(self._database)
+        if ending is not None:
+            ending.after.append(partial(self._put, queues, message))
             return
         envelope, body = fold(message)
         properties = message["properties"]

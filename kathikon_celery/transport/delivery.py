@@ -16,6 +16,7 @@ class Verdict(Enum):
     BACK = auto()  # ready again for anybody
     CRASHED = auto()  # ready again, its process was lost
     ENDED = auto()  # dead, cancelled or discarded: see `Outcome.state`
+    REPLACED = auto()  # others do its work, and the last of them takes its place
     PASSED_ON = auto()  # it was published again by its own task, and waits anew
 
 
@@ -26,12 +27,15 @@ class Outcome:
     verdict: Verdict
     state: State | None = None
     reason: str = ""
+    #: Celery's word for it, when it has told all that follows; `None` leaves that to `finish.untold`.
+    status: str | None = None
     traceback: str | None = None
 
 
 DONE = Outcome(Verdict.DONE)
 BACK = Outcome(Verdict.BACK)
 CRASHED = Outcome(Verdict.CRASHED)
+REPLACED = Outcome(Verdict.REPLACED)
 PASSED_ON = Outcome(Verdict.PASSED_ON)
 
 

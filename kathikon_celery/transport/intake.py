@@ -458,6 +458,7 @@ class Intake:
         crashed: list[Delivery] = []
         gone: list[Delivery] = []
         returned: list[Delivery] = []
+        replaced: list[Delivery] = []
         for delivery, outcome in reports:
             verdict = outcome.verdict
             if not delivery.is_job:
@@ -468,8 +469,10 @@ class Intake:
                 back.append(delivery)
             elif verdict is Verdict.CRASHED:
                 crashed.append(delivery)
+            elif verdict is Verdict.REPLACED:
+                replaced.append(delivery)
             elif outcome.state is not None and not finish.ended(
-                connection, delivery.hold, outcome.state, outcome.reason, outcome.traceback
+                connection, delivery.hold, outcome.state, outcome.reason, outcome.traceback, outcome.status
             ):
                 self._complain(connection, [delivery])
         database = self.database
@@ -479,6 +482,8 @@ class Intake:
             finish.given_back(database, connection, [one.hold for one in back])
         if crashed and finish.given_back(database, connection, [one.hold for one in crashed], True) != len(crashed):
             self._complain(connection, crashed)
+        if replaced:
+            finish.replaced(database, connection, [one.hold for one in replaced])
         if back or crashed:
             database.dialect.wake(connection, {one.queue for one in back + crashed}, len(back) + len(crashed))
         if gone:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from celery import bootsteps
 
@@ -17,6 +18,11 @@ from kathikon_celery.worker.pruner import Pruner
 from kathikon_celery.worker.retrying import retry_failed
 from kathikon_celery.worker.service import Service
 from kathikon_celery.worker.supply import InWords, NotForUs, Supply
+from kathikon_celery.worker.telling import tell
+from kathikon_celery.worker.tracing import collect_successors
+
+if TYPE_CHECKING:
+    from celery import Celery
 
 #: Seconds for which a task that publishes, or stores its result, waits for a database that is away.
 PATIENCE = 3600.0
@@ -24,23 +30,23 @@ PATIENCE = 3600.0
 _IN_WORDS, _NOT_FOR_US = InWords(), NotForUs()
 
 
-def _promoter(storage: Storage) -> Promoter:
+def _promoter(app: Celery, storage: Storage) -> Promoter:
     return Promoter(storage=storage, interval=storage.settings.scheduler_interval)
 
 
-def _pruner(storage: Storage) -> Pruner:
+def _pruner(app: Celery, storage: Storage) -> Pruner:
     return Pruner(storage=storage, interval=storage.settings.prune_interval)
 
 
-def _lifeline(storage: Storage) -> Lifeline:
-    return Lifeline(storage=storage)
+def _lifeline(app: Celery, storage: Storage) -> Lifeline:
+    return Lifeline(storage=storage, tell=partial(tell, app, storage))
 
 
 class _ServiceStep(bootsteps.StartStopStep):
     """Runs a service for the life of the worker."""
 
     abstract = True
-    make: Callable[[Storage], Service]
+    make: Callable[[Celery, Storage], Service]
     attribute: str
 
     def __init__(self, parent: Any, **kwargs: Any) -> None:
@@ -48,7 +54,7 @@ class _ServiceStep(bootsteps.StartStopStep):
         setattr(parent, self.attribute, None)
 
     def create(self, parent: Any) -> Service:
-        service = type(self).make(Storage.for_app(parent.app, setup=False))
+        service = type(self).make(parent.app, Storage.for_app(parent.app, setup=False))
         setattr(parent, self.attribute, service)
         return service
 
@@ -87,11 +93,11 @@ def install(sender: Any, **kwargs: Any) -> None:
         app.Task.Request = "kathikon_celery.worker.request:Request"
     storage = Storage.for_app(app, setup=False)
     storage.database.patience = PATIENCE
-    if storage.settings.retry_failed:
-        app.finalize()
-        for task in app.tasks.values():
-            if not task.name.startswith("celery."):
-                retry_failed(task, storage.settings.max_attempts)
+    app.finalize()
+    for task in app.tasks.values():
+        collect_successors(task, storage)
+        if storage.settings.retry_failed and not task.name.startswith("celery."):
+            retry_failed(task, storage.settings.max_attempts)
     Presence.of(storage).name = sender.hostname
     logging.getLogger("celery.worker").addFilter(_IN_WORDS)
     logging.getLogger("celery.worker.consumer.tasks").addFilter(_NOT_FOR_US)

@@ -8,6 +8,7 @@ has itself held its lease for long enough without a gap: when the database was a
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from time import monotonic
 
 from kathikon_celery.presence import Presence, is_running, machine
@@ -24,8 +25,17 @@ GRACE = 3.0
 class Lifeline(Service):
     """Looks after the other nodes every second. Every worker has one."""
 
-    def __init__(self, *, storage: Storage, interval: float = 1.0, presence: Presence | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        storage: Storage,
+        interval: float = 1.0,
+        presence: Presence | None = None,
+        tell: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(storage=storage, interval=interval)
+        #: Tells of the jobs that have ended without a run.
+        self.tell = tell
         self.presence = presence or Presence.of(storage)
         #: Since when a node's lock is free, and the end of its lease then, both in monotonic time.
         self._unlocked: dict[int, tuple[float, float]] = {}
@@ -42,6 +52,7 @@ class Lifeline(Service):
         for node_id in orphans:
             if node_id != self.presence.id:
                 nodes.remove(self.storage.database, node_id)
+        self.tell()
         return self.interval
 
     def _is_dead(self, node: Node, unlocked: bool) -> str | None:

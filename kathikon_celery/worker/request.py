@@ -5,15 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from billiard.einfo import ExceptionWithTraceback
+from celery import states
 from celery.exceptions import Ignore, Reject, Retry, WorkerLostError
 from celery.worker.request import Request as CeleryRequest
 
 from kathikon_celery.job import State, in_brief
-from kathikon_celery.transport.delivery import CRASHED, DONE, PASSED_ON, Delivery, Outcome, Verdict
+from kathikon_celery.transport.delivery import CRASHED, DONE, PASSED_ON, REPLACED, Delivery, Outcome, Verdict
+
+#: What `Task.on_replace` says. The last task of the replacement has the id of the replaced one.
+REPLACED_BY_NEW_TASK = "Replaced by new task"
 
 
 def _ended(state: State, reason: str, traceback: str | None = None) -> Outcome:
-    return Outcome(Verdict.ENDED, state, reason, traceback)
+    status = states.FAILURE if state is State.DEAD else states.REVOKED
+    return Outcome(Verdict.ENDED, state, reason, status, traceback)
 
 
 class Request(CeleryRequest):
@@ -85,10 +90,11 @@ class Request(CeleryRequest):
         if isinstance(error, Retry):
             self._set_outcome(PASSED_ON)
         elif isinstance(error, Ignore):
-            self._set_outcome(DONE)
+            self._set_outcome(REPLACED if str(error) == REPLACED_BY_NEW_TASK else DONE)
         elif isinstance(error, Reject):
             if not error.requeue:
-                self._set_outcome(_ended(State.DISCARDED, in_brief(f"rejected: {error.reason}")))
+                # Celery does no more about it, so the lifeline tells what was to follow.
+                self._set_outcome(Outcome(Verdict.ENDED, State.DISCARDED, in_brief(f"rejected: {error.reason}")))
         elif isinstance(error, (WorkerLostError, SystemExit, KeyboardInterrupt)) and self.task.reject_on_worker_lost:
             self._set_outcome(CRASHED)
         else:

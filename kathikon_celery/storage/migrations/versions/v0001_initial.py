@@ -70,6 +70,9 @@ def upgrade() -> None:
     held = partial("node_id IS NOT NULL")
     op.create_index("kathikon_jobs_held", "kathikon_jobs", ["node_id"], **held)
     op.create_index("kathikon_jobs_ended", "kathikon_jobs", ["state", "ended_at"], **partial("ended_at IS NOT NULL"))
+    untold = partial("state IN ('dead', 'cancelled', 'discarded') AND status IS NULL")
+    op.create_index("kathikon_jobs_untold", "kathikon_jobs", ["ended_at"], **untold)
+    op.create_index("kathikon_jobs_root", "kathikon_jobs", ["root_id"], **partial("root_id IS NOT NULL"))
     expiring = partial("expires_at IS NOT NULL AND state IN ('scheduled', 'retryable', 'available')")
     op.create_index("kathikon_jobs_expiring", "kathikon_jobs", ["expires_at"], **expiring)
 
@@ -136,6 +139,26 @@ def upgrade() -> None:
         sa.Column("inserted_at", Instant, nullable=False),
     )
     op.create_index("kathikon_groups_inserted", "kathikon_groups", ["inserted_at"])
+    op.create_table(
+        "kathikon_chords",
+        sa.Column("id", Name, primary_key=True),
+        sa.Column("size", sa.Integer),
+        sa.Column("added", sa.Integer, nullable=False),
+        sa.Column("ended", sa.Integer, nullable=False),
+        sa.Column("structure", Long),
+        sa.Column("inserted_at", Instant, nullable=False),
+    )
+    op.create_index("kathikon_chords_inserted", "kathikon_chords", ["inserted_at"])
+    op.create_table(
+        "kathikon_chord_parts",
+        sa.Column("chord", Name, primary_key=True),
+        sa.Column("task_id", Name, primary_key=True),
+        sa.Column("label", Long, nullable=False),
+        sa.Column("position", sa.Integer),
+        sa.Column("ended", sa.Boolean, nullable=False),
+        sa.Column("succeeded", sa.Boolean),
+        sa.Column("result", Long),
+    )
     if op.get_context().dialect.name == "postgresql":
         # Room on each page for the next versions of its rows; and a vacuum after a fixed number of dead rows, not after
         # a fraction of a table that may hold millions of finished ones.

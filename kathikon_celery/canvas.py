@@ -1,0 +1,223 @@
+"""Canvas: what a task's end brings with it. Chords count rows, and who ends the last part sends the body.
+
+All that Celery does at the end of a task (store the result, send callbacks and the rest of the chain, fail what was to
+follow, count the chord) is collected, and then written in one transaction: see ``storage/settle.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from celery import chord, group, states
+from celery.app.task import Context
+from celery.backends.base import BaseBackend
+from celery.canvas import _chain as chain
+from celery.canvas import _regen, maybe_signature
+from celery.exceptions import ChordError
+from celery.result import GroupResult, result_from_tuple
+
+from kathikon_celery.job import Hold, State
+from kathikon_celery.storage import chords
+from kathikon_celery.storage.chords import Header, Part
+from kathikon_celery.storage.settle import End, Ending, Incomplete, settle
+from kathikon_celery.transport import collecting
+from kathikon_celery.transport.delivery import hold_of
+
+if TYPE_CHECKING:
+    from kathikon_celery.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+_NOTHING = dict.fromkeys(("status", "result", "traceback", "meta"))
+
+#: The bodies, by their chords' ids, that may have to be sent with the end that is being collected in this context.
+_bodies: ContextVar[dict[str, Any] | None] = ContextVar("kathikon_bodies", default=None)
+
+
+def hold_by(request: Any, task_id: str) -> Hold | None:
+    """How the worker holds the job that *request* is about; `None` for another task's, or one that ran elsewhere."""
+    if getattr(request, "id", None) != task_id:
+        return None
+    return hold_of((getattr(request, "properties", None) or {}).get("delivery_tag"))
+
+
+class CanvasBackend(BaseBackend):
+    """The part of the result backend that sees to what follows a task."""
+
+    @property
+    def storage(self) -> Storage:
+        """The database."""
+        raise NotImplementedError
+
+    def _text(self, value: Any) -> str:
+        raise NotImplementedError
+
+    def _value(self, text: str | None) -> Any:
+        raise NotImplementedError
+
+    # --- the end of a task
+
+    def mark_as_done(self, task_id: str, result: Any, request: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Store the result, publish what follows the task, and count it in its chord, in one transaction."""
+        with self._ending(task_id, request, State.COMPLETED):
+            super().mark_as_done(task_id, result, request, *args, **kwargs)
+
+    def mark_as_failure(
+        self, task_id: str, exc: Any, traceback: Any = None, request: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Store the failure, publish the errbacks, and fail what was to follow, in one transaction."""
+        if _bodies.get() is None:
+            collecting.take(self.storage.database)  # what was to follow a success
+        with self._ending(task_id, request, State.DEAD):
+            super().mark_as_failure(task_id, exc, traceback, request, *args, **kwargs)
+
+    def mark_as_revoked(self, task_id: str, reason: str = "", request: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Store that the task was revoked, and count it in its chord, in one transaction."""
+        with self._ending(task_id, request, State.CANCELLED):
+            super().mark_as_revoked(task_id, reason, request, *args, **kwargs)
+
+    @contextmanager
+    def _ending(self, task_id: str, request: Any, state: State) -> Iterator[None]:
+        if _bodies.get() is not None:  # a body that fails with its header: a part of the end that is under way
+            yield
+            return
+        database, hold = self.storage.database, hold_by(request, task_id)
+        ending = collecting.take(database)
+        token = _bodies.set({})
+        try:
+            with collecting.into(database, ending):
+                yield
+            is_stored = any(end.task_id == task_id for end in ending.ends)
+            if hold is not None and not is_stored and (ending.jobs or ending.parts):
+                ending.ends.insert(0, End(task_id=task_id, hold=hold, state=state, written=_NOTHING))
+            # What stores no result is reported once more by the worker, which would make up for the end alone.
+            if not self._settle(ending, on_disk=not is_stored):
+                logger.warning(
+                    "Kathikon: job %s had ended, or had been given to others, before it ended here;"
+                    " this end changed nothing", task_id,
+                )  # fmt: skip
+        finally:
+            _bodies.reset(token)
+
+    def _settle(self, ending: Ending, on_disk: bool = False) -> bool:
+        if not (ending.ends or ending.parts or ending.jobs):
+            return True
+        database = self.storage.database
+        known = _bodies.get() or {}
+        prepared: dict[str, Ending] = {}
+        while True:
+            try:
+                is_ours = settle(database, ending, prepared, on_disk)
+                for one in (ending, *prepared.values()) if is_ours else ():
+                    for send in one.after:
+                        send()
+                return is_ours
+            except Incomplete as complete:
+                # What sends a body is Celery's and the user's code: it runs while no transaction is open.
+                for header in complete.headers:
+                    with collecting.into(database, Ending()) as prepared[header.chord]:
+                        self._send_body(header, known[header.chord])
+
+    # --- chords
+
+    def apply_chord(self, header_result_args: Any, body: Any, **kwargs: Any) -> None:
+        """Enter the chord and its parts; called by Celery before it sends the header."""
+        self.ensure_chords_allowed()
+        if isinstance(header_result_args[1], _regen):  # a header that is made as it is sent
+            chords.open(self.storage.database, header_result_args[0], [], None)
+            return
+        result = self.app.GroupResult(*header_result_args)
+        is_nested = any(isinstance(one, GroupResult) for one in result.results)
+        structure = self._text({"result": result.as_tuple()}) if is_nested else None
+        parts = [(task_id, position) for position, task_id in enumerate(_leaves(result))]
+        chords.open(self.storage.database, result.id, parts, structure)
+
+    def set_chord_size(self, group_id: str, chord_size: int) -> None:
+        """Say how many parts a chord has; called by Celery before it sends the last of them."""
+        chords.set_size(self.storage.database, group_id, chord_size)
+
+    def add_to_chord(self, chord_id: str, result: Any) -> None:
+        """Say that a chord has one part more, which one of its parts is about to send."""
+        chords.add_part(self.storage.database, chord_id)
+
+    def on_chord_part_return(self, request: Any, state: str, result: Any, **kwargs: Any) -> None:
+        """Count a part that has ended; the last one sends the chord's body."""
+        chord, task_id = request.group, request.id
+        if not chord or not task_id or not request.chord:
+            return
+        part = Part(
+            chord=chord,
+            task_id=task_id,
+            position=request.group_index,
+            succeeded=state not in states.PROPAGATE_STATES,
+            result=self._text(self.encode_result(result, state)),
+        )
+        bodies = _bodies.get()
+        if bodies is None:
+            with self._ending("", None, State.COMPLETED):
+                self.on_chord_part_return(request, state, result)
+            return
+        bodies[chord] = maybe_signature(request.chord, app=self.app)
+        ending = collecting.current(self.storage.database)
+        assert ending is not None
+        ending.parts.append(part)
+
+    def _send_body(self, header: Header, body: Any) -> None:
+        """Send the body with what the header has returned, or fail it with what a part has raised."""
+        for part in header.parts:
+            if not part.succeeded:
+                cause = self.exception_to_python(self._value(part.result))
+                self._fail_body(body, f"Dependency {part.task_id} raised {cause!r}", cause)
+                return
+        try:
+            values = {part.task_id: self._value(part.result) for part in header.parts}
+            if header.structure is None:
+                arguments = list(values.values())
+            else:
+                arguments = _nested(result_from_tuple(self._value(header.structure)["result"], self.app), values)
+            body.delay(arguments)
+        except Exception as error:
+            logger.exception("Kathikon: the body of chord %s could not be sent", header.chord)
+            self._fail_body(body, f"Callback error: {error!r}", error)
+
+    def _fail_body(self, body: Any, message: str, cause: BaseException) -> None:
+        error = ChordError(message)
+        error.__cause__ = cause
+        self.chord_error_from_stack(body, error)
+        # Celery says nothing of it to the chord that the body is a part of, which would wait for ever.
+        for task in _last_tasks(body):
+            options = task.options
+            request = Context(id=options.get("task_id"), group=options.get("group_id"), chord=options.get("chord"))
+            request.group_index = options.get("group_index")
+            self.on_chord_part_return(request, states.FAILURE, error)
+
+
+def _last_tasks(signature: Any) -> Iterator[Any]:
+    """The tasks whose results are those of the signature."""
+    if isinstance(signature, group):
+        for one in signature.tasks:
+            yield from _last_tasks(one)
+    elif isinstance(signature, chain):
+        yield from _last_tasks(signature.tasks[-1])
+    elif isinstance(signature, chord):
+        yield from _last_tasks(signature.body)
+    else:
+        yield signature
+
+
+def _leaves(result: Any) -> Iterator[str]:
+    for one in result.results:
+        if isinstance(one, GroupResult):
+            yield from _leaves(one)
+        else:
+            yield one.id
+
+
+def _nested(result: Any, values: dict[str, Any]) -> Any:
+    if isinstance(result, GroupResult):
+        return [_nested(one, values) for one in result.results]
+    return values[result.id]

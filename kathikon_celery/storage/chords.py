@@ -1,0 +1,157 @@
+"""Chords: one row a part, so that whoever ends the last one knows it, and may send the body in the same transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Boolean, Connection, Integer, Text, bindparam, delete, false, insert, select, true, update
+
+from kathikon_celery.storage.clock import now, seconds
+from kathikon_celery.storage.dialects import Dialect
+from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.names import key, printable
+from kathikon_celery.storage.tables import chord_parts, chords
+
+#: Parts that one statement enters.
+CHUNK = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """How one part of a chord has ended. *result* as the backend encoded it."""
+
+    chord: str
+    task_id: str
+    position: int | None
+    succeeded: bool
+    result: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """A chord all of whose parts have ended: its parts in the order of the header, and how they were nested."""
+
+    chord: str
+    parts: list[Part]
+    structure: str | None
+
+
+def open(database: Database, chord: str, parts: Sequence[tuple[str, int]], structure: str | None) -> None:  # noqa: A001
+    """Enter a chord that is about to be sent, with ids and positions of its parts; one of the same id begins anew."""
+    name = key(chord)
+    rows = [
+        {"chord": name, "task_id": key(task_id), "label": task_id, "position": position, "ended": False}
+        for task_id, position in parts
+    ]
+
+    def write(again: bool) -> None:
+        with database.write() as connection:
+            _close(connection, name)
+            values = {"id": name, "ended": 0, "added": 0, "structure": structure, "inserted_at": now()}
+            connection.execute(insert(chords).values(values))
+            for start in range(0, len(rows), CHUNK):
+                connection.execute(insert(chord_parts), rows[start : start + CHUNK])
+
+    database.patiently(write)
+
+
+def set_size(database: Database, chord: str, size: int) -> None:
+    """Say how many parts there are, before the last of them is sent."""
+    row = {"id": key(chord), "size": size, "ended": 0, "added": 0, "inserted_at": now()}
+    statement = database.dialect.insert_or_update(chords).values(row)
+    statement = statement.on_conflict_do_update(index_elements=[chords.c.id], set_={"size": size})
+    with database.once() as connection:
+        connection.execute(statement)
+
+
+def add_part(database: Database, chord: str) -> None:
+    """Say that there is one part more."""
+    with database.once() as connection:
+        connection.execute(update(chords).where(chords.c.id == key(chord)).values(added=chords.c.added + 1))
+
+
+_LOCKED = select(chords.c.id).where(chords.c.id == bindparam("chord")).with_for_update()
+_COUNTED = (
+    update(chords)
+    .where(chords.c.id == bindparam("chord"))
+    .values(ended=chords.c.ended + 1)
+    .returning((chords.c.ended == chords.c.size + chords.c.added).label("is_last"))
+)
+
+
+def _ended(dialect: Dialect) -> Any:
+    columns = {
+        "chord": bindparam("chord"),
+        "task_id": bindparam("task"),
+        "label": bindparam("name", type_=Text()),
+        "position": bindparam("at", type_=Integer()),
+        "ended": true(),
+        "succeeded": bindparam("well", type_=Boolean()),
+        "result": bindparam("text", type_=Text()),
+    }
+    statement = dialect.insert_or_update(chord_parts).values(columns)
+    return statement.on_conflict_do_update(
+        index_elements=[chord_parts.c.chord, chord_parts.c.task_id],
+        set_={name: statement.excluded[name] for name in ("position", "ended", "succeeded", "result")},
+        where=chord_parts.c.ended == false(),
+    ).returning(chord_parts.c.task_id)
+
+
+def count(database: Database, connection: Connection, part: Part) -> bool:
+    """Note that a part has ended; true when it was the last. Ended twice, it counts once."""
+    chord = key(part.chord)
+    if connection.execute(_LOCKED, {"chord": chord}).first() is None:
+        return False  # its body was sent
+    values = {
+        "chord": chord,
+        "task": key(part.task_id),
+        "name": part.task_id,
+        "at": part.position,
+        "well": part.succeeded,
+        "text": printable(part.result),
+    }
+    if connection.execute(_ended(database.dialect), values).first() is None:
+        return False
+    return bool(connection.execute(_COUNTED, {"chord": chord}).scalar())
+
+
+_PARTS = (
+    select(chord_parts.c.label, chord_parts.c.position, chord_parts.c.succeeded, chord_parts.c.result)
+    .where(chord_parts.c.chord == bindparam("chord"), chord_parts.c.ended)
+    .order_by(chord_parts.c.position, chord_parts.c.task_id)
+)
+_STRUCTURE = select(chords.c.structure).where(chords.c.id == bindparam("chord"))
+
+
+def header(connection: Connection, chord: str) -> Header:
+    """What the parts have returned or raised."""
+    values = {"chord": key(chord)}
+    parts = [
+        Part(chord=chord, task_id=label, position=position, succeeded=succeeded, result=result)
+        for label, position, succeeded, result in connection.execute(_PARTS, values)
+    ]
+    return Header(chord, parts, connection.execute(_STRUCTURE, values).scalar())
+
+
+def close(connection: Connection, chord: str) -> None:
+    """Forget a chord whose body is sent."""
+    _close(connection, key(chord))
+
+
+def _close(connection: Connection, name: str) -> None:
+    connection.execute(delete(chord_parts).where(chord_parts.c.chord == name))
+    connection.execute(delete(chords).where(chords.c.id == name))
+
+
+_OLD = select(chords.c.id).where(chords.c.inserted_at < now(seconds("minus_age"))).limit(CHUNK)
+
+
+def prune(database: Database, age: float) -> int:
+    """Forget the chords that were sent more than *age* seconds ago and have never become complete."""
+    with database.write() as connection:
+        names = connection.execute(_OLD, {"minus_age": -age}).scalars().all()
+        for name in names:
+            _close(connection, name)
+    return len(names)

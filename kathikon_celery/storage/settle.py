@@ -1,0 +1,96 @@
+"""A task's end and all that it brings with it, in one transaction: results, what is sent next, the count of a chord.
+
+So a process that is killed at any point leaves neither a result whose successor is lost nor a successor sent twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection
+
+from kathikon_celery.job import Hold, Job, State
+from kathikon_celery.storage import chords, insert, results
+from kathikon_celery.storage.chords import Header, Part
+from kathikon_celery.storage.engine import Database
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """The end of one task, for its row. Without *hold* whoever comes first writes it.
+
+    *untold*: the row has ended, and what follows the task is not told yet (see `finish.untold`).
+    """
+
+    task_id: str
+    hold: Hold | None
+    state: State
+    written: dict[str, str | None]
+    reason: str | None = None
+    untold: bool = False
+
+
+@dataclass
+class Ending:
+    """What is to be written together: the first of *ends* is the task's own, and decides about all else."""
+
+    ends: list[End] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
+    #: What is called once it is written, such as the revocation of tasks that can no longer run.
+    after: list[Callable[[], None]] = field(default_factory=list)
+
+
+class Incomplete(Exception):
+    """Chords have become complete, and what is to be sent then is not known yet; nothing was written."""
+
+    def __init__(self, headers: list[Header]) -> None:
+        super().__init__(", ".join(header.chord for header in headers))
+        self.headers = headers
+
+
+def settle(database: Database, ending: Ending, bodies: Mapping[str, Ending], on_disk: bool = False) -> bool:
+    """Write *ending*; false, and nothing is written, when its task is somebody else's now or has ended before.
+
+    Arguments:
+        bodies: what the completion of a chord brings with it, by the chord's id.
+        on_disk: whether it must be on disk when this returns; otherwise a server that crashes may forget it as a whole.
+
+    Raises `Incomplete` when a chord becomes complete of which *bodies* says nothing.
+    """
+
+    def write(again: bool) -> bool:
+        with database.write(durable=on_disk) as connection:
+            if ending.ends and not _end(database, connection, ending.ends[0]):
+                return again  # written by the try whose answer was lost
+            todo, sent, missing = [ending], [], []
+            for one in todo:  # it grows
+                for end in one.ends if one is not ending else one.ends[1:]:
+                    _end(database, connection, end)
+                sent += one.jobs
+                for part in one.parts:
+                    if chords.count(database, connection, part):
+                        if part.chord in bodies:
+                            todo.append(bodies[part.chord])
+                            chords.close(connection, part.chord)
+                        else:
+                            missing.append(chords.header(connection, part.chord))
+            if missing:
+                raise Incomplete(missing)
+            if sent:
+                insert.publish(database, connection, sent)
+        return True
+
+    return database.patiently(write)
+
+
+def _end(database: Database, connection: Connection, end: End) -> bool:
+    values: dict[str, Any] = {**end.written, "reason": end.reason}
+    if end.hold is not None:
+        return results.end(connection, end.hold, end.state, **values)
+    del values["reason"]
+    if end.untold:
+        return results.tell(connection, end.task_id, **values)
+    return results.end_alone(database, connection, end.task_id, end.state, **values)

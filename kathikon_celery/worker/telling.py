@@ -1,0 +1,63 @@
+"""Tells of jobs that have ended without a run: their processes were lost too often, they expired, they were given up.
+
+Nobody was there to call their errbacks, to fail what was to follow them, or to count them in their chords: it is done
+here, as Celery does it for a task that failed.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from celery.app.task import Context
+from celery.exceptions import Reject, WorkerLostError
+from kombu.message import Message
+
+from kathikon_celery.job import Job, State
+from kathikon_celery.storage import finish
+from kathikon_celery.transport.envelope import unfold
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from kathikon_celery.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+_LOST = (finish.LOST_TOO_OFTEN, finish.LOST_AT_MOST_ONCE)
+
+
+def tell(app: Celery, storage: Storage) -> None:
+    """Tell of all that is untold. Of several workers that do so at once, one writes each end."""
+    with storage.database.read() as connection:
+        untold = finish.untold(connection)
+    for job in untold:
+        request, why = _request_of(job), job.reason or job.state.value
+        if job.state is State.DEAD:
+            error = WorkerLostError(why) if why in _LOST else Exception(why)
+            app.backend.mark_as_failure(job.id, error, request=request)
+        elif why.startswith("rejected"):
+            app.backend.mark_as_failure(job.id, Reject(why), request=request, call_errbacks=False)
+        else:
+            app.backend.mark_as_revoked(job.id, why, request=request)
+
+
+def _request_of(job: Job) -> Context:
+    """The request as the task would have seen it; without what follows, where its message cannot be read."""
+    request: dict[str, Any] = {"id": job.id, "task": job.task, "group": job.group_id, "delivery_info": {}}
+    try:
+        unfolded = unfold(job.envelope, job.body, "", False)
+        headers = unfolded["headers"]
+        message = Message(
+            body=unfolded["body"],
+            headers=headers,
+            content_type=unfolded["content-type"],
+            content_encoding=unfolded["content-encoding"],
+        )
+        _, _, embed = message.decode()
+        request |= {**headers, **embed}
+    except Exception as error:
+        logger.warning("Kathikon: what was to follow job %s cannot be read: %s", job.id, error)
+    context = Context(request)
+    context.is_untold = True
+    return context
