@@ -15,6 +15,7 @@ from time import monotonic
 
 import psutil
 
+from kathikon_celery.job import Hold
 from kathikon_celery.storage import Storage, nodes
 from kathikon_celery.storage.errors import in_words, is_lost
 
@@ -58,6 +59,10 @@ class Presence:
         self.id = 0
         #: Called, in the lease's thread, when the others took this node for dead and it came back under a new id.
         self.on_reborn: list[Callable[[int, int], None]] = []
+        #: What each consumer of this process holds, as it knows. What nobody knows of may be given back, so while one
+        #: of them claims or reports, which is between the database and its own books, the others wait.
+        self.holds: list[Callable[[], set[Hold]]] = []
+        self.claiming = threading.Lock()
         self._users = 0
         self._since: float | None = None
         self._stopped = threading.Event()

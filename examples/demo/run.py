@@ -47,17 +47,17 @@ class Trouble(Exception):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Index Python's standard library with Celery on a SQL table.")
-    parser.add_argument("--files", type=int, metavar="N", help="index only the first N files")
+    parser.add_argument("--files", type=int, metavar="N", help="index only the first N files of the library")
     limit = parser.parse_args().files
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, signal.default_int_handler)  # these end as Ctrl-C does
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.default_int_handler)  # all of them end it as Ctrl-C does
     with scratch_folder() as folder, closing(Storage.for_app(app)) as storage:
         log = folder / "worker.log"
         print(f"The jobs are in {folder / 'kathikon.db'}, the worker's log is beside it.")
         try:
             with celery_worker(log) as worker:
                 started = time.monotonic()
-                sent = send_jobs(source_files(folder)[:limit])
+                sent = send_jobs(source_files(folder, limit))
                 watch(storage, worker)
                 seconds = time.monotonic() - started
             jobs = storage.all()
@@ -108,17 +108,15 @@ def celery_worker(log: Path) -> Iterator[subprocess.Popen[bytes]]:
                 os.killpg(worker.pid, signal.SIGKILL)
 
 
-def source_files(folder: Path) -> list[Path]:
-    """Every source file of the standard library, after two strays that are made here."""
+def source_files(folder: Path, limit: int | None = None) -> list[Path]:
+    """Every source file of the standard library, or the first *limit*, after two strays that are made here."""
     strays = folder / "strays"
     strays.mkdir()
     for name, source in STRAYS.items():
         (strays / name).write_bytes(source)
     installed_later = {"site-packages", "dist-packages"}
-    return [
-        *strays.iterdir(),
-        *(path for path in sorted(STDLIB.rglob("*.py")) if not installed_later & set(path.parts)),
-    ]
+    library = [path for path in sorted(STDLIB.rglob("*.py")) if not installed_later & set(path.parts)]
+    return [*sorted(strays.iterdir()), *library[:limit]]
 
 
 def send_jobs(files: list[Path]) -> dict[str, Path]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from kathikon_celery.job import State
+from kathikon_celery.job import Hold, State
 from kathikon_celery.presence import Presence
 from kathikon_celery.storage import Storage, claim, finish, messages, nodes
 from kathikon_celery.storage.errors import in_words, is_lost
@@ -145,6 +145,7 @@ class Intake:
                 return
             self.presence.enter()
             self.presence.on_reborn.append(self._reborn)
+            self.presence.holds.append(self._holds)
             self._wakeup = self.database.wakeup(self.presence.id)
             self._stopping = False
             self._thread = threading.Thread(target=self._run, name="kathikon-intake", daemon=True)
@@ -154,15 +155,16 @@ class Intake:
         """Claim one delivery at once, in the caller's thread (AMQP's ``basic.get``)."""
         self.start()
         name = key(queue)
-        with self.database.write() as connection:
-            items: list[Any] = list(claim.claim(self.database, connection, name, 1, self.presence.id))
+        with self.presence.claiming:
+            with self.database.write() as connection:
+                items: list[Any] = list(claim.claim(self.database, connection, name, 1, self.presence.id))
+                if not items:
+                    items = list(messages.take(self.database, connection, name, 1, self.presence.id, keep=not no_ack))
             if not items:
-                items = list(messages.take(self.database, connection, name, 1, self.presence.id, keep=not no_ack))
-        if not items:
-            return None
-        delivery = Delivery(items[0], name, monotonic())
-        with self._lock:
-            self._in_hand[delivery.tag] = delivery
+                return None
+            delivery = Delivery(items[0], name, monotonic())
+            with self._lock:
+                self._in_hand[delivery.tag] = delivery
         if no_ack:
             self.finish(delivery.tag)
         return delivery
@@ -312,7 +314,9 @@ class Intake:
                     continue
                 if now >= next_look:
                     self._called = True
-                if self._step():
+                with self.presence.claiming:
+                    is_ready = self._step()
+                if is_ready:
                     self.on_ready()
                 if due_soon:
                     due_soon = False
@@ -334,6 +338,7 @@ class Intake:
                 self._wakeup.wait(pause)
         self._wakeup.close()
         self.presence.on_reborn.remove(self._reborn)
+        self.presence.holds.remove(self._holds)
         self.presence.leave()
 
     def _due_at(self, now: float, next_look: float) -> float:
@@ -556,12 +561,15 @@ class Intake:
         if server not in (None, self._server):
             self._claims_from = monotonic() + PAUSE * 2
 
-    def _reconcile(self, connection: Connection, reports: list[tuple[Delivery, Outcome]]) -> None:
-        """Give back what the table says that we hold and we do not know of: its claim's answer was lost."""
+    def _holds(self) -> set[Hold]:
         with self._lock:
-            known = {one.hold for one in self._in_hand.values()}
-            known |= {one.hold for one, _ in reports + self._reports}
-            known |= {one.hold for subscription in self._subscriptions.values() for one in subscription.waiting}
+            held = {one.hold for one in self._in_hand.values()}
+            held |= {one.hold for one, _ in self._reports}
+            return held | {one.hold for subscription in self._subscriptions.values() for one in subscription.waiting}
+
+    def _reconcile(self, connection: Connection, reports: list[tuple[Delivery, Outcome]]) -> None:
+        """Give back what the table says that this process holds and nobody here knows of: a claim's answer was lost."""
+        known = {one.hold for one, _ in reports}.union(*(holds() for holds in list(self.presence.holds)))
         forgotten = [hold for hold in finish.held_by(connection, self.presence.id) if hold not in known]
         if forgotten:
             finish.given_back(self.database, connection, forgotten)

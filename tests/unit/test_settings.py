@@ -368,14 +368,18 @@ def test_timezone_suggestion() -> None:
         ("postgres://u:p@h/d", "postgresql+psycopg://u:p@h/d"),
         ("postgresql://u:p%40@h:1/d?sslmode=require", "postgresql+psycopg://u:p%40@h:1/d?sslmode=require"),
         ("postgresql+psycopg://h/d", "postgresql+psycopg://h/d"),
-        ("mysql://h/d", "mysql+pymysql://h/d"),
-        ("mariadb+mysqldb://h/d", "mariadb+mysqldb://h/d"),
         ("sqlite+pysqlite:////var/k.db", "sqlite:////var/k.db"),
     ],
 )
 def test_url_is_normalized(given_url: str, expected: str) -> None:
     assert Settings(database_url=given_url).database_url == expected
     assert parse_url(parse_url(given_url)).render_as_string(hide_password=False) == expected
+
+
+@pytest.mark.parametrize("kind", ["mysql", "mariadb", "oracle"])
+def test_other_database_is_refused_with_a_remedy(kind: str) -> None:
+    with pytest.raises(SettingError, match=r"a URL that begins with one of sqlite://, postgresql://$"):
+        Settings(database_url=f"{kind}://h/d")
 
 
 @pytest.mark.parametrize("driver", ["psycopg2", "asyncpg"])
