@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from amqp.protocol import queue_declare_ok_t
 from kombu.exceptions import ChannelError
@@ -16,10 +16,13 @@ from kathikon_celery.storage.names import key
 from kathikon_celery.transport import republishing
 from kathikon_celery.transport.delivery import BACK, Delivery, Outcome, Verdict
 from kathikon_celery.transport.envelope import fold, priority_of, task_of, to_job, unfold
+from kathikon_celery.transport.exchanges import TopicExchange
 
 if TYPE_CHECKING:
     from kathikon_celery.transport.intake import Intake
     from kathikon_celery.transport.transport import Transport
+
+T = TypeVar("T")
 
 REJECTED = Outcome(Verdict.ENDED, State.DISCARDED, "rejected")
 
@@ -54,6 +57,7 @@ class Channel(virtual.Channel):
     supports_fanout = True
     body_encoding = None
     min_priority, max_priority = -(2**63), 2**63 - 1
+    exchange_types: ClassVar[dict[str, Any]] = {**virtual.Channel.exchange_types, "topic": TopicExchange}
 
     connection: Transport
 
