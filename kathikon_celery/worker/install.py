@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from celery import bootsteps
+from kombu.utils.imports import symbol_by_name
 
 from kathikon_celery.presence import Presence
 from kathikon_celery.routing import configure, declare_queues
@@ -14,6 +15,7 @@ from kathikon_celery.storage import Storage
 from kathikon_celery.worker.lifeline import Lifeline
 from kathikon_celery.worker.promoter import Promoter
 from kathikon_celery.worker.pruner import Pruner
+from kathikon_celery.worker.request import joined
 from kathikon_celery.worker.retrying import retry_failed
 from kathikon_celery.worker.service import Service
 from kathikon_celery.worker.supply import InWords, NotForUs, Supply
@@ -85,10 +87,12 @@ def install(sender: Any, **kwargs: Any) -> None:
     app.steps["consumer"].add(Supply)
     if app.Task.Request == "celery.worker.request:Request":
         app.Task.Request = "kathikon_celery.worker.request:Request"
+    app.finalize()
+    for task in app.tasks.values():
+        task.Request = joined(symbol_by_name(task.Request))
     storage = Storage.for_app(app, setup=False)
     storage.database.patience = PATIENCE
     if storage.settings.retry_failed:
-        app.finalize()
         for task in app.tasks.values():
             if not task.name.startswith("celery."):
                 retry_failed(task, storage.settings.max_attempts)
