@@ -21,6 +21,9 @@ from kathikon_celery.storage.errors import in_words, is_lost
 
 logger = logging.getLogger(__name__)
 
+#: Seconds between two looks at the other nodes.
+LOOK = 1.0
+
 _all: dict[tuple[int, Storage], Presence] = {}
 _all_lock = threading.Lock()
 
@@ -63,6 +66,9 @@ class Presence:
         #: of them claims or reports, which is between the database and its own books, the others wait.
         self.holds: list[Callable[[], set[Hold]]] = []
         self.claiming = threading.Lock()
+        #: Whether a worker's lifeline and pruner are at work here. Otherwise this node looks after the others itself,
+        #: so that plain kombu programs need no worker beside them.
+        self.is_watched = False
         self._users = 0
         self._since: float | None = None
         self._stopped = threading.Event()
@@ -123,12 +129,17 @@ class Presence:
         self._since = self._renewed = monotonic()
 
     def _run(self) -> None:
-        holder = nodes.Holder(self.storage.database)
+        from kathikon_celery.watch import Watch  # it looks with the eyes of a presence
+
+        holder, watch = nodes.Holder(self.storage.database), Watch(self.storage, self)
         complained = False
+        due = 0.0
         try:
             while not self._stopped.is_set():
                 try:
-                    self._renew(holder)
+                    if monotonic() >= due:
+                        self._renew(holder)
+                        due = monotonic() + self.lease / 4
                     complained = False
                 except Exception as error:
                     holder.drop()
@@ -139,7 +150,9 @@ class Presence:
                         complained = True
                     self._stopped.wait(min(0.5, self.lease / 8))
                 else:
-                    self._stopped.wait(self.lease / 4)
+                    self._stopped.wait(min(max(0.0, due - monotonic()), LOOK))
+                    if not self.is_watched and not self._stopped.is_set():
+                        watch.try_to_look()
         finally:
             holder.drop()
 

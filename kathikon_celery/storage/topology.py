@@ -48,8 +48,8 @@ def declare_queue(
         connection.execute(insert.on_conflict_do_update(index_elements=[queues.c.name], set_={"used_at": now()}))
 
 
-def own_queue(database: Database, name: str, node_id: int) -> None:
-    """Note that the node consumes the queue: an auto-delete queue goes when the node goes."""
+def own_queue(database: Database, name: str, node_id: int | None) -> None:
+    """Note that the node uses the queue (`None`: nobody does): an auto-delete queue goes when the node goes."""
     statement = update(queues).where(queues.c.name == key(name)).values(node_id=node_id, used_at=now())
     with database.once() as connection:
         connection.execute(statement)
@@ -136,6 +136,9 @@ def delete_unused(database: Database) -> int:
     """Delete the queues that nobody has used for as long as their ``expires`` says; the number of them."""
     idle = and_(queues.c.expires.is_not(None), queues.c.node_id.is_(None))
     stale = select(queues.c.name).where(idle, queues.c.used_at < now(-queues.c.expires))
+    with database.read() as connection:  # mostly there is none, and no need for a lock
+        if connection.execute(stale.limit(1)).first() is None:
+            return 0
     stale = stale.with_for_update(skip_locked=True)  # who uses one just now waits, and makes it anew
     with database.write() as connection:
         names = list(connection.execute(stale).scalars())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from amqp.protocol import queue_declare_ok_t
 from kombu.exceptions import ChannelError
@@ -17,10 +17,13 @@ from kathikon_celery.storage.names import key
 from kathikon_celery.transport import collecting, republishing
 from kathikon_celery.transport.delivery import BACK, Delivery, Outcome, Verdict
 from kathikon_celery.transport.envelope import fold, priority_of, task_of, to_job, unfold
+from kathikon_celery.transport.exchanges import TopicExchange
 
 if TYPE_CHECKING:
     from kathikon_celery.transport.intake import Intake
     from kathikon_celery.transport.transport import Transport
+
+T = TypeVar("T")
 
 REJECTED = Outcome(Verdict.ENDED, State.DISCARDED, "rejected")
 
@@ -55,6 +58,7 @@ class Channel(virtual.Channel):
     supports_fanout = True
     body_encoding = None
     min_priority, max_priority = -(2**63), 2**63 - 1
+    exchange_types: ClassVar[dict[str, Any]] = {**virtual.Channel.exchange_types, "topic": TopicExchange}
 
     connection: Transport
 
@@ -66,7 +70,9 @@ class Channel(virtual.Channel):
         self._limit = QoS(self)
         #: Tags of the deliveries that this channel has handed out.
         self.unacknowledged: set[str] = set()
+        #: Queues that were declared here and go with their consumer, or when nobody has used them for some time.
         self._auto_delete: set[str] = set()
+        self._expiring: set[str] = set()
 
     @property
     def intake(self) -> Intake:
@@ -78,6 +84,10 @@ class Channel(virtual.Channel):
         """The prefetch limit."""
         return self._limit
 
+    def _tried(self, call: Callable[[], T]) -> T:
+        """*call*(), which may happen twice, once more when its connection turns out to be lost."""
+        return self._database.patiently(lambda again: call(), patient=False)
+
     # --- exchanges, queues, bindings
 
     def exchange_declare(
@@ -88,24 +98,28 @@ class Channel(virtual.Channel):
         kind = type or "direct"
         name = exchange or f"amq.{kind}"
         if passive:
-            with self._database.read() as connection:
-                if topology.exchange_type(connection, name) is None:
-                    raise ChannelError(f"NOT_FOUND - no exchange {name!r}", (50, 10), "Channel.exchange_declare", "404")
+            if self._exchange_type(name) is None:
+                raise ChannelError(f"NOT_FOUND - no exchange {name!r}", (50, 10), "Channel.exchange_declare", "404")
             return
         if kind not in self.exchange_types:
             allowed = ", ".join(sorted(self.exchange_types))
             raise ChannelError(f"exchange {name!r} has the type {kind!r}; Kathikon has {allowed}")
-        if (name, kind) in self.connection.declared:
-            return
-        there = topology.declare_exchange(self._database, name, kind)
+        there = self._exchange_type(name)
+        if there is None:
+            there = self._tried(lambda: topology.declare_exchange(self._database, name, kind))
         if there != kind:
             raise ChannelError(f"exchange {name!r} exists with the type {there!r}; it cannot be declared as {kind!r}")
-        self.connection.declared.add((name, kind))
 
     def exchange_delete(self, exchange: str, if_unused: bool = False, nowait: bool = False) -> None:
         """Delete the exchange and its bindings."""
-        self.connection.declared.clear()
-        topology.delete_exchange(self._database, exchange)
+        self._tried(lambda: topology.delete_exchange(self._database, exchange))
+
+    def _exchange_type(self, name: str) -> str | None:
+        def read() -> str | None:
+            with self._database.read() as connection:
+                return topology.exchange_type(connection, name)
+
+        return self._tried(read)
 
     def queue_declare(
         self, queue: str | None = None, passive: bool = False, durable: bool = True, exclusive: bool = False,
@@ -114,23 +128,42 @@ class Channel(virtual.Channel):
         """Make the queue unless it exists; its name, the number of messages that are ready in it, and 0."""
         name = queue or f"amq.gen-{uuid()}"
         if passive:
-            with self._database.read() as connection:
-                if not topology.queue_exists(connection, name):
-                    raise ChannelError(f"NOT_FOUND - no queue {name!r}", (50, 10), "Channel.queue_declare", "404")
+            if not self._queue_exists(name):
+                raise ChannelError(f"NOT_FOUND - no queue {name!r}", (50, 10), "Channel.queue_declare", "404")
         else:
             options = arguments or {}
             expires, ttl = options.get("x-expires"), options.get("x-message-ttl")
-            topology.declare_queue(
-                self._database,
-                name,
-                durable=durable,
-                auto_delete=auto_delete or exclusive,
-                expires=expires / 1000 if expires is not None else None,
-                message_ttl=ttl / 1000 if ttl is not None else None,
+            self._tried(
+                lambda: topology.declare_queue(
+                    self._database,
+                    name,
+                    durable=durable,
+                    auto_delete=auto_delete or exclusive,
+                    expires=expires / 1000 if expires is not None else None,
+                    message_ttl=ttl / 1000 if ttl is not None else None,
+                )
             )
-            if auto_delete or exclusive:
+            if auto_delete:
                 self._auto_delete.add(name)
+            if exclusive:
+                self.connection.exclusive.add(name)
+                self._intake.start()  # as a node, whose death is noticed
+                self._own(name, True)
+            elif expires is not None:
+                self._expiring.add(name)
         return queue_declare_ok_t(name, 0 if nowait else self._size(name), 0)
+
+    def _queue_exists(self, name: str) -> bool:
+        def read() -> bool:
+            with self._database.read() as connection:
+                return topology.queue_exists(connection, name)
+
+        return self._tried(read)
+
+    def _own(self, queue: str, used: bool) -> None:
+        """Note that this process uses the queue, or that it does so no longer."""
+        node_id = self._intake.presence.id if used else None
+        self._tried(lambda: topology.own_queue(self._database, queue, node_id))
 
     def prepare_queue_arguments(self, arguments: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Queue options of kombu (``expires``, ``message_ttl``, seconds) as AMQP's arguments (milliseconds)."""
@@ -142,34 +175,49 @@ class Channel(virtual.Channel):
         """Delete the queue, its bindings and its messages. Jobs stay in the table: `queue_purge` deletes them."""
         if if_empty and self._size(queue):
             return
-        with self._database.write() as connection:
-            topology.delete_queue(connection, key(queue))
+
+        def delete() -> None:
+            with self._database.write() as connection:
+                topology.delete_queue(connection, key(queue))
+
+        self._tried(delete)
 
     def queue_bind(
         self, queue: str, exchange: str | None = None, routing_key: str = "", arguments: Any = None, **kwargs: Any
     ) -> None:
         """Bind the queue to the exchange."""
-        topology.bind(self._database, queue, exchange or "amq.direct", routing_key or "")
+        self._tried(lambda: topology.bind(self._database, queue, exchange or "amq.direct", routing_key or ""))
 
     def queue_unbind(
         self, queue: str, exchange: str | None = None, routing_key: str = "", arguments: Any = None, **kwargs: Any
     ) -> None:
         """Undo `queue_bind`."""
-        topology.unbind(self._database, queue, exchange or "amq.direct", routing_key or "")
+        self._tried(lambda: topology.unbind(self._database, queue, exchange or "amq.direct", routing_key or ""))
 
     def list_bindings(self) -> list[tuple[str, str, str]]:
         """Queue, exchange and routing key of every binding."""
-        with self._database.read() as connection:
-            return topology.all_bindings(connection)
+
+        def read() -> list[tuple[str, str, str]]:
+            with self._database.read() as connection:
+                return topology.all_bindings(connection)
+
+        return self._tried(read)
 
     def queue_purge(self, queue: str, **kwargs: Any) -> int:
         """Delete what waits in the queue; the number of it."""
-        with self._database.write(durable=True) as connection:
-            return messages.purge(connection, key(queue)) + prune.purge(connection, key(queue))
+
+        def purge() -> int:
+            with self._database.write(durable=True) as connection:
+                return messages.purge(connection, key(queue)) + prune.purge(connection, key(queue))
+
+        return self._tried(purge)
 
     def _size(self, queue: str) -> int:
-        with self._database.read() as connection:
-            return messages.size(connection, key(queue))
+        def read() -> int:
+            with self._database.read() as connection:
+                return messages.size(connection, key(queue))
+
+        return self._tried(read)
 
     # --- publishing
 
@@ -225,9 +273,11 @@ class Channel(virtual.Channel):
             self.connection.lost_transient(error)
 
     def _route(self, exchange: str, routing_key: str) -> list[str]:
-        with self._database.read() as connection:
-            kind = topology.exchange_type(connection, exchange) or "direct"
-            bound = topology.bound(connection, exchange)
+        def read() -> tuple[str, list[tuple[str, str]]]:
+            with self._database.read() as connection:
+                return topology.exchange_type(connection, exchange) or "direct", topology.bound(connection, exchange)
+
+        kind, bound = self._tried(read)
         rules = self.exchange_types[kind]
         table = [rules.prepare_bind(queue, exchange, bound_key, None) for queue, bound_key in bound]
         return sorted(rules.lookup(table, exchange, routing_key, None))
@@ -248,8 +298,8 @@ class Channel(virtual.Channel):
                 callback(message)
 
         self._intake.subscribe(queue, no_ack, deliver, self._limit.limit)
-        if queue in self._auto_delete:
-            topology.own_queue(self._database, queue, self._intake.presence.id)
+        if queue in self._auto_delete or queue in self._expiring:
+            self._own(queue, True)
 
     def _message(self, delivery: Delivery, no_ack: bool) -> Delivered | None:
         item = delivery.item
@@ -278,10 +328,12 @@ class Channel(virtual.Channel):
         if queue in self._auto_delete:
             self._auto_delete.discard(queue)
             self.queue_delete(queue)
+        elif queue in self._expiring:
+            self._own(queue, False)
 
     def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Delivered | None:
         """The next message of the queue, or `None`."""
-        delivery = self._intake.take_one(queue, no_ack)
+        delivery = self._tried(lambda: self._intake.take_one(queue, no_ack))
         return None if delivery is None else self._message(delivery, no_ack)
 
     def basic_ack(self, delivery_tag: str, multiple: bool = False) -> None:

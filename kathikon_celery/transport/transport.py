@@ -13,8 +13,9 @@ from kombu.transport import virtual
 from sqlalchemy.exc import DBAPIError
 
 from kathikon_celery.settings import Settings, broker_database, mask
-from kathikon_celery.storage import Storage
+from kathikon_celery.storage import Storage, topology
 from kathikon_celery.storage.errors import LOST, in_words, is_lost
+from kathikon_celery.storage.names import key
 from kathikon_celery.transport.channel import Channel
 from kathikon_celery.transport.delivery import Delivery
 from kathikon_celery.transport.intake import Intake
@@ -78,8 +79,8 @@ class Transport(virtual.Transport):
 
     def __init__(self, client: Any, **kwargs: Any) -> None:
         super().__init__(client, **kwargs)
-        #: Exchanges that this connection has declared.
-        self.declared: set[tuple[str, str]] = set()
+        #: Queues that go when this connection is closed.
+        self.exclusive: set[str] = set()
         #: Whether a Celery worker consumes on this connection: what is transient may then be lost without an error.
         self.is_worker = False
         self._storage: Storage | None = None
@@ -130,12 +131,20 @@ class Transport(virtual.Transport):
     def close_connection(self, connection: Any) -> None:
         """Close the channels, give back what nobody works on."""
         super().close_connection(connection)
+        self._delete_exclusive()
         if self._intake is not None:
             self._intake.stop()
         if self._bell is not None:
             self._hub.remove_reader(self._bell.fileno())
             self._bell.close()
             self._bell = self._hub = None
+
+    def _delete_exclusive(self) -> None:
+        if self.exclusive:
+            names, self.exclusive = self.exclusive, set()
+            with suppress(*LOST), self.storage.database.write() as connection:  # they go with the node at the latest
+                for name in names:
+                    topology.delete_queue(connection, key(name))
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         """Deliver from the worker's event loop, as it reads: what a tick adds is seen only after the next sleep."""

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from celery import bootsteps
+from kombu.utils.imports import symbol_by_name
 
 from kathikon_celery.presence import Presence
 from kathikon_celery.routing import configure, declare_queues
@@ -15,6 +16,7 @@ from kathikon_celery.storage import Storage
 from kathikon_celery.worker.lifeline import Lifeline
 from kathikon_celery.worker.promoter import Promoter
 from kathikon_celery.worker.pruner import Pruner
+from kathikon_celery.worker.request import joined
 from kathikon_celery.worker.retrying import retry_failed
 from kathikon_celery.worker.service import Service
 from kathikon_celery.worker.supply import InWords, NotForUs, Supply
@@ -95,6 +97,7 @@ def install(sender: Any, **kwargs: Any) -> None:
     storage.database.patience = PATIENCE
     app.finalize()
     for task in app.tasks.values():
+        task.Request = joined(symbol_by_name(task.Request))
         collect_successors(task, storage)
         if storage.settings.retry_failed and not task.name.startswith("celery."):
             retry_failed(task, storage.settings.max_attempts)

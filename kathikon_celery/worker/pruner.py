@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import uniform
 
-from kathikon_celery.storage import prune, topology
+from kathikon_celery.storage import prune
 from kathikon_celery.worker.service import Service
 
 
@@ -17,7 +17,6 @@ class Pruner(Service):
             pass
         database = self.storage.database
         prune.expired_messages(database)
-        topology.delete_unused(database)
         kept = self.storage.settings.retention_period["completed"]
         if kept is not None:
             prune.old_groups(database, kept)

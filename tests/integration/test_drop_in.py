@@ -1,0 +1,454 @@
+"""The ways in which a project takes Kathikon up: each one a project of its own, on disk, with a real worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+
+from kathikon_celery.job import Job, State
+from kathikon_celery.settings import Settings
+from kathikon_celery.storage import Storage
+from tests.integration.conftest import Journal
+from tests.support.waiting import wait_until
+from tests.support.workers import ROOT, WorkerProcess
+
+#: Tasks as they stand in any project; nothing in them knows of Kathikon.
+TASKS = """
+    import os, time
+    from celery import shared_task
+
+    def note(path, line):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(descriptor, f"{line}\\n".encode())
+        os.close(descriptor)
+
+    @shared_task
+    def add(x, y):
+        return x + y
+
+    @shared_task
+    def timed(path, line):
+        note(path, f"start {line}")
+        time.sleep(0.1)
+        note(path, f"end {line}")
+
+    @shared_task
+    def tick(path):
+        note(path, "tick")
+"""
+MAIL = """
+    from celery import shared_task
+
+    @shared_task
+    def send(to):
+        return f"sent to {to}"
+
+    @shared_task
+    def Send(to):
+        return "patterns mind upper and lower case"
+"""
+APP = """
+    from celery import Celery
+    app = Celery("proj")
+    app.config_from_object("kathikon_celery.config")
+    app.autodiscover_tasks(["proj", "proj.mail"])
+"""
+
+
+class Project:
+    """A folder with a package ``proj``."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("KATHIKON_", "CELERY_", "DJANGO_"))
+        }
+        self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        self.write("proj/__init__.py", "from proj.celery import app as celery_app")
+        self.write("proj/celery.py", APP)
+        self.write("proj/tasks.py", TASKS)
+        self.write("proj/mail/__init__.py", "")
+        self.write("proj/mail/tasks.py", MAIL)
+
+    def write(self, name: str, text: str) -> None:
+        path = self.directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(dedent(text))
+
+    def run(self, code: str) -> Any:
+        """Run *code* in a process of its own, as a web server of the project would; what it assigns to ``answer``."""
+        program = f"import json\n{dedent(code)}\nprint(json.dumps(answer))"
+        done = self._call("-c", program)
+        return json.loads(done.splitlines()[-1])
+
+    def celery(self, *arguments: str) -> str:
+        """Run ``celery -A proj …``, and return what it wrote."""
+        return self._call("-m", "celery", "-A", "proj", *arguments)
+
+    def _call(self, *arguments: str) -> str:
+        # A daemon that the command leaves behind would keep a pipe open.
+        output = self.directory / "output"
+        with output.open("w+") as file:
+            done = subprocess.run(
+                [sys.executable, *arguments], cwd=self.directory, env=self.environment, timeout=60,
+                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        text = output.read_text()
+        assert done.returncode == 0, text
+        return text
+
+    @contextmanager
+    def worker(self, *args: str, pool: str = "threads", concurrency: int = 4) -> Iterator[WorkerProcess]:
+        """A worker of the project, with nothing in its environment or its arguments that the project has not named."""
+        nothing = {name: None for name in os.environ if name not in self.environment}
+        with WorkerProcess(
+            directory=self.directory, app="proj", pool=pool, concurrency=concurrency, args=args,
+            env={**nothing, "KATHIKON_TEST_CONF": None, **self.environment},
+        ) as worker:  # fmt: skip
+            yield worker
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+@contextmanager
+def storage_of(url: str) -> Iterator[Storage]:
+    storage = Storage(url, Settings())
+    storage.setup()
+    try:
+        yield storage
+    finally:
+        storage.close()
+
+
+def rows(url: str) -> list[Job]:
+    with storage_of(url) as storage:
+        return storage.all()
+
+
+def file_of(project: Project, name: str = "kathikon.db") -> str:
+    return f"sqlite:///{project.directory / name}"
+
+
+#: What the project does in each of the ways, and what becomes of it.
+USE = """
+    from proj.mail.tasks import Send, send
+    from proj.tasks import add
+    results = [add.delay(2, 3), send.delay("ann"), Send.delay("bob")]
+    answer = [result.get(timeout=30) for result in results]
+"""
+RESULTS = [5, "sent to ann", "patterns mind upper and lower case"]
+PLAIN = {"proj.tasks.add": "default", "proj.mail.tasks.send": "default", "proj.mail.tasks.Send": "default"}
+ROUTED = PLAIN | {"proj.mail.tasks.send": "mail"}
+
+
+def check(project: Project, url: str, queues: Mapping[str, str], **worker: Any) -> str:
+    """Use the project, and see in the table that its jobs were done in their queues; the worker's log."""
+    with project.worker(**worker) as running:
+        assert project.run(USE) == RESULTS
+        done = wait_until(lambda: [one for one in rows(url) if one.state is State.COMPLETED][2:] and rows(url))
+        assert {one.task: one.queue for one in done} == dict(queues)
+        return running.log
+
+
+def test_as_it_is(project: Project) -> None:
+    """One line, no setting: a SQLite file in the working directory, and Celery's default pool."""
+    log = check(project, file_of(project), PLAIN, pool="prefork", concurrency=2)
+    assert "kathikon" in log.partition("[queues]")[0]
+    assert "WARNING" not in log
+
+
+def test_a_configuration_module_of_ones_own(project: Project) -> None:
+    project.write(
+        "proj/settings.py",
+        """
+        from kathikon_celery.config import *
+
+        kathikon_database_url = "sqlite:///own.db"
+        kathikon_queues = {"default": 4, "mail": {"concurrency": 1, "tasks": ["proj.mail.tasks.s*"]}}
+        imports = ["proj.tasks", "proj.mail.tasks"]
+        """,
+    )
+    project.write("proj/celery.py", APP.replace("kathikon_celery.config", "proj.settings"))
+    log = check(project, file_of(project, "own.db"), ROUTED)
+    assert "mail" in log.partition("[queues]")[2].partition("[tasks]")[0]
+
+
+def test_environment(project: Project) -> None:
+    project.environment |= {
+        "KATHIKON_DATABASE_URL": file_of(project, "named.db"),
+        "KATHIKON_QUEUES": "mail:1,default:3",
+    }
+    # No route says otherwise, so it is Celery's default queue, though another one comes first.
+    check(project, file_of(project, "named.db"), PLAIN)
+
+
+def test_pyproject(project: Project) -> None:
+    project.write(
+        "pyproject.toml",
+        """
+        [tool.kathikon]
+        database_url = "sqlite:///tool.db"
+        [tool.kathikon.queues]
+        default = 2
+        mail = { concurrency = 1, tasks = ["proj.mail.tasks.send"] }
+        """,
+    )
+    check(project, file_of(project, "tool.db"), ROUTED)
+
+
+@pytest.mark.postgresql
+def test_by_hand(project: Project, postgresql_url: str) -> None:
+    """The broker's and the result backend's URLs, and nothing else of ours."""
+    project.write(
+        "proj/celery.py",
+        f"""
+        import kathikon_celery
+        from celery import Celery
+        app = Celery("proj", broker="kathikon+{postgresql_url}", backend="kathikon")
+        app.autodiscover_tasks(["proj", "proj.mail"])
+        """,
+    )
+    check(project, postgresql_url, dict.fromkeys(PLAIN, "celery"))
+
+
+def test_django(project: Project) -> None:
+    pytest.importorskip("django")
+    project.environment["DJANGO_SETTINGS_MODULE"] = "proj.settings"
+    project.write(
+        "proj/settings.py",
+        """
+        from kathikon_celery.django import *
+
+        SECRET_KEY = "not needed"
+        USE_TZ = True
+        TIME_ZONE = "Europe/Athens"
+        INSTALLED_APPS = ["proj", "proj.mail"]
+        CELERY_KATHIKON_DATABASE_URL = "sqlite:///django.db"
+        CELERY_KATHIKON_QUEUES = {"default": 3, "mail": {"tasks": ["proj.mail.tasks.send"]}}
+        CELERY_TASK_TRACK_STARTED = True
+        """,
+    )
+    project.write(
+        "proj/celery.py",
+        """
+        from celery import Celery
+        app = Celery("proj")
+        app.config_from_object("django.conf:settings", namespace="CELERY")
+        app.autodiscover_tasks()
+        """,
+    )
+    check(project, file_of(project, "django.db"), ROUTED)
+    assert project.run("from proj.celery import app; answer = [str(app.timezone), app.conf.task_track_started]") == [
+        "Europe/Athens",
+        True,
+    ]
+
+
+def test_a_queues_concurrency_is_never_exceeded(project: Project, tmp_path: Path) -> None:
+    project.environment["KATHIKON_QUEUES"] = "default:none,narrow:2,one:1"
+    journals = {name: Journal(tmp_path / name) for name in ("default", "narrow", "one")}
+    with project.worker(pool="prefork", concurrency=6):
+        project.run(
+            f"""
+            from proj.tasks import timed
+            for number in range(10):
+                for queue in {list(journals)!r}:
+                    timed.apply_async(({str(tmp_path)!r} + "/" + queue, number), queue=queue)
+            answer = None
+            """
+        )
+        for journal in journals.values():
+            journal.wait(20)
+    assert journals["narrow"].most_at_once() == 2
+    assert journals["one"].most_at_once() == 1
+    assert journals["default"].most_at_once() > 2
+
+
+def test_base_classes_and_requests_of_ones_own(project: Project, tmp_path: Path) -> None:
+    """A task's own Request, as Celery documents it, and one that inherits from an abstract base."""
+    project.write(
+        "proj/base.py",
+        """
+        import logging
+        from celery import Task
+        from celery.worker.request import Request
+
+        log = logging.getLogger("proj")
+
+        class LoudRequest(Request):
+            def on_failure(self, exc_info, send_failed_event=True, return_ok=False):
+                log.warning("loud failure of %s", self.task.name)
+                return super().on_failure(exc_info, send_failed_event, return_ok)
+
+        class Base(Task):
+            abstract = True
+            unit = "apples"
+
+            def on_success(self, retval, task_id, args, kwargs):
+                log.warning("hook of %s: %s %s", self.name, retval, self.unit)
+
+        class Loud(Base):
+            abstract = True
+            Request = "proj.base:LoudRequest"
+            unit = "pears"
+        """,
+    )
+    project.write(
+        "proj/tasks.py",
+        """
+        import time
+        from celery import current_app, shared_task
+        from celery.exceptions import Reject
+        from proj.base import Base, Loud
+
+        class Count(Base):
+            name = "proj.tasks.count"
+            def run(self, x):
+                return x + 1
+
+        current_app.register_task(Count())
+
+        @shared_task(base=Loud)
+        def good(x):
+            return x
+
+        @shared_task(base=Loud, acks_late=False)
+        def early(x):
+            time.sleep(0.01)
+            return x
+
+        @shared_task(base=Loud)
+        def bad():
+            raise ValueError("as asked")
+
+        @shared_task(base=Loud)
+        def rejected():
+            raise Reject("as asked", requeue=False)
+
+        @shared_task(base=Loud, bind=True)
+        def again(self):
+            if not self.request.retries:
+                raise self.retry(countdown=0)
+            return self.request.retries
+
+        @shared_task(base=Loud, time_limit=0.3)
+        def slow():
+            time.sleep(30)
+        """,
+    )
+    with project.worker(pool="prefork", concurrency=2) as worker:
+        answer = project.run(
+            """
+            from proj.celery import app
+            from proj.tasks import again, bad, early, good, rejected, slow
+            rejected.delay()
+            results = [early.delay(number) for number in range(20)]
+            results += [good.delay(1), again.delay(), app.tasks["proj.tasks.count"].delay(1)]
+            failures = [bad.delay(), slow.delay()]
+            answer = [result.get(timeout=30) for result in results]
+            answer += [str(result.get(timeout=30, propagate=False)) for result in failures]
+            """
+        )
+        assert answer == [*range(20), 1, 1, 2, "as asked", "TimeLimitExceeded(0.3,)"]
+        url = file_of(project)
+        pending = {State.AVAILABLE, State.CLAIMED, State.RUNNING, State.RETRYABLE}
+        wait_until(lambda: not [job for job in rows(url) if job.state in pending], what="all jobs have ended")
+        jobs = {job.task.rpartition(".")[2]: job for job in rows(url)}
+        log = worker.log
+    expected = dict.fromkeys(("good", "early", "again", "count"), State.COMPLETED) | {"rejected": State.DISCARDED}
+    assert {name: job.state for name, job in jobs.items()} == expected | {"bad": State.DEAD, "slow": State.DEAD}
+    assert jobs["bad"].reason == "ValueError('as asked')"
+    assert jobs["slow"].reason == "TimeLimitExceeded(0.3)"
+    assert "loud failure of proj.tasks.bad" in log
+    assert "hook of proj.tasks.good: 1 pears" in log
+    assert "hook of proj.tasks.count: 2 apples" in log
+
+
+def ends(pid: int) -> Callable[[], bool]:
+    def ended() -> bool:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        status = Path(f"/proc/{pid}/stat")  # where nobody reaps it, as in some containers, it stays a zombie
+        return status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+    return ended
+
+
+@contextmanager
+def daemons(project: Project, *names: str) -> Iterator[list[int]]:
+    """The process ids in so many pid files; what still runs in the end is killed."""
+    files = [project.directory / name for name in names]
+    wait_until(lambda: all(file.exists() and file.read_text().strip() for file in files), 30, "pid files")
+    pids = [int(file.read_text()) for file in files]
+    try:
+        yield pids
+    finally:
+        for pid in pids:
+            if not ends(pid)():
+                os.killpg(os.getpgid(pid), signal.SIGKILL)
+
+
+def test_as_a_daemon(project: Project) -> None:
+    project.celery("worker", "-D", "-P", "threads", "-l", "INFO", "--pidfile=worker.pid", "--logfile=worker.log")
+    with daemons(project, "worker.pid") as pids:
+        assert project.run(USE) == RESULTS
+        os.kill(pids[0], signal.SIGTERM)
+        wait_until(ends(pids[0]), 60, "the worker has ended")
+    assert "ready." in (project.directory / "worker.log").read_text()
+
+
+def test_celery_multi(project: Project) -> None:
+    arguments = ["-A", "proj", "-c", "2", "--pidfile=%n.pid", "--logfile=%n.log", "--loglevel=INFO"]
+    project._call("-m", "celery", "multi", "start", "one", "two", *arguments)
+    with daemons(project, "one.pid", "two.pid") as pids:
+        assert project.run(USE) == RESULTS
+        project._call("-m", "celery", "multi", "stopwait", "one", "two", *arguments)
+        for pid in pids:
+            wait_until(ends(pid), 60, "the worker has ended")
+
+
+BEAT = """
+    app.conf.beat_schedule = {
+        "tick": {"task": "proj.tasks.tick", "schedule": 0.2, "args": ["JOURNAL"]},
+    }
+"""
+
+
+def test_beat(project: Project, tmp_path: Path) -> None:
+    """Beat beside the workers, then within one."""
+    journal = Journal(tmp_path / "journal")
+    project.write("proj/celery.py", dedent(APP) + dedent(BEAT).replace("JOURNAL", journal.path))
+    command = [sys.executable, "-m", "celery", "-A", "proj", "beat", "--schedule=beat", "--loglevel=INFO"]
+    with (tmp_path / "beat.log").open("w") as log:
+        beat = subprocess.Popen(
+            command, cwd=tmp_path, env=project.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+        try:
+            wait_until(lambda: len(rows(file_of(project))) >= 3, 30, "three jobs")
+            assert beat.poll() is None
+        finally:
+            beat.kill()
+            beat.wait()
+    sent = {job.id for job in rows(file_of(project))}
+    with project.worker("-B", "--schedule=embedded", pool="prefork", concurrency=1):
+        journal.wait(len(sent) + 3, 30)
+    done = [job for job in rows(file_of(project)) if job.state is State.COMPLETED]
+    assert len({job.id for job in done} - sent) >= 2
+    assert {job.task for job in done} == {"proj.tasks.tick"}
