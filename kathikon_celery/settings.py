@@ -43,8 +43,6 @@ _RETENTION: Mapping[str, float | None] = dict.fromkeys(("completed", "cancelled"
 DRIVERS: Mapping[str, tuple[str, ...]] = {
     "sqlite": ("pysqlite",),
     "postgresql": ("psycopg",),
-    "mysql": ("pymysql", "mysqldb", "mysqlconnector"),
-    "mariadb": ("pymysql", "mysqldb", "mariadbconnector"),
 }
 
 _PREFIX = "kathikon_"
@@ -317,7 +315,7 @@ class Settings:
     Raises `SettingError` for a value that is not allowed. Neither `repr` nor an error shows a password.
     """
 
-    #: Where the jobs live: a URL of SQLite, PostgreSQL, MySQL or MariaDB. A relative file is in the working directory.
+    #: Where the jobs live: a URL of SQLite or PostgreSQL. A relative file is in the working directory.
     database_url: str = _setting("sqlite:///kathikon.db", _check_url)
 
     #: The queues that a worker consumes, in order. The first one takes what no other setting routes.

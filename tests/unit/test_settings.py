@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 
 from kathikon_celery import settings as module
 from kathikon_celery.job import State
-from kathikon_celery.settings import QueueSettings, SettingError, Settings, SettingWarning, mask, parse_url
+from kathikon_celery.settings import (
+    QueueSettings,
+    SettingError,
+    Settings,
+    SettingWarning,
+    broker_database,
+    mask,
+    parse_url,
+)
 
 DEFAULTS = {
     "database_url": "sqlite:///kathikon.db",
@@ -368,14 +376,21 @@ def test_timezone_suggestion() -> None:
         ("postgres://u:p@h/d", "postgresql+psycopg://u:p@h/d"),
         ("postgresql://u:p%40@h:1/d?sslmode=require", "postgresql+psycopg://u:p%40@h:1/d?sslmode=require"),
         ("postgresql+psycopg://h/d", "postgresql+psycopg://h/d"),
-        ("mysql://h/d", "mysql+pymysql://h/d"),
-        ("mariadb+mysqldb://h/d", "mariadb+mysqldb://h/d"),
         ("sqlite+pysqlite:////var/k.db", "sqlite:////var/k.db"),
     ],
 )
 def test_url_is_normalized(given_url: str, expected: str) -> None:
     assert Settings(database_url=given_url).database_url == expected
     assert parse_url(parse_url(given_url)).render_as_string(hide_password=False) == expected
+
+
+@pytest.mark.parametrize("url", ["mysql://app:pw@h/d", "mariadb+pymysql://app:pw@h/d", "mysql+mysqldb://app:pw@h/d"])
+def test_a_database_that_storage_does_not_speak_is_refused_where_it_is_set(url: str) -> None:
+    shown = url.replace("pw", r"\*\*\*").replace("+", r"\+")
+    with pytest.raises(SettingError, match=f"^kathikon_database_url = '{shown}' .* sqlite://, postgresql://$"):
+        Settings(database_url=url)
+    with pytest.raises(SettingError, match=r"^broker_url = .* sqlite://, postgresql://$"):
+        broker_database(f"kathikon+{url}")
 
 
 @pytest.mark.parametrize("driver", ["psycopg2", "asyncpg"])
