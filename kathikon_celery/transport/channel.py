@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from amqp.protocol import queue_declare_ok_t
-from kombu.exceptions import ChannelError
+from kombu.exceptions import ChannelError, ContentDisallowed, DecodeError
 from kombu.transport import virtual
+from kombu.transport.virtual import exchange
 from kombu.utils.uuid import uuid
 
-from kathikon_celery.job import State
+from kathikon_celery.job import State, in_brief
 from kathikon_celery.storage import insert, messages, prune, topology
 from kathikon_celery.storage.names import key
 from kathikon_celery.transport import republishing
 from kathikon_celery.transport.delivery import BACK, Delivery, Outcome, Verdict
-from kathikon_celery.transport.envelope import fold, priority_of, task_of, to_job, unfold
+from kathikon_celery.transport.envelope import check_call, fold, priority_of, task_of, to_job, unfold
 
 if TYPE_CHECKING:
     from kathikon_celery.transport.intake import Intake
@@ -28,6 +30,35 @@ class Delivered(virtual.Message):
     """A message that knows the delivery it came by."""
 
     delivery: Delivery
+
+    def decode(self) -> Any:
+        """What the body says. Raises `DecodeError`, or `ContentDisallowed`; its job is then dead when it is settled."""
+        try:
+            payload = super().decode()
+            if self.delivery.is_job:
+                check_call(self.headers, payload)
+        except Exception as error:
+            self.is_unreadable(error)
+            if isinstance(error, DecodeError | ContentDisallowed):
+                raise
+            raise DecodeError(str(error)) from error  # anything else would end Celery's worker
+        return payload
+
+    def is_unreadable(self, error: BaseException) -> None:
+        """Note for the row why nobody can read the body."""
+        kind = "" if isinstance(error, DecodeError) else f"{type(error).__name__}: "
+        if self.delivery.is_job:
+            reason = in_brief(f"corrupt row: the body cannot be read: {kind}{error}")
+            self.delivery.outcome = Outcome(Verdict.ENDED, State.DEAD, reason)
+
+
+class TopicExchange(exchange.TopicExchange):
+    """Topics whose words may have any characters: ``*`` and ``#`` mean something only where they are a whole word."""
+
+    def key_to_pattern(self, rkey: str) -> str:
+        """The regular expression of a binding's key."""
+        words = [self.wildcards.get(word) or re.escape(word) for word in rkey.split(".")]
+        return r"(?s)^" + r"\.".join(words) + r"\Z"
 
 
 class QoS:
@@ -52,6 +83,7 @@ class Channel(virtual.Channel):
     Message = Delivered
     closed: bool
     supports_fanout = True
+    exchange_types: ClassVar[dict[str, Any]] = {**virtual.Channel.exchange_types, "topic": TopicExchange}
     body_encoding = None
     min_priority, max_priority = -(2**63), 2**63 - 1
 
@@ -248,10 +280,12 @@ class Channel(virtual.Channel):
             again = item.crashes > 0 or item.attempts > 1 if delivery.is_job else item.redelivered  # type: ignore[union-attr]
             message = Delivered(unfold(item.envelope, item.body, delivery.tag, again), channel=self)
         except Exception as error:
-            self._intake.finish(delivery.tag, Outcome(Verdict.ENDED, State.DEAD, str(error)))
+            self._intake.finish(delivery.tag, Outcome(Verdict.ENDED, State.DEAD, in_brief(str(error))))
             self.connection.corrupt(delivery, error)
             return None
         message.delivery = delivery
+        if message.errors:  # of its decompression
+            message.is_unreadable(message.errors[0][1])
         if no_ack:
             self._intake.finish(delivery.tag)
         else:
