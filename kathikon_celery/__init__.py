@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from celery.signals import worker_init
+from click import ClickException
 from kombu.transport import TRANSPORT_ALIASES
 
 if TYPE_CHECKING:
@@ -27,7 +28,10 @@ TRANSPORT_ALIASES["kathikon"] = "kathikon_celery.transport:Transport"
 def _install(sender: Any, **_: Any) -> None:
     from kathikon_celery.worker.install import install
 
-    install(sender)
+    try:
+        install(sender)
+    except ClickException as error:  # Celery would log it and run a worker that is none of ours
+        raise SystemExit(f"Error: {error}") from error
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,9 @@ from kathikon_celery.storage import Storage, schema
 if TYPE_CHECKING:
     from celery.bin.base import CLIContext
 
+#: Width of a column from which on a longer name makes its own line longer, not every line.
+WIDEST = 60
+
 
 def _storage(context: CLIContext) -> Storage:
     app = context.app
@@ -22,6 +25,11 @@ def _storage(context: CLIContext) -> Storage:
             ' say app.config_from_object("kathikon_celery.config"), and name the app: celery -A proj kathikon …'
         )
     return Storage.for_app(app, setup=False)
+
+
+def _legible(name: str) -> str:
+    """*name*, with escapes for what has no place in a line or on a terminal."""
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in name)
 
 
 @click.group(name="kathikon")
@@ -52,11 +60,12 @@ def counts(context: CLIContext) -> None:
     """Count the jobs by queue and state."""
     storage = _storage(context)
     storage.setup()
-    found = [(queue, state, f"{number:,}") for (queue, state), number in sorted(storage.counts().items())]
+    found = [(_legible(queue), state, f"{number:,}") for (queue, state), number in sorted(storage.counts().items())]
     if not found:
         click.echo("There are no jobs.")
         return
     rows = [("queue", "state", "jobs"), *found]
-    queue_width, state_width, number_width = (max(map(len, column)) for column in zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    queue_width, state_width, number_width = min(widths[0], WIDEST), *widths[1:]
     for queue, state, number in rows:
         click.echo(f"{queue:<{queue_width}}  {state:<{state_width}}  {number:>{number_width}}")

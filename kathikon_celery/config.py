@@ -6,12 +6,13 @@ A configuration module of one's own begins with ``from kathikon_celery.config im
 
 from typing import Any
 
-from kathikon_celery.routing import ConfiguredQueues, Router
+from kathikon_celery.routing import ConfiguredQueues, Router, TransportOptions
 from kathikon_celery.settings import Settings
 
 __all__ = [
     "broker_connection_max_retries",
     "broker_connection_retry_on_startup",
+    "broker_transport_options",
     "broker_url",
     "result_backend",
     "task_acks_late",
@@ -26,6 +27,9 @@ __all__ = [
 
 # No database in it: that is kathikon_database_url, which may still be set after this module was read.
 broker_url = "kathikon://"
+
+# Which app a connection is for: the URL does not tell two apps in one process apart.
+broker_transport_options = TransportOptions()
 
 # The same database.
 result_backend = "kathikon"

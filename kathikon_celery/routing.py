@@ -7,13 +7,14 @@ An app's configuration is complete only when it is used: ``app.conf.update(kathi
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from itertools import count
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from celery import current_app
+from celery import Celery, current_app
 from celery.app.amqp import AMQP
 from celery.app.routes import Router as CeleryRouter
 from celery.utils.functional import maybe_list
@@ -24,12 +25,18 @@ from kathikon_celery.settings import Settings
 if TYPE_CHECKING:
     from types import FrameType
 
-    from celery import Celery, Task
+    from celery import Task
 
-__all__ = ["ConfiguredQueues", "Router", "configure", "declare_queues"]
+__all__ = ["ConfiguredQueues", "Router", "TransportOptions", "app_named", "configure", "declare_queues"]
 
+#: The transport option that names the app of a connection.
+APP_OPTION = "kathikon_app"
 #: Names of tasks whose route an app remembers.
 _MEMO = 4096
+
+_names_of_apps: WeakKeyDictionary[Celery, str] = WeakKeyDictionary()
+_named_apps: WeakValueDictionary[str, Celery] = WeakValueDictionary()
+_numbers = count(1)
 
 
 def configure(app: Celery) -> Settings:
@@ -95,6 +102,45 @@ class ConfiguredQueues:
         return "ConfiguredQueues()"
 
 
+class TransportOptions(Mapping[str, Any]):
+    """Celery's ``broker_transport_options``, which tell the transport the app that a connection is for.
+
+    ``broker_url`` names no database, so two apps in one process have the same one; but kombu keeps one pool of
+    connections for all that are equal, and what the second app publishes would be in the first one's database.
+    """
+
+    def __getitem__(self, name: str) -> str:
+        if name != APP_OPTION:
+            raise KeyError(name)
+        return _name_of(_asking_app())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((APP_OPTION,))
+
+    def __len__(self) -> int:
+        return 1
+
+    def __repr__(self) -> str:
+        return "TransportOptions()"
+
+    def __reduce__(self) -> tuple[type[TransportOptions], tuple[()]]:
+        return TransportOptions, ()
+
+
+def _name_of(app: Celery) -> str:
+    """A name of *app* that no other app of this process has."""
+    name = _names_of_apps.get(app)
+    if name is None:
+        name = _names_of_apps.setdefault(app, f"{app.main or 'app'}.{next(_numbers)}")
+        _named_apps[name] = app
+    return name
+
+
+def app_named(name: str | None) -> Celery | None:
+    """The app of this process that a connection's option names; `None` where it names none."""
+    return _named_apps.get(name) if name is not None else None
+
+
 def declare_queues(app: Celery) -> None:
     """Make a worker of *app* consume the configured queues as well, and keep the queues that it has.
 
@@ -112,12 +158,14 @@ def declare_queues(app: Celery) -> None:
 def _asking_app() -> Celery:
     """Return the app on whose behalf Celery calls.
 
-    Celery hands its routers and queues no app, but whoever calls them has one. The current app need not be the one: it
-    is that of a thread, and any other thread of a web server has a default app there.
+    Celery hands its routers, queues and options no app, but whoever calls them has one. The current app need not be the
+    one: it is that of a thread, and any other thread of a web server has a default app there.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
+        if isinstance(caller, Celery):
+            return caller
         if isinstance(caller, AMQP | CeleryRouter) and caller.app is not None:
             return caller.app
         frame = frame.f_back

@@ -81,9 +81,11 @@ def _is_anything_there(queues: int) -> Any:
 def claim(database: Database, connection: Connection, queue: str, limit: int, node_id: int | None) -> list[Job]:
     """Take up to *limit* ready jobs of the key *queue*: higher priority first, then longer ready."""
     values = {"from_queue": queue, "at_most": limit, "by_node": node_id}
-    rows = sorted(
-        connection.execute(_claim(database.dialect), values), key=lambda row: (-row.priority, row.since, row.seq)
-    )
+    rows = connection.execute(_claim(database.dialect), values).all()
+    try:
+        rows = sorted(rows, key=lambda row: (-row.priority, row.since, row.seq))
+    except TypeError:  # one of them is corrupt; the others are not to wait for that
+        rows = sorted(rows, key=lambda row: row.seq)
     return [Job(**{**dict(zip(_NAMES, row, strict=False)), "state": State.CLAIMED, "node_id": node_id}) for row in rows]
 
 

@@ -85,4 +85,6 @@ def _(element: now, compiler: Any, **kw: Any) -> str:
 @compiles(seconds_until, "sqlite")
 def _(element: seconds_until, compiler: Any, **kw: Any) -> str:
     moment = compiler.process(element.clauses, **kw)
-    return f"((julianday({moment}) - julianday('now')) * 86400.0)"
+    # Of what is no moment but compares as past, so that it is promoted, say so: others wait behind it.
+    past = f"CASE WHEN {moment} <= strftime('%Y-%m-%d %H:%M:%f000', 'now') THEN -1.0 END"
+    return f"coalesce((julianday({moment}) - julianday('now')) * 86400.0, {past})"

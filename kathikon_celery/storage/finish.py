@@ -13,12 +13,12 @@ from typing import Any
 
 from sqlalchemy import Boolean, Connection, Text, and_, bindparam, case, false, null, or_, select, update
 
-from kathikon_celery.job import HELD, Hold, Job, State, sources
+from kathikon_celery.job import HELD, Hold, Job, State, in_brief, sources
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.names import printable
-from kathikon_celery.storage.reading import job_of
+from kathikon_celery.storage.reading import errors_of, job_of
 from kathikon_celery.storage.tables import UNTOLD, held_as, jobs, of_hold, state_in
 
 #: What is noted of a run whose process was lost, and the reason on the row of a job to which that happened too often.
@@ -143,10 +143,14 @@ def add_error(connection: Connection, seq: int, reason: str, fence: int) -> None
         return
     # A retry may run already, or have ended: from one fence to the next but one, a job is claimed once.
     attempt = max(1, row.attempts - (row.fence - fence) // 2)
-    every: list[dict[str, Any]] = json.loads(row.errors or "[]")
+    at: datetime = row.at
+    try:
+        every = errors_of(row.errors)
+    except ValueError:  # what is corrupt there must not keep the end of the job from being written
+        said = f"corrupt row: errors is {in_brief(repr(row.errors))}"
+        every = [{"at": at.isoformat(timespec="milliseconds"), "attempt": 0, "reason": said}]
     if any((error["attempt"], error["reason"]) == (attempt, reason) for error in every):
         return
-    at: datetime = row.at
     every.append({"at": at.isoformat(timespec="milliseconds"), "attempt": attempt, "reason": reason})
     every.sort(key=lambda error: error["attempt"])  # that of a quick retry may come first
     connection.execute(_SET_ERRORS, {"of_seq": seq, "all": json.dumps(every)})

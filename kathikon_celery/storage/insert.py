@@ -77,12 +77,24 @@ _OWN = (
 )
 
 
+def envelope_of(job: Job) -> str:
+    """The job's envelope; where a digest stands for its id or queue, with the name, which reading.py finds there."""
+    kept: dict[str, Any] = {"headers": {"id": job.id}} if job.envelope == "{}" and key(job.id) != job.id else {}
+    if job.queue is not None and key(job.queue) != job.queue:
+        kept["queue"] = job.queue
+    if not kept:
+        return job.envelope
+    try:
+        return json.dumps({**json.loads(job.envelope), **kept}, separators=(",", ":"))
+    except (ValueError, TypeError):  # no JSON: a worker will say so
+        return job.envelope
+
+
 def _values(job: Job) -> dict[str, Any]:
     values = {f"new_{name}": getattr(job, name) for name in _BROUGHT + _PAYLOAD}
     values["new_id"] = key(job.id)
     values["new_task"] = printable(job.task)
-    if values["new_id"] != job.id and job.envelope == "{}":
-        values["new_envelope"] = json.dumps({"headers": {"id": job.id}})  # where reading.py finds the name again
+    values["new_envelope"] = envelope_of(job)
     for name in ("new_queue", "new_root_id", "new_parent_id", "new_group_id"):
         if values[name] is not None:
             values[name] = key(values[name])

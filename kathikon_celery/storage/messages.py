@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -122,7 +123,8 @@ def take(
         values["by_node"] = node_id
     rows = connection.execute(_take(database.dialect, keep), values)
     taken = [Message(**row._mapping, node_id=node_id) for row in rows]
-    taken.sort(key=lambda message: (-message.priority, message.seq))
+    with suppress(TypeError):  # one of them is corrupt; the others are not to wait for that
+        taken.sort(key=lambda message: (-message.priority, message.seq))
     return taken
 
 

@@ -4,37 +4,107 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from datetime import datetime, timezone
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, func, select
+from sqlalchemy import Boolean, Column, Connection, Select, bindparam, func, select, type_coerce
+from sqlalchemy.types import NullType
 
-from kathikon_celery.job import Job, State
+from kathikon_celery.job import Job, State, in_brief
+from kathikon_celery.storage.clock import Instant
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.tables import jobs
 
 _BY_ID = select(jobs).where(jobs.c.id == bindparam("job_id"))
 _LOCKED = _BY_ID.with_for_update()
 _COUNTS = select(jobs.c.queue, jobs.c.state, func.count()).group_by(jobs.c.queue, jobs.c.state)
+_ENVELOPE = select(jobs.c.envelope).where(jobs.c.queue == bindparam("of_queue")).limit(1)
+_FAILURE = {"attempt", "reason"}
+#: The columns as they are stored.
+_RAW = [type_coerce(column, NullType()).label(column.name) for column in jobs.c]
 
 
-def job_of(row: Any) -> Job:
-    """The job that *row* describes; columns that it lacks keep their defaults."""
-    values = dict(row._mapping)
+def jobs_of(connection: Connection, query: Select[Any], values: dict[str, Any] | None = None) -> list[Job]:
+    """The jobs that *query* selects. One that is corrupt is among them: dead, with a reason that says what is wrong."""
+    try:
+        return [_job_of(row._mapping) for row in connection.execute(query, values or {})]
+    except (ValueError, TypeError, AttributeError):  # which row it was, nobody says
+        rows = connection.execute(query.with_only_columns(*_RAW), values or {}).all()
+        return [_as_far_as_legible(row._mapping) for row in rows]
+
+
+def _job_of(row: Any) -> Job:
+    """The job that *row* describes. Raises `ValueError`, `TypeError` or `AttributeError` for a corrupt one."""
+    values = dict(row)
     values["state"] = State(values["state"])
-    if "errors" in values:
-        values["errors"] = json.loads(values["errors"]) if values["errors"] else []
+    values["errors"] = errors_of(values["errors"])
     if values["id"].startswith("#"):  # a digest stands for it: see names.py
         with suppress(ValueError, TypeError, KeyError, AttributeError):
             values["id"] = json.loads(values["envelope"])["headers"]["id"]
+    if values["queue"] is not None and values["queue"].startswith("#"):
+        values["queue"] = queue_of(values["queue"], values["envelope"])
     return Job(**values)
+
+
+def errors_of(text: str | None) -> list[dict[str, Any]]:
+    """The failures that a row notes. Raises `ValueError` for a text that is no list of them."""
+    errors = json.loads(text) if text else []
+    if not isinstance(errors, list) or not all(isinstance(one, dict) and one.keys() >= _FAILURE for one in errors):
+        raise ValueError("no list of failures")
+    return errors
+
+
+def queue_of(name_key: str, envelope: Any) -> str:
+    """The name of the queue that *name_key* stands for, as far as the *envelope* of one of its jobs tells."""
+    with suppress(ValueError, TypeError, KeyError, AttributeError):
+        name = json.loads(envelope)["queue"]
+        if key(name) == name_key:
+            return str(name)
+    return name_key
+
+
+def _as_far_as_legible(row: Any) -> Job:
+    values, wrong = dict(row), []
+    for column in jobs.c:
+        value = values[column.name]
+        try:
+            values[column.name] = _converted(column, value)
+        except (ValueError, TypeError, AttributeError):
+            wrong.append(f"{column.name} is {in_brief(repr(value))}")
+            del values[column.name]
+    if wrong:
+        said = [values["reason"]] if values.get("reason") else []
+        values |= {"state": State.DEAD, "reason": "; ".join([f"corrupt row: {', '.join(wrong)}", *said])}
+    errors = values.pop("errors", [])
+    job = _job_of({"id": "", "queue": None, "envelope": "{}", **values, "errors": None})
+    job.errors = errors
+    return job
+
+
+def _converted(column: Column[Any], value: Any) -> Any:
+    """What *column* means by *value*. Raises `ValueError` or `TypeError` where it cannot be that."""
+    if column.name == "state":
+        return State(value)
+    if column.name == "errors":
+        return errors_of(value)
+    if value is None:
+        return None
+    if isinstance(column.type, Instant):
+        moment = value if isinstance(value, datetime) else datetime.fromisoformat(value)
+        return moment.astimezone(timezone.utc) if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+    if isinstance(column.type, Boolean):
+        return bool(value)
+    if not isinstance(value, column.type.python_type):
+        raise TypeError(value)
+    return value
 
 
 def fetch(connection: Connection, job_id: str, lock: bool = False) -> Job | None:
     """The job of that id, or `None`. *lock*: nobody else changes it until the transaction ends."""
-    row = connection.execute(_LOCKED if lock else _BY_ID, {"job_id": key(job_id)}).first()
-    if row is None:
+    found = jobs_of(connection, _LOCKED if lock else _BY_ID, {"job_id": key(job_id)})
+    if not found:
         return None
-    job = job_of(row)
+    (job,) = found
     if key(job_id) != job_id:
         job.id = job_id
     return job
@@ -47,9 +117,14 @@ def select_all(connection: Connection, queue: str | None = None, state: State | 
         query = query.where(jobs.c.queue == key(queue))
     if state is not None:
         query = query.where(jobs.c.state == state.value)
-    return [job_of(row) for row in connection.execute(query)]
+    return jobs_of(connection, query)
 
 
 def counts(connection: Connection) -> dict[tuple[str, str], int]:
     """Number of jobs by queue and state."""
-    return {(queue or "", state): number for queue, state, number in connection.execute(_COUNTS)}
+    found = {(queue or "", state): number for queue, state, number in connection.execute(_COUNTS)}
+    names = {queue: queue for queue, _ in found}
+    for queue in names:
+        if str(queue).startswith("#"):
+            names[queue] = queue_of(queue, connection.execute(_ENVELOPE, {"of_queue": queue}).scalar())
+    return {(names[queue], state): number for (queue, state), number in found.items()}

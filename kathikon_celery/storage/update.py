@@ -13,7 +13,7 @@ from kathikon_celery.job import TERMINAL, WAITING, Job, State, check_transition
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.errors import MovedOn, NotFound
-from kathikon_celery.storage.insert import OF_A_RUN
+from kathikon_celery.storage.insert import OF_A_RUN, envelope_of
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.reading import fetch
 from kathikon_celery.storage.tables import jobs
@@ -42,7 +42,11 @@ def update(database: Database, job: Job) -> None:
             values = {column.name: getattr(job, column.name) for column in _COLUMNS}
             values = {name: value for name, value in values.items() if value is not None or jobs.c[name].nullable}
             values |= {name: key(values[name]) for name in _NAMES if values[name]}
-            values |= {"state": job.state.value, "errors": json.dumps(job.errors) if job.errors else None}
+            values |= {
+                "envelope": envelope_of(job),
+                "state": job.state.value,
+                "errors": json.dumps(job.errors) if job.errors else None,
+            }
             if old.state is not job.state:
                 check_transition(job.id, old.state, job.state)
                 values |= _entering(job, old.state)

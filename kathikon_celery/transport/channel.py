@@ -7,16 +7,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from amqp.protocol import queue_declare_ok_t
-from kombu.exceptions import ChannelError
+from kombu.exceptions import ChannelError, ContentDisallowed, DecodeError
 from kombu.transport import virtual
 from kombu.utils.uuid import uuid
 
-from kathikon_celery.job import State
+from kathikon_celery.job import State, in_brief
 from kathikon_celery.storage import insert, messages, prune, topology
 from kathikon_celery.storage.names import key
 from kathikon_celery.transport import collecting, republishing
 from kathikon_celery.transport.delivery import BACK, Delivery, Outcome, Verdict
-from kathikon_celery.transport.envelope import fold, priority_of, task_of, to_job, unfold
+from kathikon_celery.transport.envelope import check_call, fold, priority_of, task_of, to_job, unfold
 from kathikon_celery.transport.exchanges import TopicExchange
 
 if TYPE_CHECKING:
@@ -32,6 +32,26 @@ class Delivered(virtual.Message):
     """A message that knows the delivery it came by."""
 
     delivery: Delivery
+
+    def decode(self) -> Any:
+        """What the body says. Raises `DecodeError`, or `ContentDisallowed`; its job is then dead when it is settled."""
+        try:
+            payload = super().decode()
+            if self.delivery.is_job:
+                check_call(self.headers, payload)
+        except Exception as error:
+            self.is_unreadable(error)
+            if isinstance(error, DecodeError | ContentDisallowed):
+                raise
+            raise DecodeError(str(error)) from error  # anything else would end Celery's worker
+        return payload
+
+    def is_unreadable(self, error: BaseException) -> None:
+        """Note for the row why nobody can read the body."""
+        kind = "" if isinstance(error, DecodeError) else f"{type(error).__name__}: "
+        if self.delivery.is_job:
+            reason = in_brief(f"corrupt row: the body cannot be read: {kind}{error}")
+            self.delivery.outcome = Outcome(Verdict.ENDED, State.DEAD, reason)
 
 
 class QoS:
@@ -307,10 +327,12 @@ class Channel(virtual.Channel):
             again = item.crashes > 0 or item.attempts > 1 if delivery.is_job else item.redelivered  # type: ignore[union-attr]
             message = Delivered(unfold(item.envelope, item.body, delivery.tag, again), channel=self)
         except Exception as error:
-            self._intake.finish(delivery.tag, Outcome(Verdict.ENDED, State.DEAD, str(error)))
+            self._intake.finish(delivery.tag, Outcome(Verdict.ENDED, State.DEAD, in_brief(str(error))))
             self.connection.corrupt(delivery, error)
             return None
         message.delivery = delivery
+        if message.errors:  # of its decompression
+            message.is_unreadable(message.errors[0][1])
         if no_ack:
             self._intake.finish(delivery.tag)
         else:

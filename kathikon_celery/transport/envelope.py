@@ -64,20 +64,35 @@ def unfold(envelope: str, body: str, tag: str, redelivered: bool) -> dict[str, A
     """The message again, as `kombu.transport.virtual.Message` wants it. Raises `ValueError` for a corrupt row."""
     try:
         message = _loads(envelope)
-        headers, properties = message[_HEADERS], message[_PROPERTIES]
-        if message.get(_BASE64):
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"corrupt row: its envelope is no JSON: {error}") from error
+    if not isinstance(message, dict):
+        raise ValueError(f"corrupt row: its envelope is no mapping: {message!r}")
+    for name in (_HEADERS, _PROPERTIES):
+        if not isinstance(message.get(name), dict):
+            raise ValueError(f"corrupt row: its {name} are no mapping: {message.get(name)!r}")
+    headers, properties = message[_HEADERS], message[_PROPERTIES]
+    if "task" in headers:
+        for name in ("task", "id"):
+            if not isinstance(headers.get(name), str):
+                raise ValueError(f"corrupt row: its headers name the {name} {headers.get(name)!r}")
+    info = properties.setdefault("delivery_info", {})
+    if not isinstance(info, dict):
+        raise ValueError(f"corrupt row: its delivery_info is no mapping: {info!r}")
+    if message.get(_BASE64):
+        try:
             body = b64decode(body, validate=True)  # type: ignore[assignment]
-        if not isinstance(headers, dict) or ("task" in headers and not isinstance(headers.get("id"), str)):
-            raise TypeError("headers are no mapping with a task and an id")
-        properties["delivery_tag"] = tag
-        properties.pop(_PUBLICATION, None)
-        info = properties.setdefault("delivery_info", {})
-        info["redelivered"] = redelivered
-        # The row was ready when it was claimed: with its eta Celery would keep it in memory and wait once more.
-        if headers.get("eta"):
-            headers["eta"] = None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"corrupt row: {type(error).__name__}: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"corrupt row: its body is no base64: {error}") from error
+    for name in (_TYPE, _ENCODING):
+        if not isinstance(message.get(name), str | None):
+            raise ValueError(f"corrupt row: its {name} is {message.get(name)!r}")
+    properties["delivery_tag"] = tag
+    properties.pop(_PUBLICATION, None)
+    info["redelivered"] = redelivered
+    # The row was ready when it was claimed: with its eta Celery would keep it in memory and wait once more.
+    if headers.get("eta"):
+        headers["eta"] = None
     return {
         "body": body,
         _HEADERS: headers,
@@ -85,6 +100,25 @@ def unfold(envelope: str, body: str, tag: str, redelivered: bool) -> dict[str, A
         _TYPE: message.get(_TYPE),
         _ENCODING: message.get(_ENCODING),
     }
+
+
+def check_call(headers: dict[str, Any], payload: Any) -> None:
+    """Raise `ValueError` unless *payload*, the decoded body of a Celery task, has the shape of a call.
+
+    Celery takes for granted that it has: anything else would end the worker.
+    """
+    if "task" not in headers:  # protocol 1 says all in the body
+        if not isinstance(payload, dict) or not all(isinstance(payload.get(name), str) for name in ("task", "id")):
+            raise ValueError("it is no mapping with a task and an id")
+        return
+    if isinstance(payload, dict) and "args" in payload:  # between the two protocols
+        return
+    if not isinstance(payload, list | tuple) or len(payload) != 3:
+        raise ValueError("it is no list of three: arguments, keyword arguments, options")
+    if not isinstance(payload[0], list | tuple) or not isinstance(payload[1], dict):
+        raise ValueError("it has no list of arguments or no mapping of keyword arguments")
+    if not isinstance(payload[2], dict | None):
+        raise ValueError("its options are no mapping")
 
 
 def priority_of(message: dict[str, Any]) -> int:

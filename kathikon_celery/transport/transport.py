@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timezone
 from typing import TYPE_CHECKING, Any, cast
@@ -12,6 +13,7 @@ import sqlalchemy
 from kombu.transport import virtual
 from sqlalchemy.exc import DBAPIError
 
+from kathikon_celery.routing import APP_OPTION, app_named
 from kathikon_celery.settings import Settings, broker_database, mask
 from kathikon_celery.storage import Storage, topology
 from kathikon_celery.storage.errors import LOST, in_words, is_lost
@@ -26,10 +28,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def app_of_connection() -> Celery | None:
-    """The Celery app whose broker is Kathikon: the current one, or the one that is configured so."""
+def app_of_connection(options: Mapping[str, Any]) -> Celery | None:
+    """The app of a connection with these transport options.
+
+    Where they name none, it is an app whose broker is Kathikon: the current one, or the one that is configured so.
+    """
     from celery import _state
 
+    app = app_named(options.get(APP_OPTION))
+    if app is not None:
+        return app
     for app in (_state.get_current_app(), *_state._get_active_apps()):
         if app.configured and str(app.conf.broker_url or "").startswith("kathikon"):
             return cast("Celery", app)
@@ -90,10 +98,14 @@ class Transport(virtual.Transport):
         self._complained = False
 
     @property
+    def _app(self) -> Celery | None:
+        return app_of_connection(self.client.transport_options or {})
+
+    @property
     def storage(self) -> Storage:
         """The database that the connection's URL names."""
         if self._storage is None:
-            app = app_of_connection()
+            app = self._app
             settings = Settings.load(app.conf if app is not None else None)
             url = self.client.hostname
             url = None if url is None or url.startswith("kathikon:") else broker_database(f"kathikon+{url}")
@@ -174,7 +186,7 @@ class Transport(virtual.Transport):
 
     def local_zone(self) -> timezone:
         """The zone of times that name none: the app's."""
-        app = app_of_connection()
+        app = self._app
         return cast(timezone, app.timezone) if app is not None else timezone.utc
 
     def corrupt(self, delivery: Delivery, error: Exception) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from billiard.einfo import ExceptionWithTraceback
 from celery import states
-from celery.exceptions import Ignore, Reject, Retry, WorkerLostError
+from celery.exceptions import Ignore, InvalidTaskError, Reject, Retry, WorkerLostError
 from celery.worker.request import Request as CeleryRequest
 
 from kathikon_celery.job import State, in_brief
@@ -22,12 +22,25 @@ def _ended(state: State, reason: str, traceback: str | None = None) -> Outcome:
     return Outcome(Verdict.ENDED, state, reason, status, traceback)
 
 
+def _check_limits(limits: Any) -> None:
+    is_pair = isinstance(limits, list | tuple) and len(limits) == 2
+    if not is_pair or not all(isinstance(limit, int | float | None) for limit in limits):
+        raise ValueError(f"timelimit is {limits!r}")
+
+
 class Request(CeleryRequest):
     """A request whose acknowledgement says what became of the job (see `TRANSITIONS`)."""
 
     def __init__(self, message: Any, **options: Any) -> None:
-        super().__init__(message, **options)
         self._delivery: Delivery | None = getattr(message, "delivery", None)
+        try:
+            super().__init__(message, **options)
+            _check_limits(self.time_limits)
+        except (AttributeError, KeyError, TypeError, ValueError, InvalidTaskError) as error:
+            reason = in_brief(f"corrupt row: {type(error).__name__}: {error}")
+            if self._delivery is not None:
+                self._delivery.outcome = Outcome(Verdict.ENDED, State.DEAD, reason)
+            raise InvalidTaskError(reason) from error  # anything else would end the worker
         self._set_outcome(DONE)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from kathikon_celery.storage.errors import StorageError, in_words, is_lost
+from kathikon_celery.storage.errors import SchemaError, StorageError, in_words, is_lost
 
 if TYPE_CHECKING:
     from kathikon_celery.storage import Storage
@@ -70,7 +70,9 @@ class Service(ABC):
                 failing = False
             except Exception as error:
                 pause = self.retry
-                if not is_lost(error) and not isinstance(error, StorageError):
+                if isinstance(error, SchemaError):
+                    pass  # the worker's own connection meets it as well, and ends the worker
+                elif not is_lost(error) and not isinstance(error, StorageError):
                     logger.exception("Kathikon: %s failed, trying again", type(self).__name__)
                 elif not failing:
                     logger.warning("Kathikon: %s waits for the database: %s", type(self).__name__, in_words(error))

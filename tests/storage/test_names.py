@@ -51,6 +51,21 @@ def test_as_an_id(storage: Storage, worker: Worker, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES, ids=IDS)
+def test_as_a_queue_it_is_shown(storage: Storage, worker: Worker, name: str) -> None:
+    storage.insert(new_job("one", queue=name, envelope='{"headers":{}}'))
+    storage.insert(new_job("two", queue="elsewhere"))
+    moved = the_job(storage, "two")
+    moved.queue = name
+    storage.update(moved)
+    assert [job.queue for job in storage.all(queue=name)] == [name, name]
+    assert storage.counts() == {(name, "available"): 2}
+    moved.queue = "back"
+    storage.update(moved)
+    assert storage.counts() == {(name, "available"): 1, ("back", "available"): 1}
+    assert the_job(storage, "two").queue == "back"
+
+
+@pytest.mark.parametrize("name", NAMES, ids=IDS)
 def test_as_a_queue(storage: Storage, worker: Worker, name: str) -> None:
     topology.declare_queue(storage.database, name)
     storage.insert(new_job(queue=name))

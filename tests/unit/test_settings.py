@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 
 from kathikon_celery import settings as module
 from kathikon_celery.job import State
-from kathikon_celery.settings import QueueSettings, SettingError, Settings, SettingWarning, mask, parse_url
+from kathikon_celery.settings import (
+    QueueSettings,
+    SettingError,
+    Settings,
+    SettingWarning,
+    mask,
+    parse_url,
+)
 
 DEFAULTS = {
     "database_url": "sqlite:///kathikon.db",

@@ -9,6 +9,7 @@ from time import monotonic
 from typing import Any
 
 from sqlalchemy import (
+    URL,
     BigInteger,
     Connection,
     Executable,
@@ -33,7 +34,7 @@ from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
 
 from kathikon_celery.job import Hold
 from kathikon_celery.storage.dialects.base import Dialect
-from kathikon_celery.storage.errors import Unavailable, in_words
+from kathikon_celery.storage.errors import Unavailable, UnknownDatabase, in_words
 from kathikon_celery.storage.tables import nodes
 from kathikon_celery.storage.wake import Wakeup
 
@@ -41,6 +42,8 @@ from kathikon_celery.storage.wake import Wakeup
 CHANNEL = "kathikon"
 #: Advisory locks of Kathikon have this first key; the second is a node's id, or 0 for the schema.
 LOCK_SPACE = 0x6B61
+#: Milliseconds after which a peer that acknowledges nothing of what was sent has vanished (keepalives are for silence).
+UNANSWERED = 25_000
 #: Seconds between two attempts to listen again after a lost connection.
 RECONNECT = 0.5
 
@@ -68,6 +71,16 @@ class PostgreSQL(Dialect):
     name = "postgresql"
     wakes_by_name = True
 
+    def __init__(self, url: URL) -> None:
+        super().__init__(url)
+        try:
+            import psycopg  # noqa: F401
+        except ImportError as error:
+            raise UnknownDatabase(
+                f"{url.render_as_string(hide_password=True)} needs the package psycopg, which cannot be imported"
+                f" ({error}); say pip install 'kathikon-celery[postgresql]', or set another kathikon_database_url"
+            ) from None
+
     def connect_args(self, timeout: float, on_disk: bool) -> dict[str, Any]:
         return {
             "connect_timeout": max(2, round(timeout)),
@@ -77,6 +90,8 @@ class PostgreSQL(Dialect):
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 3,
+            # What was sent and is not acknowledged by the peer's system counts as lost, where TCP itself takes minutes.
+            "tcp_user_timeout": UNANSWERED,
         }
 
     def insert_or_update(self, table: Table) -> postgresql.Insert:
