@@ -114,6 +114,7 @@ class Intake:
         self._waits = False  # our row says that we wait
         self._unsure = True  # a commit may have happened of which we did not hear
         self._first = 0  # the queue that is served first this time
+        self._turn = 0  # the same, of `pump`
         self._ready = threading.Condition(self._lock)
         self._interrupted = False
 
@@ -209,11 +210,15 @@ class Intake:
             if which(delivery):
                 self.finish(delivery.tag, BACK)
 
-    def pump(self) -> int:
-        """Hand out what is waiting and allowed, in the consumer's thread; how much it was."""
+    def pump(self, most: int | None = None) -> int:
+        """Hand out what is waiting and allowed, in the consumer's thread, up to *most*; how much it was."""
         handed = 0
-        for subscription in list(self._subscriptions.values()):
-            while (delivery := self._next(subscription)) is not None:
+        with self._lock:
+            self._turn += 1
+            every = list(self._subscriptions.values())
+        first = self._turn % len(every) if every else 0
+        for subscription in every[first:] + every[:first]:
+            while handed != most and (delivery := self._next(subscription)) is not None:
                 handed += 1
                 subscription.deliver(delivery)
         return handed
