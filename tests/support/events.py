@@ -14,8 +14,8 @@ from tests.support.waiting import wait_until
 class Events:
     """What came since `listening` began."""
 
-    def __init__(self, connection: Any) -> None:
-        self.seen: list[dict[str, Any]] = []
+    def __init__(self, connection: Any, seen: list[dict[str, Any]]) -> None:
+        self.seen = seen
         self._connection = connection
 
     def of(self, *kinds: str) -> list[dict[str, Any]]:
@@ -38,7 +38,7 @@ class Events:
 def listening(app: Celery) -> Iterator[Events]:
     """Receive all events while the context lasts."""
     with app.connection_for_read() as connection:
-        events = Events(connection)
-        receiver = app.events.Receiver(connection, handlers={"*": events.seen.append})
-        with receiver.consumer_context(wakeup=False):
-            yield events
+        seen: list[dict[str, Any]] = []
+        receiver = app.events.Receiver(connection, handlers={"*": seen.append})
+        with receiver.consumer_context(wakeup=False) as (own_connection, _, _):
+            yield Events(own_connection, seen)
