@@ -91,7 +91,8 @@ class KathikonBackend(BaseBackend):
             written["traceback"] = str(traceback)
         hold = hold_of((getattr(request, "properties", None) or {}).get("delivery_tag")) if request else None
         if hold is None or request.id != task_id:
-            results.store_alone(database, task_id, STATES.get(state), **written, meta=self._text(rest))
+            reason = _reason(result) if state in states.EXCEPTION_STATES else None
+            results.store_alone(database, task_id, STATES.get(state), **written, meta=self._text(rest), reason=reason)
         elif state == states.RETRY:
             if not getattr(request, "was_refused", False):
                 del written["status"]

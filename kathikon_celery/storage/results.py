@@ -88,6 +88,7 @@ def store_alone(
     result: str | None,
     traceback: str | None,
     meta: str | None,
+    reason: str | None = None,
 ) -> None:
     """Write a result under an id, whoever ran it; a row of its own is made where there is no job.
 
@@ -107,6 +108,7 @@ def store_alone(
     if ended:
         changes["state"] = case((IS_HELD, jobs.c.state), else_=ended.value)
         changes["ended_at"] = case((IS_HELD, null()), else_=now())
+        changes["reason"] = case((IS_HELD, jobs.c.reason), else_=printable(reason))
     statement = statement.on_conflict_do_update(
         index_elements=[jobs.c.id],
         set_=changes,

@@ -137,7 +137,7 @@ def test_a_running_task_ends_unless_it_is_terminated(
     left, terminated = (apps.wait_for_file.delay(str(gate)) for _ in range(2))
     for result in (left, terminated):
         jobs.wait(result, State.RUNNING)
-    left.revoke(reply=True, timeout=20, destination=[worker.hostname]) if False else app.control.revoke(
+    app.control.revoke(
         left.id, reply=True, timeout=20, destination=[worker.hostname]
     )
     app.control.revoke(terminated.id, terminate=True, signal="SIGKILL")
