@@ -89,6 +89,8 @@ class Intake:
         self.outcome_of: Callable[[str], Outcome] = lambda task: DONE
         #: Whether the pool has a delivery in its hands, so that it must not be given back.
         self.is_in_pool: Callable[[Delivery], bool] = lambda delivery: False
+        #: Takes a delivery out of the pool's queue again, in this thread; false if the pool has begun with it.
+        self.withdraw: Callable[[Delivery], bool] = lambda delivery: False
         #: Called from this thread when another process calls all nodes: perhaps a job is due soon.
         self.on_call: Callable[[], None] = lambda: None
         #: Called, in any thread, when there is something to deliver.
@@ -574,6 +576,15 @@ class Intake:
             for delivery in stale:
                 subscription.waiting.remove(delivery)
                 self._reports.append((delivery, BACK))
+        for delivery in list(self._in_hand.values()) if self.slots is not None else ():
+            is_stale = (
+                delivery.is_job and not delivery.early and delivery.accepted is None and delivery.claimed < oldest
+            )
+            if is_stale and self.withdraw(delivery):
+                del self._in_hand[delivery.tag]
+                self._reports.append((delivery, BACK))
+                if (consumed := self._subscriptions.get(delivery.queue)) is not None:
+                    consumed.in_hand -= 1
 
     def _reborn(self, old: int, new: int) -> None:
         """This process was taken for dead: what it has claimed and not begun is others' now."""

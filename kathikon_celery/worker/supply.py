@@ -49,6 +49,7 @@ class Supply(bootsteps.StartStopStep):
         intake.is_early = is_early
         intake.outcome_of = outcome_of
         intake.is_in_pool = is_in_pool
+        intake.withdraw = withdraw
         intake.claims_ahead = not c.app.conf.worker_disable_prefetch
         intake.slots = lambda: _slots(c)
         promoter = getattr(c.controller, "kathikon_promoter", None)
@@ -94,6 +95,12 @@ def is_in_pool(delivery: Delivery) -> bool:
     if request is None or getattr(request, "_delivery", None) is not delivery:
         return False
     return request in state.active_requests or request._apply_result is not None
+
+
+def withdraw(delivery: Delivery) -> bool:
+    """Take a job back that waits for the pool; false if the pool has it, or if it waits for its rate limit."""
+    request = state.requests.get(delivery.item.id) if isinstance(delivery.item, Job) else None
+    return isinstance(request, Request) and request._delivery is delivery and request.withdraw()
 
 
 class InWords(logging.Filter):
