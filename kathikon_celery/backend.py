@@ -106,7 +106,7 @@ class KathikonBackend(CanvasBackend):
             end = End(task_id=task_id, hold=hold, state=becomes, written=written, reason=reason, untold=untold)
             ending.ends.append(end)
         elif hold is None:
-            results.store_alone(database, task_id, becomes, **written)
+            results.store_alone(database, task_id, becomes, reason=reason, **written)
         else:
             results.store(database, hold, becomes, **written, reason=reason)
         return result

@@ -18,7 +18,7 @@ from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.names import printable
-from kathikon_celery.storage.reading import errors_of, job_of
+from kathikon_celery.storage.reading import errors_of, jobs_of
 from kathikon_celery.storage.tables import UNTOLD, held_as, jobs, of_hold, state_in
 
 #: What is noted of a run whose process was lost, and the reason on the row of a job to which that happened too often.
@@ -125,7 +125,7 @@ _UNTOLD = select(jobs).where(UNTOLD).order_by(jobs.c.ended_at).limit(100)
 
 def untold(connection: Connection) -> list[Job]:
     """Jobs that have ended without a run: callbacks, chains and chords that wait for them were not told of it."""
-    return [job_of(row) for row in connection.execute(_UNTOLD)]
+    return jobs_of(connection, _UNTOLD)
 
 
 _ERRORS = (

@@ -96,7 +96,9 @@ def tell(connection: Connection, task_id: str, **written: str | None) -> bool:
     return bool(connection.execute(_TOLD, {"job_id": key(task_id), **_new(written)}).rowcount)
 
 
-def store_alone(database: Database, task_id: str, state: State | None, **written: str | None) -> None:
+def store_alone(
+    database: Database, task_id: str, state: State | None, *, reason: str | None = None, **written: str | None
+) -> None:
     """Write a result under an id, whoever ran it; a row of its own is made where there is no job.
 
     A job that a worker holds keeps its state: that is the worker's to report.
@@ -104,13 +106,18 @@ def store_alone(database: Database, task_id: str, state: State | None, **written
 
     def write(again: bool) -> None:
         with database.once() as connection:
-            end_alone(database, connection, task_id, state, **written)
+            end_alone(database, connection, task_id, state, reason, **written)
 
     database.patiently(write)
 
 
 def end_alone(
-    database: Database, connection: Connection, task_id: str, state: State | None, **written: str | None
+    database: Database,
+    connection: Connection,
+    task_id: str,
+    state: State | None,
+    reason: str | None,
+    **written: str | None,
 ) -> bool:
     """What `store_alone` does, as a part of a transaction; false when the job has ended otherwise."""
     ended = state if state in _ENDED else None
@@ -126,6 +133,7 @@ def end_alone(
     if ended:
         changes["state"] = case((IS_HELD, jobs.c.state), else_=ended.value)
         changes["ended_at"] = case((IS_HELD, null()), else_=now())
+        changes["reason"] = case((IS_HELD, jobs.c.reason), else_=printable(reason))
     statement = statement.on_conflict_do_update(
         index_elements=[jobs.c.id],
         set_=changes,

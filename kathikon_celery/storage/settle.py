@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from sqlalchemy import Connection
 
@@ -87,10 +86,8 @@ def settle(database: Database, ending: Ending, bodies: Mapping[str, Ending], on_
 
 
 def _end(database: Database, connection: Connection, end: End) -> bool:
-    values: dict[str, Any] = {**end.written, "reason": end.reason}
     if end.hold is not None:
-        return results.end(connection, end.hold, end.state, **values)
-    del values["reason"]
+        return results.end(connection, end.hold, end.state, reason=end.reason, **end.written)
     if end.untold:
-        return results.tell(connection, end.task_id, **values)
-    return results.end_alone(database, connection, end.task_id, end.state, **values)
+        return results.tell(connection, end.task_id, **end.written)
+    return results.end_alone(database, connection, end.task_id, end.state, end.reason, **end.written)

@@ -385,7 +385,7 @@ class Channel(virtual.Channel):
         self._intake.look()
 
     def drain_events(self, timeout: float | None = None, callback: Any = None) -> None:
-        """Deliver what is there; raises `socket.timeout` when nothing came in time."""
+        """Deliver one message; raises `socket.timeout` when none came in time."""
         self.connection.drain_events(self.connection, timeout=timeout)
 
     def close(self) -> None:

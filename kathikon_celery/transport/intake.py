@@ -89,6 +89,8 @@ class Intake:
         self.outcome_of: Callable[[str], Outcome] = lambda task: DONE
         #: Whether the pool has a delivery in its hands, so that it must not be given back.
         self.is_in_pool: Callable[[Delivery], bool] = lambda delivery: False
+        #: Takes a delivery out of the pool's queue again, in this thread; false if the pool has begun with it.
+        self.withdraw: Callable[[Delivery], bool] = lambda delivery: False
         #: Called from this thread when another process calls all nodes: perhaps a job is due soon.
         self.on_call: Callable[[], None] = lambda: None
         #: Called, in any thread, when there is something to deliver.
@@ -114,6 +116,7 @@ class Intake:
         self._waits = False  # our row says that we wait
         self._unsure = True  # a commit may have happened of which we did not hear
         self._first = 0  # the queue that is served first this time
+        self._turn = 0  # the same, of `pump`
         self._ready = threading.Condition(self._lock)
         self._interrupted = False
 
@@ -211,11 +214,15 @@ class Intake:
             if which(delivery):
                 self.finish(delivery.tag, BACK)
 
-    def pump(self) -> int:
-        """Hand out what is waiting and allowed, in the consumer's thread; how much it was."""
+    def pump(self, most: int | None = None) -> int:
+        """Hand out what is waiting and allowed, in the consumer's thread, up to *most*; how much it was."""
         handed = 0
-        for subscription in list(self._subscriptions.values()):
-            while (delivery := self._next(subscription)) is not None:
+        with self._lock:
+            self._turn += 1
+            every = list(self._subscriptions.values())
+        first = self._turn % len(every) if every else 0
+        for subscription in every[first:] + every[:first]:
+            while handed != most and (delivery := self._next(subscription)) is not None:
                 handed += 1
                 subscription.deliver(delivery)
         return handed
@@ -582,6 +589,15 @@ class Intake:
             for delivery in stale:
                 subscription.waiting.remove(delivery)
                 self._reports.append((delivery, BACK))
+        for delivery in list(self._in_hand.values()) if self.slots is not None else ():
+            is_stale = (
+                delivery.is_job and not delivery.early and delivery.accepted is None and delivery.claimed < oldest
+            )
+            if is_stale and self.withdraw(delivery):
+                del self._in_hand[delivery.tag]
+                self._reports.append((delivery, BACK))
+                if (consumed := self._subscriptions.get(delivery.queue)) is not None:
+                    consumed.in_hand -= 1
 
     def _reborn(self, old: int, new: int) -> None:
         """This process was taken for dead: what it has claimed and not begun is others' now."""

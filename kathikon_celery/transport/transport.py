@@ -175,13 +175,13 @@ class Transport(virtual.Transport):
             self._bell.ring()
 
     def drain_events(self, connection: Any, timeout: float | None = None) -> None:
-        """Deliver what is there; raises `socket.timeout` when nothing came within *timeout* seconds."""
-        if self.intake.pump():
+        """Deliver one message, as callers count on; raises `socket.timeout` when none came within *timeout* seconds."""
+        if self.intake.pump(1):
             return
         while not self.intake.wait(timeout if timeout is not None else 1.0):
             if timeout is not None:
                 raise TimeoutError
-        if not self.intake.pump() and timeout is not None:
+        if not self.intake.pump(1) and timeout is not None:
             raise TimeoutError
 
     def local_zone(self) -> timezone:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
+from threading import Lock
 from typing import Any
 
 from billiard.einfo import ExceptionWithTraceback
 from celery import states
-from celery.exceptions import Ignore, InvalidTaskError, Reject, Retry, WorkerLostError
+from celery.exceptions import Ignore, InvalidTaskError, Reject, Retry, TaskRevokedError, WorkerLostError
+from celery.worker import state as worker_state
 from celery.worker.request import Request as CeleryRequest
 
 from kathikon_celery.job import State, in_brief
@@ -33,6 +35,8 @@ class Request(CeleryRequest):
 
     def __init__(self, message: Any, **options: Any) -> None:
         self._delivery: Delivery | None = getattr(message, "delivery", None)
+        #: Whoever takes it decides: the pool, which runs the task, or the intake, which gives it to others.
+        self._decision = Lock()
         try:
             super().__init__(message, **options)
             _check_limits(self.time_limits)
@@ -44,9 +48,9 @@ class Request(CeleryRequest):
         self._set_outcome(DONE)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        # Celery makes a subclass a task, with an `on_success` that calls no other: it is wrapped there.
+        # Celery makes a subclass a task, with methods that call no others: they are wrapped there.
         super().__init_subclass__(**kwargs)
-        succeeded = cls.on_success
+        succeeded, execute = cls.on_success, cls.execute_using_pool
 
         def on_success(self: Request, failed__retval__runtime: Any, **options: Any) -> Any:
             try:
@@ -54,7 +58,25 @@ class Request(CeleryRequest):
             finally:
                 self._end_of_early_task()
 
+        def execute_using_pool(self: Request, pool: Any, **options: Any) -> Any:
+            if not self._decision.acquire(blocking=False):
+                self._leave()
+                raise TaskRevokedError("given back")  # Celery's word for: the next one, please
+            return execute(self, pool, **options)
+
         cls.on_success = on_success
+        if "execute_using_pool" in cls.__dict__:  # else the inherited one is wrapped already
+            cls.execute_using_pool = execute_using_pool
+
+    def withdraw(self) -> bool:
+        """Keep it from the pool, in any thread; false when the pool has it."""
+        return bool(self._decision.acquire(blocking=False))
+
+    def _leave(self) -> None:
+        worker_state.reserved_requests.discard(self)
+        if worker_state.requests.get(self.id) is self:
+            del worker_state.requests[self.id]
+        self._message.channel.unacknowledged.discard(self._message.delivery_tag)
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         if self._delivery is not None:

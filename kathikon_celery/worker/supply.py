@@ -15,6 +15,7 @@ from kathikon_celery.job import Job, State
 from kathikon_celery.settings import SettingError, mask
 from kathikon_celery.storage import SchemaError
 from kathikon_celery.transport.delivery import DONE, Delivery, Outcome, Verdict
+from kathikon_celery.transport.intake import UNLIMITED
 from kathikon_celery.worker.request import Request
 
 #: Celery acknowledges, or rejects, what it cannot make a request of.
@@ -48,8 +49,9 @@ class Supply(bootsteps.StartStopStep):
         intake.is_early = is_early
         intake.outcome_of = outcome_of
         intake.is_in_pool = is_in_pool
+        intake.withdraw = withdraw
         intake.claims_ahead = not c.app.conf.worker_disable_prefetch
-        intake.slots = lambda: c.pool.num_processes
+        intake.slots = lambda: _slots(c)
         promoter = getattr(c.controller, "kathikon_promoter", None)
         if promoter is not None:
             intake.on_call = promoter.nudge
@@ -75,6 +77,16 @@ class Supply(bootsteps.StartStopStep):
             c.connection.transport.intake.is_in_pool = lambda delivery: False
 
 
+def _slots(c: Any) -> int:
+    """How many jobs the consumer may have from us."""
+    autoscaler = getattr(c.controller, "autoscaler", None)
+    # The autoscaler grows the pool for what was delivered and finds no process.
+    slots: int = autoscaler.max_concurrency if autoscaler is not None else c.pool.num_processes
+    # What waits for its rate limit needs no slot yet. As with any broker, the prefetch count limits how much that is.
+    limited = sum(len(bucket.contents) for bucket in list(c.task_buckets.values()) if bucket is not None)
+    return max(slots, min(slots + limited, c.qos.value or UNLIMITED)) if limited else slots
+
+
 def is_in_pool(delivery: Delivery) -> bool:
     """Whether the pool works on the delivery, or has it in its own queue."""
     if not isinstance(delivery.item, Job):
@@ -83,6 +95,12 @@ def is_in_pool(delivery: Delivery) -> bool:
     if request is None or getattr(request, "_delivery", None) is not delivery:
         return False
     return request in state.active_requests or request._apply_result is not None
+
+
+def withdraw(delivery: Delivery) -> bool:
+    """Take a job back that waits for the pool; false if the pool has it, or if it waits for its rate limit."""
+    request = state.requests.get(delivery.item.id) if isinstance(delivery.item, Job) else None
+    return isinstance(request, Request) and request._delivery is delivery and request.withdraw()
 
 
 class InWords(logging.Filter):
