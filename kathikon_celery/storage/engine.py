@@ -25,6 +25,8 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _databases: weakref.WeakSet[Database] = weakref.WeakSet()
+#: The parent's connections in a process that was forked: they are neither used here nor closed.
+_inherited: list[Any] = []
 
 
 class Gate:
@@ -220,6 +222,7 @@ class Database:
         for name in ("_durable", "_relaxed"):
             engine: Engine | None = self.__dict__.pop(name, None)
             if engine is not None:
+                _inherited.append(engine.pool)
                 engine.dispose(close=False)  # the sockets are the parent's
         self._gate = Gate()
         self.dialect = dialect_for(self.url)
