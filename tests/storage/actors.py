@@ -63,7 +63,11 @@ class Worker:
 
     def publish_again(self, job: Job, **fields: Any) -> bool:
         """What ``self.retry`` does: the task publishes its own id."""
-        return insert.insert(self.database, new_job(job.id, **fields), hold=job.hold)
+        return self.publish_as(job, new_job(job.id, **fields))
+
+    def publish_as(self, job: Job, again: Job) -> bool:
+        """The same, with what it publishes."""
+        return insert.insert(self.database, again, hold=job.hold)
 
     def note_retry(self, job: Job, reason: str) -> None:
         """And what it then notes of its failure."""
