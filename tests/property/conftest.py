@@ -17,7 +17,7 @@ options = {
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 }
 # The suite tries the same examples each time: a change is not held up by what it has not caused.
-settings.register_profile("kathikon", max_examples=100, derandomize=True, **options)
+settings.register_profile("kathikon", max_examples=50, derandomize=True, **options)
 # To search: pytest tests/property, with KATHIKON_TEST_SEARCH set to a number of examples.
 settings.register_profile("search", max_examples=int(os.environ.get("KATHIKON_TEST_SEARCH", 0)) or 1, **options)
 settings.load_profile("search" if "KATHIKON_TEST_SEARCH" in os.environ else "kathikon")

@@ -48,7 +48,7 @@ def test_of_a_state(state: State) -> None:
     assert (State.CLAIMED in following) == (state is State.AVAILABLE)
     assert (State.RUNNING in following) == (state is State.CLAIMED)
     assert (State.COMPLETED in following) == (state in HELD or state is State.WAITING_FOR_CHILDREN)
-    assert (State.WAITING_FOR_CHILDREN in following) == (state is State.RUNNING)
+    assert (State.WAITING_FOR_CHILDREN in following) == (state in HELD)
     assert str(state) == state.value
 
 
