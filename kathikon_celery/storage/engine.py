@@ -119,6 +119,7 @@ class Database:
             pool_recycle=1800,
             max_overflow=50,
         )
+        event.listen(engine, "do_connect", lambda *_: self.dialect.check_usable())
         event.listen(engine, "connect", lambda connection, _: self._on_connect(connection, on_disk))
         return engine
 
@@ -127,9 +128,19 @@ class Database:
         self.dialect.on_connect(connection, on_disk)
 
     @contextmanager
+    def _in_words(self) -> Iterator[None]:
+        try:
+            yield
+        except DBAPIError as error:
+            explained = self.dialect.explain(error)
+            if explained is error:
+                raise
+            raise explained from error
+
+    @contextmanager
     def read(self) -> Iterator[Connection]:
         """A connection for reading, each statement on its own."""
-        with self._gate.passing():
+        with self._gate.passing(), self._in_words():
             self.dialect.check_usable()
             with self._relaxed.connect() as connection:
                 yield connection
@@ -140,6 +151,7 @@ class Database:
         # The gate comes first: who waits at it holds no lock that a fork would copy.
         with (
             self._gate.passing(),
+            self._in_words(),
             # Before the lock: who connects takes it for a moment, and a pool's first connection has a lock of its own.
             (self._durable if durable else self._relaxed).connect() as connection,
             self.dialect.writing(),

@@ -78,6 +78,15 @@ class SQLite(Dialect):
         folder = self.path.parent
         if not folder.is_dir():
             raise Unavailable(f"the folder {str(folder)!r} of the SQLite file does not exist; create it")
+        if os.access(self.path, os.W_OK):
+            return
+        if self.path.exists():  # SQLite would open it nevertheless, and that connection stay unable to write
+            raise self._read_only()
+        if not os.access(folder, os.W_OK):
+            raise Unavailable(f"the folder {str(folder)!r} of the SQLite file is read-only; it must be writable")
+
+    def _read_only(self) -> Unavailable:
+        return Unavailable(f"the SQLite file {str(self.path)!r} is read-only; give its owner the right to write")
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -112,7 +121,7 @@ class SQLite(Dialect):
     def explain(self, error: Exception) -> Exception:
         said = in_words(error)
         if "readonly database" in said:
-            return Unavailable(f"the SQLite file {str(self.path)!r} is read-only; give its owner the right to write")
+            return self._read_only()
         if "disk is full" in said or "disk I/O error" in said:
             return Unavailable(f"the disk of the SQLite file {str(self.path)!r} is full or broken: {said}")
         if "file is not a database" in said or "malformed" in said:
