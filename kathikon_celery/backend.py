@@ -62,10 +62,11 @@ class KathikonBackend(CanvasBackend):
     def storage(self) -> Storage:
         """The database."""
         if self._own_url is None:
-            return Storage.for_app(self.app)
-        url = broker_database(f"kathikon+{self._own_url}", "result_backend")
-        storage = Storage.shared(url, Settings.load(self.app.conf))
-        storage.setup()
+            storage = Storage.for_app(self.app, setup=False)
+        else:
+            url = broker_database(f"kathikon+{self._own_url}", "result_backend")
+            storage = Storage.shared(url, Settings.load(self.app.conf))
+        storage.database.patiently(lambda again: storage.setup())  # a pool child may begin while the database is away
         return storage
 
     def as_uri(self, include_password: bool = False) -> str:
