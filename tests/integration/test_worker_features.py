@@ -77,7 +77,7 @@ def test_a_rate_limit_is_kept_and_blocks_nobody_else(
     ends = sorted(job.ended_at for job in done)
     assert (ends[-1] - ends[0]).total_seconds() > 1.3  # three intervals of half a second
     assert jobs.of(waiting[-1]).ended_at < ends[-1]
-    assert {job.attempts for job in done} == {1}
+    assert {job.crashes for job in done} == {0}
     app.control.rate_limit(apps.big_payload.name, "0", reply=True, destination=[worker.hostname], timeout=20)
 
 
@@ -204,16 +204,14 @@ def test_autoscale(client: Celery, jobs: Jobs, gate: Path, workers: Workers) -> 
 @pytest.mark.parametrize(
     ("option", "most"), [("--max-tasks-per-child=3", 3), ("--max-memory-per-child=1", 1)], ids=["tasks", "memory"]
 )
-def test_processes_are_replaced(
-    client: Celery, jobs: Jobs, journal: Journal, workers: Workers, option: str, most: int
-) -> None:
-    workers(args=[option])
+def test_processes_are_replaced(client: Celery, jobs: Jobs, workers: Workers, option: str, most: int) -> None:
+    worker = workers(args=[option])
     results = [apps.describe.delay() for _ in range(12)]
     processes = [result.get(timeout=60)["pid"] for result in results]
     assert max(map(processes.count, processes)) <= most
-    for result in results:
-        job = jobs.wait(result, State.COMPLETED)
-        assert (job.attempts, job.crashes) == (1, 0)
+    assert {jobs.wait(result, State.COMPLETED).crashes for result in results} == {0}
+    # What was claimed and then waited for a new process may have been claimed twice, but it has run once.
+    assert worker.log.count("] succeeded in ") == 12
 
 
 # --- who gets what
