@@ -47,7 +47,7 @@ def test_a_hard_time_limit_kills_the_process(app: Celery, jobs: Jobs, worker: Wo
     with pytest.raises(TimeLimitExceeded):
         result.get(timeout=15)
     job = jobs.wait(result, State.DEAD)
-    assert (job.attempts, job.crashes) == (1, 0)
+    assert job.crashes == 0
     assert "TimeLimitExceeded" in job.reason
     assert [apps.add.delay(number, 1).get(timeout=15) for number in range(4)] == [1, 2, 3, 4]
 
@@ -77,7 +77,7 @@ def test_a_rate_limit_is_kept_and_blocks_nobody_else(
     ends = sorted(job.ended_at for job in done)
     assert (ends[-1] - ends[0]).total_seconds() > 1.3  # three intervals of half a second
     assert jobs.of(waiting[-1]).ended_at < ends[-1]
-    assert {job.attempts for job in done} == {1}
+    assert {job.crashes for job in done} == {0}
     app.control.rate_limit(apps.big_payload.name, "0", reply=True, destination=[worker.hostname], timeout=20)
 
 
@@ -92,7 +92,7 @@ def test_a_waiting_task_is_revoked(
     result = apps.append.delay(journal.path, "revoked")
     result.revoke()
     job = jobs.wait(result, State.CANCELLED)
-    assert (job.reason, job.attempts) == ("revoked", 0)
+    assert job.reason == "revoked"
     assert result.state == "REVOKED"
     with pytest.raises(TaskRevokedError):
         result.get(timeout=15)
@@ -141,12 +141,12 @@ def test_a_running_task_ends_unless_it_is_terminated(
     app.control.revoke(left.id, reply=True, timeout=20, destination=[worker.hostname])
     app.control.revoke(terminated.id, terminate=True, signal="SIGKILL")
     job = jobs.wait(terminated, State.CANCELLED)
-    assert (job.reason, job.attempts, job.crashes) == ("terminated", 1, 0)
+    assert (job.reason, job.crashes) == ("terminated", 0)
     with pytest.raises(TaskRevokedError):
         terminated.get(timeout=15)
     gate.touch()
     assert left.get(timeout=15) == "done"
-    assert jobs.wait(left, State.COMPLETED).attempts == 1
+    assert jobs.wait(left, State.COMPLETED).crashes == 0
 
 
 def test_a_finished_task_is_not_revoked(app: Celery, jobs: Jobs, worker: WorkerProcess) -> None:
@@ -164,7 +164,7 @@ def test_a_task_that_acknowledges_early_is_dead_when_its_process_is_lost(
 ) -> None:
     result = apps.kill_own_process_early.delay(journal.path, "once")
     job = jobs.wait(result, State.DEAD, timeout=30)
-    assert (journal.lines, job.attempts) == (["once"], 1)
+    assert (journal.lines, job.acked) == (["once"], True)
 
 
 def test_a_task_that_acknowledges_early_is_dead_when_its_worker_is_lost(
@@ -204,16 +204,14 @@ def test_autoscale(client: Celery, jobs: Jobs, gate: Path, workers: Workers) -> 
 @pytest.mark.parametrize(
     ("option", "most"), [("--max-tasks-per-child=3", 3), ("--max-memory-per-child=1", 1)], ids=["tasks", "memory"]
 )
-def test_processes_are_replaced(
-    client: Celery, jobs: Jobs, journal: Journal, workers: Workers, option: str, most: int
-) -> None:
-    workers(args=[option])
+def test_processes_are_replaced(client: Celery, jobs: Jobs, workers: Workers, option: str, most: int) -> None:
+    worker = workers(args=[option])
     results = [apps.describe.delay() for _ in range(12)]
     processes = [result.get(timeout=60)["pid"] for result in results]
     assert max(map(processes.count, processes)) <= most
-    for result in results:
-        job = jobs.wait(result, State.COMPLETED)
-        assert job.crashes == 0
+    assert {jobs.wait(result, State.COMPLETED).crashes for result in results} == {0}
+    # What was claimed and then waited for a new process may have been claimed twice, but it has run once.
+    assert worker.log.count("] succeeded in ") == 12
 
 
 # --- who gets what
@@ -348,19 +346,19 @@ def test_a_cold_shutdown_gives_back_what_runs(client: Celery, jobs: Jobs, journa
 
 
 def test_a_soft_shutdown_lets_short_tasks_end(
-    client: Celery, jobs: Jobs, journal: Journal, gate: Path, workers: Workers
+    client: Celery, jobs: Jobs, gate: Path, tmp_path: Path, workers: Workers
 ) -> None:
     first = workers(concurrency=2, conf={"worker_soft_shutdown_timeout": 3})
-    short, long = apps.wait_for_file.delay(str(gate)), apps.append.delay(journal.path, "long", 6)
-    jobs.wait(short, State.RUNNING)
-    jobs.wait(long, State.RUNNING)
+    short, long = (apps.wait_for_file.delay(str(path)) for path in (gate, tmp_path / "later"))
+    for result in (short, long):
+        jobs.wait(result, State.RUNNING)
     first.process.send_signal(signal.SIGQUIT)
     first.wait_for_log("Initiating Soft Shutdown")
     gate.touch()
     first.wait(60)
-    job = jobs.wait(short, State.COMPLETED)
-    assert job.attempts == 1
-    assert jobs.wait(long, State.AVAILABLE).node_id is None
+    assert jobs.wait(short, State.COMPLETED).attempts == 1
+    jobs.wait(long, State.AVAILABLE)
+    (tmp_path / "later").touch()
     workers(concurrency=1)
-    assert long.get(timeout=30) == "long"
-    assert journal.lines == ["long", "long"]
+    assert long.get(timeout=30) == "done"
+    assert jobs.wait(long, State.COMPLETED).attempts == 2
