@@ -12,7 +12,7 @@ import signal
 import time
 from typing import Any, NoReturn
 
-from celery import Celery, Task, shared_task
+from celery import Celery, Task, group, shared_task
 from celery.exceptions import Ignore, Reject
 
 
@@ -49,6 +49,30 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
 @shared_task
 def add(x: int, y: int) -> int:
     return x + y
+
+
+@shared_task
+def total(numbers: list[int]) -> int:
+    """Return the sum."""
+    return sum(numbers)
+
+
+@shared_task
+def accumulate(values: list[Any]) -> list[Any]:
+    """Return what the parts of a chord have returned."""
+    return values
+
+
+@shared_task(ignore_result=True)
+def quiet(value: Any) -> Any:
+    """Return the value, which is not stored."""
+    return value
+
+
+@shared_task(bind=True)
+def replaced_by_group(self: Task, number: int) -> NoReturn:
+    """Leave the work to three other tasks."""
+    self.replace(group(add.s(one, number) for one in range(3)))
 
 
 @shared_task
