@@ -3,7 +3,8 @@
 Importing this package teaches kombu the transport ``kathikon://``. For a Celery app,
 ``app.config_from_object("kathikon_celery.config")`` is all that is needed.
 
-`EmbeddedWorker`, a worker inside this process, is imported when it is first asked for: importing this package is light.
+`EmbeddedWorker`, a worker inside this process, and `bulk`, for sending many tasks at once, are imported when they are
+first asked for: importing this package is light.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from click import ClickException
 from kombu.transport import TRANSPORT_ALIASES
 
 if TYPE_CHECKING:
+    from kathikon_celery.transport.bulk import bulk
     from kathikon_celery.worker.embedded import EmbeddedWorker
 
-__all__ = ["EmbeddedWorker"]
+__all__ = ["EmbeddedWorker", "bulk"]
 
 __version__ = "0.1.0"
 
@@ -39,4 +41,8 @@ def __getattr__(name: str) -> Any:
         from kathikon_celery.worker.embedded import EmbeddedWorker
 
         return EmbeddedWorker
+    if name == "bulk":
+        from kathikon_celery.transport.bulk import bulk
+
+        return bulk
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
-from functools import cached_property
-from time import monotonic, sleep
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from functools import cached_property, partial
+from time import monotonic
+from types import MappingProxyType
 from typing import Any
 
 from celery import states
 from celery.exceptions import TimeoutError as ResultTimeout
+from celery.result import AsyncResult, ResultSet, result_from_tuple
+from kombu.utils.encoding import ensure_bytes
 
-from kathikon_celery.canvas import CanvasBackend, hold_by
-from kathikon_celery.job import TERMINAL, Job, State, in_brief
+from kathikon_celery.canvas import CanvasBackend
+from kathikon_celery.job import TERMINAL, Hold, Job, State, in_brief
 from kathikon_celery.settings import Settings, broker_database, mask
-from kathikon_celery.storage import Storage, results
+from kathikon_celery.storage import Storage, prune, results, waits
 from kathikon_celery.storage.errors import is_lost
+from kathikon_celery.storage.names import key
 from kathikon_celery.storage.settle import End
 from kathikon_celery.transport import collecting
+from kathikon_celery.waiting import Wait
 
 #: Which state of a job a state of Celery's makes it take.
 STATES = {
@@ -43,15 +50,23 @@ WORDS = {
 #: Marks what is no text and therefore kept in base64.
 BINARY = "base64,"
 
-#: Seconds between two looks at a result that is waited for: from the first, doubled up to the last.
-FIRST_LOOK, LAST_LOOK = 0.002, 0.05
+#: Seconds between two calls of ``on_interval``, at the least.
+SHORTEST_INTERVAL = 0.01
+#: Seconds after which a wait without a limit begins anew.
+LONG = 3600.0
+
+#: What is known in this context of the jobs that are asked for one by one.
+_known: ContextVar[Mapping[str, Job | None]] = ContextVar("kathikon_known", default=MappingProxyType({}))
 
 
 class KathikonBackend(CanvasBackend):
     """``result_backend = "kathikon"``: the broker's database. ``kathikon+postgresql://…`` names another one."""
 
     persistent = True
-    supports_autoexpire = True
+    supports_native_join = True
+    supports_result_compression = True
+    supports_failure_expires = True
+    is_async = True  # so that sets of results, too, call what `then` was given
 
     def __init__(self, app: Any, url: str | None = None, **kwargs: Any) -> None:
         super().__init__(app=app, url=url, **kwargs)
@@ -69,6 +84,11 @@ class KathikonBackend(CanvasBackend):
         storage.database.patiently(lambda again: storage.setup())  # a pool child may begin while the database is away
         return storage
 
+    @property
+    def supports_autoexpire(self) -> bool:
+        """Whether workers prune the results; what lies beside the broker's database is left to Celery's `cleanup`."""
+        return self._own_url is None and str(self.app.conf.broker_url or "").startswith("kathikon")
+
     def as_uri(self, include_password: bool = False) -> str:
         """The URL for people."""
         if self._own_url is None:
@@ -77,6 +97,15 @@ class KathikonBackend(CanvasBackend):
 
     def __reduce__(self, args: Any = (), kwargs: Any = None) -> Any:
         return super().__reduce__(args, dict(kwargs or {}, url=self._own_url))
+
+    @cached_property
+    def _is_beside(self) -> bool:
+        """Whether it is another database than the broker's, which knows nothing of who holds a job."""
+        return self._own_url is not None and self.storage is not Storage.for_app(self.app, setup=False)
+
+    def _hold_by(self, request: Any, task_id: str) -> Hold | None:
+        hold = super()._hold_by(request, task_id)
+        return None if hold is None or self._is_beside else hold
 
     # --- storing
 
@@ -91,13 +120,13 @@ class KathikonBackend(CanvasBackend):
         written: dict[str, Any] = {"status": state, "result": self._text(result), "traceback": traceback}
         if state not in states.EXCEPTION_STATES and traceback is not None:
             written["traceback"] = str(traceback)
-        hold, becomes = hold_by(request, task_id), STATES.get(state)
+        written["meta"] = self._text(rest)
+        hold, becomes = self._hold_by(request, task_id), STATES.get(state)
         if hold is not None and state == states.RETRY:
             if not getattr(request, "was_refused", False):
                 del written["status"]
                 results.store_retry(database, hold, **written, reason=_reason(result))
             return result
-        written["meta"] = self._text(rest)
         reason = _reason(result) if state in states.EXCEPTION_STATES else None
         if reason == "expired" or _type_and_arguments(result)[0] == "Reject":
             becomes = State.DISCARDED
@@ -108,13 +137,15 @@ class KathikonBackend(CanvasBackend):
             ending.ends.append(end)
         elif hold is None:
             results.store_alone(database, task_id, becomes, reason=reason, **written)
-        else:
-            results.store(database, hold, becomes, **written, reason=reason)
+        else:  # what a task says of itself while it runs, be it SUCCESS: its end, and what follows it, is yet to come
+            results.store(database, hold, State.RUNNING if becomes is State.RUNNING else None, **written)
         return result
 
     def _text(self, value: Any) -> str:
         encoded = self.encode(value)
-        return encoded if isinstance(encoded, str) else BINARY + b64encode(encoded).decode()
+        if isinstance(encoded, str) and not encoded.startswith(BINARY):  # as YAML's may
+            return encoded
+        return BINARY + b64encode(ensure_bytes(encoded)).decode()
 
     def _value(self, text: str | None) -> Any:
         if text is None:
@@ -124,21 +155,29 @@ class KathikonBackend(CanvasBackend):
     # --- reading
 
     def _get_task_meta_for(self, task_id: str) -> dict[str, Any]:
-        job = self.storage.fetch(task_id)
+        known = _known.get()
+        job = known[task_id] if task_id in known else self.storage.fetch(task_id)
         if job is None:
             return {"status": states.PENDING, "result": None}
-        return self._meta_of(job)
+        return {**self._meta_of(job), "task_id": task_id}
+
+    def task_result_exists(self, task_id: str) -> bool:
+        """Whether the table knows the task: true of one that waits in its queue, false of one that was forgotten."""
+        job = self.storage.fetch(task_id)
+        return job is not None and not (job.status == results.FORGOTTEN and job.meta is None)
 
     def _meta_of(self, job: Job) -> dict[str, Any]:
         word = job.status or WORDS[job.state]
         if job.status is None and job.state is State.DISCARDED and job.reason != "expired":
             word = states.FAILURE
-        result = self._value(job.result)
+        result, traceback = self._value(job.result), job.traceback
+        if job.status is None and word not in states.EXCEPTION_STATES:
+            result = traceback = None  # an earlier run's
         if word in states.EXCEPTION_STATES and result is None:
             kind = "TaskRevokedError" if word == states.REVOKED else "Exception"
             module = "celery.exceptions" if word == states.REVOKED else "builtins"
             result = {"exc_type": kind, "exc_message": [job.reason or job.state.value], "exc_module": module}
-        meta = {"status": word, "result": result, "traceback": job.traceback, "task_id": job.id, "children": []}
+        meta = {"status": word, "result": result, "traceback": traceback, "task_id": job.id, "children": []}
         if job.ended_at is not None:
             meta["date_done"] = job.ended_at.isoformat()
         meta |= self._value(job.meta) or {}
@@ -146,23 +185,102 @@ class KathikonBackend(CanvasBackend):
 
     def wait_for(
         self, task_id: str, timeout: float | None = None, interval: float = 0.5, no_ack: bool = True,
-        on_interval: Any = None,
+        on_interval: Any = None, on_message: Any = None,
     ) -> dict[str, Any]:  # fmt: skip
         """The meta of the task as soon as it is ready; raises Celery's TimeoutError after *timeout* seconds."""
+        ((_, meta),) = self.get_many([task_id], timeout, interval, no_ack, on_message, on_interval)
+        return meta
+
+    def wait_for_pending(
+        self, result: AsyncResult, timeout: float | None = None, interval: float = 0.5, no_ack: bool = True,
+        on_message: Any = None, on_interval: Any = None, callback: Any = None, propagate: bool = True,
+    ) -> Any:  # fmt: skip
+        """What ``AsyncResult.get`` waits with. Its *on_interval* raises what a task before this one has raised."""
+        if on_interval is not None:
+            on_interval = partial(self._knowing_parents, result, on_interval)
+        meta = self.wait_for(result.id, timeout, interval, no_ack, on_interval, on_message)
+        result._maybe_set_cache(dict(meta))
+        if on_interval is not None and meta["status"] in states.PROPAGATE_STATES:
+            on_interval()  # as with Redis: rather a part's own error than the ChordError that tells of it
+        return result.maybe_throw(propagate=propagate, callback=callback)
+
+    def _knowing_parents(self, result: AsyncResult, call: Callable[[], Any]) -> None:
+        """Call *call*, which asks for every task before *result* by itself, and answer it from one query."""
+        before = [leaf.id for parent in result._parents() for leaf in _leaves(parent) if leaf._cache is None]
+        found = {job.id: job for job in waits.look(self.storage.database, [key(one) for one in before], ready=False)}
+        token = _known.set({one: found.get(key(one)) for one in before})
+        try:
+            call()
+        finally:
+            _known.reset(token)
+
+    def get_many(
+        self, task_ids: Iterable[str], timeout: float | None = None, interval: float | None = 0.5, no_ack: bool = True,
+        on_message: Callable[[dict[str, Any]], Any] | None = None, on_interval: Callable[[], Any] | None = None,
+        max_iterations: int | None = None, READY_STATES: Any = states.READY_STATES,  # noqa: N803
+    ) -> Iterator[tuple[str, dict[str, Any]]]:  # fmt: skip
+        """Id and meta of each task, as they become ready; raises Celery's TimeoutError after *timeout* seconds.
+
+        *on_message* gets the meta of each that is ready, or has news such as its progress.
+        *max_iterations*: how often it is looked for them.
+        """
         self._ensure_not_eager()
         deadline = None if timeout is None else monotonic() + timeout
-        pause = FIRST_LOOK
-        while True:
-            meta: dict[str, Any] = self.get_task_meta(task_id)
-            if meta["status"] in states.READY_STATES:
-                return meta
-            if on_interval:
-                on_interval()
-            left = pause if deadline is None else deadline - monotonic()
-            if left <= 0:
-                raise ResultTimeout("The operation timed out.")
-            sleep(min(pause, left))
-            pause = min(pause * 2, LAST_LOOK, max(interval, FIRST_LOOK))
+        pause = max(0.5 if interval is None else interval, SHORTEST_INTERVAL)
+        remaining = set(task_ids)
+        for task_id in list(remaining):
+            meta = self._cache.get(task_id)
+            if meta is not None and meta["status"] in READY_STATES:
+                remaining.discard(task_id)
+                yield task_id, meta
+        step, looks, storage = 0.0, 0, self.storage
+        with Wait(storage.database, remaining, storage.settings.poll_interval, on_message is not None) as wait:
+            while wait.open:
+                jobs = wait.take(step)
+                for job in jobs:
+                    meta = self._meta_of(job)
+                    if on_message is not None:
+                        on_message(meta)
+                    if waits.is_ready(job):
+                        if meta["status"] == states.SUCCESS:
+                            self._cache[job.id] = meta
+                        yield job.id, meta
+                looks += 1
+                if looks == max_iterations:
+                    return
+                if jobs:
+                    continue
+                if on_interval:
+                    on_interval()
+                left = LONG if deadline is None else deadline - monotonic()
+                if left <= 0:
+                    raise ResultTimeout("The operation timed out.")
+                step = min(pause, left) if on_interval else left
+
+    def iter_native(
+        self, result: ResultSet, timeout: float | None = None, interval: float = 0.5, no_ack: bool = True,
+        on_message: Any = None, on_interval: Any = None,
+    ) -> Iterator[tuple[str, Any]]:  # fmt: skip
+        """Id and meta of each member as it becomes ready; of a group in the group its members, when all are."""
+        self._ensure_not_eager()
+        owners: dict[str, list[tuple[AsyncResult, _Member]]] = {}
+        for one in result.results:
+            leaves = list(_leaves(one))
+            member = _Member(one, {leaf.id for leaf in leaves if leaf._cache is None})
+            for leaf in leaves:
+                if leaf._cache is None:
+                    owners.setdefault(leaf.id, []).append((leaf, member))
+            if not member.waits_for:
+                yield member.meta()
+        for task_id, meta in self.get_many(owners, timeout, interval, no_ack, on_message, on_interval):
+            ready = {}
+            for leaf, member in owners.pop(task_id):
+                leaf._maybe_set_cache(dict(meta))
+                member.waits_for.discard(task_id)
+                if not member.waits_for:
+                    ready[member.result.id] = member
+            for member in ready.values():
+                yield member.meta()
 
     def _forget(self, task_id: str) -> None:
         results.forget(self.storage.database, task_id)
@@ -174,8 +292,6 @@ class KathikonBackend(CanvasBackend):
         return result
 
     def _restore_group(self, group_id: str) -> dict[str, Any] | None:
-        from celery.result import result_from_tuple
-
         meta = self._value(results.restore_group(self.storage.database, group_id))
         if meta is not None:
             meta["result"] = result_from_tuple(meta["result"], self.app)
@@ -185,11 +301,36 @@ class KathikonBackend(CanvasBackend):
         results.delete_group(self.storage.database, group_id)
 
     def cleanup(self) -> None:
-        """Nothing to do: the worker's pruner deletes what is older than its retention."""
+        """Delete what is older than its retention; where `supports_autoexpire`, workers do it unasked."""
+        while self.storage.prune():
+            pass
+        kept = self.storage.settings.retention_for(State.COMPLETED)
+        if kept is not None:
+            prune.old_groups(self.storage.database, kept)
 
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
         """Whether the database was away."""
         return is_lost(exc)
+
+
+class _Member:
+    """A member of a set of results, and the ids of the tasks for which it still waits."""
+
+    def __init__(self, result: Any, waits_for: set[str]) -> None:
+        self.result = result
+        self.waits_for = waits_for
+
+    def meta(self) -> tuple[str, Any]:
+        return self.result.id, self.result.results if isinstance(self.result, ResultSet) else self.result._cache
+
+
+def _leaves(result: Any) -> Iterator[AsyncResult]:
+    """The results of single tasks in *result*."""
+    if isinstance(result, ResultSet):
+        for one in result.results:
+            yield from _leaves(one)
+    else:
+        yield result
 
 
 def _type_and_arguments(result: Any) -> tuple[str, tuple[Any, ...]]:

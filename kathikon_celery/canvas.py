@@ -25,6 +25,7 @@ from kathikon_celery.storage import chords
 from kathikon_celery.storage.chords import Header, Part
 from kathikon_celery.storage.settle import End, Ending, Incomplete, settle
 from kathikon_celery.transport import collecting
+from kathikon_celery.transport.carrying import carry, written
 from kathikon_celery.transport.delivery import hold_of
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ class CanvasBackend(BaseBackend):
     def _value(self, text: str | None) -> Any:
         raise NotImplementedError
 
+    def _hold_by(self, request: Any, task_id: str) -> Hold | None:
+        return hold_by(request, task_id)
+
     # --- the end of a task
 
     def mark_as_done(self, task_id: str, result: Any, request: Any = None, *args: Any, **kwargs: Any) -> None:
@@ -85,7 +89,7 @@ class CanvasBackend(BaseBackend):
         if _bodies.get() is not None:  # a body that fails with its header: a part of the end that is under way
             yield
             return
-        database, hold = self.storage.database, hold_by(request, task_id)
+        database, hold = self.storage.database, self._hold_by(request, task_id)
         ending = collecting.take(database)
         token = _bodies.set({})
         try:
@@ -104,7 +108,7 @@ class CanvasBackend(BaseBackend):
             _bodies.reset(token)
 
     def _settle(self, ending: Ending, on_disk: bool = False) -> bool:
-        if not (ending.ends or ending.parts or ending.jobs):
+        if not (ending.ends or ending.parts or ending.jobs) or carry(ending):
             return True
         database = self.storage.database
         known = _bodies.get() or {}
@@ -112,6 +116,8 @@ class CanvasBackend(BaseBackend):
         while True:
             try:
                 is_ours = settle(database, ending, prepared, on_disk)
+                if is_ours:
+                    written(ending)
                 for one in (ending, *prepared.values()) if is_ours else ():
                     for send in one.after:
                         send()

@@ -459,7 +459,9 @@ def _find(
     """Return the values that are set anywhere, as they stand there, and where each one comes from."""
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    places = [_from_pyproject(directory), _from_environment(environ), _from_conf(conf) if conf is not None else ()]
+    places = [_from_pyproject(directory), _from_environment(environ)]
+    if conf is not None:
+        places = [_from_expiry(conf), *places, _from_conf(conf)]
     for place in places:  # the later ones win
         for name, value, source in place:
             values[name], sources[name] = value, source
@@ -497,6 +499,16 @@ def _from_pyproject(directory: str | os.PathLike[str] | None) -> Iterator[tuple[
                 f"{name} in [tool.kathikon] of {path} is no setting of Kathikon{_did_you_mean(name, _CHECKS)}"
             )
         yield name, value, f"[tool.kathikon] in {path}"
+
+
+def _from_expiry(conf: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """What Celery's own settings say of retention. They have defaults, which say nothing."""
+    is_set = getattr(conf, "value_set_for", conf.__contains__)
+    names = {"result_expires": ("completed", "cancelled", "discarded"), "result_failure_expires": ("dead",)}
+    found = [name for name in names if is_set(name)]
+    if found:
+        kept = {state: conf[name] or None for name in found for state in names[name]}
+        yield "retention_period", kept, f"{' and '.join(found)} in app.conf"
 
 
 def _from_conf(conf: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:

@@ -54,6 +54,9 @@ class StorageBackend(Protocol):
     def all(self, queue: str | None, state: State | None) -> list[Job]:
         """List jobs."""
 
+    def workflow(self, job_id: str) -> list[Job]:
+        """List the jobs of the workflow to which a job, or a group of jobs, of that id belongs."""
+
     def counts(self) -> dict[tuple[str, str], int]:
         """Number of jobs by queue and state."""
 

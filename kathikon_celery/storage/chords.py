@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Boolean, Connection, Integer, Text, bindparam, delete, false, insert, select, true, update
+from sqlalchemy import Boolean, Connection, Integer, Text, bindparam, delete, false, insert, not_, select, true, update
 
+from kathikon_celery.job import TERMINAL
 from kathikon_celery.storage.clock import now, seconds
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.names import key, printable
-from kathikon_celery.storage.tables import chord_parts, chords
+from kathikon_celery.storage.tables import chord_parts, chords, jobs, state_in
 
 #: Parts that one statement enters.
 CHUNK = 1000
@@ -145,11 +146,21 @@ def _close(connection: Connection, name: str) -> None:
     connection.execute(delete(chords).where(chords.c.id == name))
 
 
-_OLD = select(chords.c.id).where(chords.c.inserted_at < now(seconds("minus_age"))).limit(CHUNK)
+# A value and no EXISTS, of which a planner may make a join with all jobs.
+_ALIVE = select(jobs.c.seq).where(jobs.c.group_id == chords.c.id, not_(state_in(TERMINAL))).limit(1).scalar_subquery()
+_OLD = (
+    select(chords.c.id)
+    .where(chords.c.inserted_at < now(seconds("minus_age")), _ALIVE.is_(None))
+    .limit(CHUNK)
+    .with_for_update(skip_locked=True)
+)
 
 
 def prune(database: Database, age: float) -> int:
-    """Forget the chords that were sent more than *age* seconds ago and have never become complete."""
+    """Forget chords that were sent more than *age* seconds ago and of which no part waits or runs; their number.
+
+    They will never be complete: their sender was killed before it had sent them, or parts of them were deleted.
+    """
     with database.write() as connection:
         names = connection.execute(_OLD, {"minus_age": -age}).scalars().all()
         for name in names:

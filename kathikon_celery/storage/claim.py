@@ -66,15 +66,16 @@ def _claim(dialect: Dialect) -> Any:
 
 
 @lru_cache(maxsize=64)
-def _is_anything_there(queues: int) -> Any:
+def _is_anything_there(queues: int, with_messages: bool) -> Any:
     # In the order of the index: else a database that once saw much of it scans the table for the first of none.
     first = []
     for number in range(queues):
         queue: Any = bindparam(f"queue_{number}")
         job = select(jobs.c.seq).where(jobs.c.queue == queue, READY)
-        message = select(messages.c.seq).where(messages.c.queue == queue, FREE)
         first.append(job.order_by(desc(jobs.c.priority), jobs.c.available_at, jobs.c.seq))
-        first.append(message.order_by(desc(messages.c.priority), messages.c.seq))
+        if with_messages:
+            message = select(messages.c.seq).where(messages.c.queue == queue, FREE)
+            first.append(message.order_by(desc(messages.c.priority), messages.c.seq))
     return select(or_(false(), *(one.limit(1).scalar_subquery().is_not(None) for one in first)))
 
 
@@ -100,7 +101,7 @@ def claim_again(database: Database, connection: Connection, holds: Sequence[Hold
     return database.dialect.for_holds(connection, _claim_again(database.dialect), before, {"by_node": node_id})
 
 
-def is_anything_there(connection: Connection, queues: list[str]) -> bool:
-    """Whether a job or a message is ready in one of the *queues* (keys)."""
+def is_anything_there(connection: Connection, queues: list[str], with_messages: bool = True) -> bool:
+    """Whether a job is ready in one of the *queues* (keys), or a message."""
     values = {f"queue_{number}": queue for number, queue in enumerate(queues)}
-    return bool(connection.execute(_is_anything_there(len(queues)), values).scalar())
+    return bool(connection.execute(_is_anything_there(len(queues), with_messages), values).scalar())

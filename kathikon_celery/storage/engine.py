@@ -95,6 +95,8 @@ class Database:
         self.patience = 0.0
         #: Connections made so far: it grows after a loss.
         self.opened = 0
+        #: Called before the connections are closed, by those who keep some for themselves.
+        self.on_close: list[Callable[[], None]] = []
         self._on_disk = {True: publish_durability == "disk", False: worker_durability == "disk"}
         self._gate = Gate()
         _databases.add(self)
@@ -209,6 +211,10 @@ class Database:
         """What this process waits on for other processes' calls; *node_id* hears its own name as well."""
         return self.dialect.wakeup(self.detached, node_id)
 
+    def hearing(self, listener: int) -> Wakeup:
+        """What this process, which calls itself *listener*, waits on for results."""
+        return self.dialect.hearing(self.detached, listener)
+
     def detached(self) -> Any:
         """A connection of the driver that belongs to the caller."""
         connection = self._relaxed.connect()  # unlike raw_connection(), it fails with an error of SQLAlchemy's
@@ -218,6 +224,11 @@ class Database:
 
     def close(self) -> None:
         """Close the connections that are not in use."""
+        for callback in list(self.on_close):
+            callback()
+        self._dispose()
+
+    def _dispose(self) -> None:
         for name in ("_durable", "_relaxed"):
             engine: Engine | None = self.__dict__.pop(name, None)
             if engine is not None:
@@ -228,7 +239,7 @@ class Database:
         """SQLite's locks belong to the process and its memory is not made for two: no connection crosses a fork."""
         if self.dialect.name == "sqlite":
             self._gate.shut()
-            self.close()
+            self._dispose()
 
     def _after_fork_in_child(self) -> None:
         for name in ("_durable", "_relaxed"):

@@ -150,6 +150,15 @@ class Storage:
         """All jobs, oldest first, or those of one queue or state."""
         return self.backend.all(queue, state)
 
+    def workflow(self, job_id: str) -> list[Job]:
+        """All jobs of one workflow, oldest first: *job_id* is that of any of them, or of a group or chord of them.
+
+        A workflow is what has the same root, the job that was sent from outside. The members of a group that was sent
+        from outside have a root each: give the group's own id for them, ``result.id``, or ``result.parent.id`` for the
+        result of a chord.
+        """
+        return self.backend.workflow(job_id)
+
     def counts(self) -> dict[tuple[str, str], int]:
         """Number of jobs by queue and state."""
         return self.backend.counts()

@@ -109,9 +109,19 @@ def ended(
     return changed
 
 
+_WAITS = State.WAITING_FOR_CHILDREN.value
+
+
 @lru_cache(maxsize=8)
 def _replaced(dialect: Dialect) -> Any:
-    values = {"state": State.WAITING_FOR_CHILDREN.value, "node_id": null()}
+    # Those may have ended already, and with them the job, whose state was the worker's to write.
+    states = {"SUCCESS": State.COMPLETED, "FAILURE": State.DEAD, "REVOKED": State.CANCELLED}
+    state = case({word: state.value for word, state in states.items()}, value=jobs.c.status, else_=_WAITS)
+    values = {
+        "state": state,
+        "ended_at": case(dict.fromkeys(states, now()), value=jobs.c.status, else_=null()),
+        "node_id": null(),
+    }
     return update(jobs).where(dialect.held(jobs), may_become(State.WAITING_FOR_CHILDREN)).values(values)
 
 

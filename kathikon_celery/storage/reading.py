@@ -7,7 +7,7 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from typing import Any
 
-from sqlalchemy import Boolean, Column, Connection, Select, bindparam, func, select, type_coerce
+from sqlalchemy import Boolean, Column, Connection, Select, Text, bindparam, func, select, type_coerce, union
 from sqlalchemy.types import NullType
 
 from kathikon_celery.job import Job, State, in_brief
@@ -118,6 +118,25 @@ def select_all(connection: Connection, queue: str | None = None, state: State | 
     if state is not None:
         query = query.where(jobs.c.state == state.value)
     return jobs_of(connection, query)
+
+
+def _workflow() -> Select[Any]:
+    given = bindparam("of", type_=Text())
+    root = func.coalesce(jobs.c.root_id, jobs.c.id).label("root")  # a root does not name itself
+    of_job, of_group = (select(root).where(column == given) for column in (jobs.c.id, jobs.c.group_id))
+    roots = union(select(given.label("root")), of_job, of_group).cte("roots")
+    # A union, since no planner searches two indexes for one list that is a query itself.
+    columns = (jobs.c.id, jobs.c.root_id)
+    members = union(*(select(jobs.c.seq).where(column.in_(select(roots.c.root))) for column in columns))
+    return select(jobs).where(jobs.c.seq.in_(members)).order_by(jobs.c.seq)
+
+
+_WORKFLOW = _workflow()
+
+
+def workflow(connection: Connection, job_id: str) -> list[Job]:
+    """The jobs that have the same root as the job, or as one of the group of jobs, of that id; oldest first."""
+    return jobs_of(connection, _WORKFLOW, {"of": key(job_id)})
 
 
 def counts(connection: Connection) -> dict[tuple[str, str], int]:

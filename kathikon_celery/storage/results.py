@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Connection, Text, bindparam, case, delete, false, null, or_, select, update
+from sqlalchemy import Connection, Text, and_, bindparam, case, delete, false, func, not_, null, or_, select, update
 
-from kathikon_celery.job import Hold, State
+from kathikon_celery.job import TERMINAL, Hold, State
+from kathikon_celery.storage import waits
 from kathikon_celery.storage.clock import now
+from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.finish import IS_HELD, add_error, may_become
 from kathikon_celery.storage.names import key, printable
-from kathikon_celery.storage.tables import UNTOLD, groups, held_as, jobs, of_hold
+from kathikon_celery.storage.tables import UNTOLD, groups, held_as, jobs, of_hold, state_in
 
 _WRITTEN = {name: bindparam(f"new_{name}", type_=Text()) for name in ("status", "result", "traceback", "meta")}
 #: The word for what a run says of itself; it does not end the job.
@@ -26,11 +29,7 @@ _ENDED = {
 _STARTED = (
     update(jobs).where(held_as(jobs), may_become(State.RUNNING)).values(state=State.RUNNING.value, started_at=now())
 )
-_RETRIED = (
-    update(jobs)
-    .where(jobs.c.seq == bindparam("of_seq"), jobs.c.fence == bindparam("of_fence"))
-    .values({name: _WRITTEN[name] for name in ("status", "result", "traceback")})
-)
+_RETRIED = update(jobs).where(jobs.c.seq == bindparam("of_seq"), jobs.c.fence == bindparam("of_fence")).values(_WRITTEN)
 
 
 def store(
@@ -53,10 +52,12 @@ def store(
     def write(again: bool) -> bool:
         with database.write() as connection:
             if state in _ENDED:
-                return end(connection, hold, state, **texts, reason=reason) or again
+                return end(database, connection, hold, state, **texts, reason=reason) or again
             if state is State.RUNNING:
                 connection.execute(_STARTED, of_hold(hold))
-            return bool(connection.execute(_NOTED, {**of_hold(hold), **_new(texts)}).rowcount) or again
+            values = {**of_hold(hold), **_new(texts)}
+            is_ready = status in waits.READY_WORDS
+            return bool(waits.tell(database, connection, _NOTED, values, ended=is_ready)) or again
 
     return database.patiently(write)
 
@@ -65,20 +66,37 @@ def _new(texts: Mapping[str, str | None]) -> dict[str, str | None]:
     return {f"new_{name}": printable(text) for name, text in texts.items()}
 
 
-def end(connection: Connection, hold: Hold, state: State, *, reason: str | None, **written: str | None) -> bool:
+def end(
+    database: Database, connection: Connection, hold: Hold, state: State, *, reason: str | None, **written: str | None
+) -> bool:
     """The run that holds the job under *hold* has ended so; false when the job has moved on."""
     values = {**of_hold(hold), **_new(written), "why": printable(reason)}
-    if not connection.execute(_ENDED[state], values).rowcount:
+    if not waits.tell(database, connection, _ENDED[state], values):
         return False
     if state is State.DEAD:
         add_error(connection, hold.seq, reason or str(written["status"]), hold.fence)
     return True
 
 
-def store_retry(database: Database, hold: Hold, *, result: str | None, traceback: str | None, reason: str) -> None:
+@lru_cache(maxsize=8)
+def _returned(dialect: Dialect) -> Any:
+    values: dict[str, Any] = {name: dialect.brought(f"new_{name}") for name in _WRITTEN}
+    values |= {"state": State.COMPLETED.value, "ended_at": now(), "node_id": null()}
+    held = dialect.held(jobs, texts=[f"new_{name}" for name in _WRITTEN])
+    return update(jobs).where(held, may_become(State.COMPLETED)).values(values)
+
+
+def end_many(database: Database, connection: Connection, ends: Mapping[Hold, Mapping[str, str | None]]) -> int:
+    """The runs that hold jobs under these holds have returned, and so it is written of them; the number of them."""
+    dialect = database.dialect
+    values = dialect.of_holds({hold: _new(written) for hold, written in ends.items()}, {})
+    return waits.tell(database, connection, _returned(dialect), values)
+
+
+def store_retry(database: Database, hold: Hold, *, reason: str, **written: str | None) -> None:
     """Note the failure for which the run under *hold* has published its job again."""
     values = {"of_seq": hold.seq, "of_fence": hold.fence + 1}
-    new = {"new_status": "RETRY", "new_result": printable(result), "new_traceback": printable(traceback)}
+    new = _new({"status": "RETRY", **written})
 
     def write(again: bool) -> None:
         with database.write() as connection:
@@ -91,9 +109,9 @@ def store_retry(database: Database, hold: Hold, *, result: str | None, traceback
 _TOLD = update(jobs).where(jobs.c.id == bindparam("job_id"), UNTOLD).values(_WRITTEN)
 
 
-def tell(connection: Connection, task_id: str, **written: str | None) -> bool:
+def tell(database: Database, connection: Connection, task_id: str, **written: str | None) -> bool:
     """Write the result of a job that has ended without a run; false when that was done."""
-    return bool(connection.execute(_TOLD, {"job_id": key(task_id), **_new(written)}).rowcount)
+    return bool(waits.tell(database, connection, _TOLD, {"job_id": key(task_id), **_new(written)}))
 
 
 def store_alone(
@@ -101,7 +119,7 @@ def store_alone(
 ) -> None:
     """Write a result under an id, whoever ran it; a row of its own is made where there is no job.
 
-    A job that a worker holds keeps its state: that is the worker's to report.
+    A job that a worker holds keeps its state: that is the worker's to report. A success is never written over.
     """
 
     def write(again: bool) -> None:
@@ -134,16 +152,26 @@ def end_alone(
         changes["state"] = case((IS_HELD, jobs.c.state), else_=ended.value)
         changes["ended_at"] = case((IS_HELD, null()), else_=now())
         changes["reason"] = case((IS_HELD, jobs.c.reason), else_=printable(reason))
+    if ended is State.CANCELLED:  # from afar, by who does not know what was to follow: that is to be told
+        changes["status"] = case((or_(IS_HELD, jobs.c.queue.is_(None)), new["status"]), else_=null())
+    fits = or_(may_become(becomes), jobs.c.state == becomes.value) if ended else not_(state_in(TERMINAL))
     statement = statement.on_conflict_do_update(
         index_elements=[jobs.c.id],
         set_=changes,
-        where=or_(jobs.c.queue.is_(None), may_become(becomes), jobs.c.state == becomes.value),
+        where=and_(func.coalesce(jobs.c.status, "") != "SUCCESS", or_(jobs.c.queue.is_(None), fits)),
     )
-    return bool(connection.execute(statement).rowcount)
+    return bool(waits.tell(database, connection, statement, {}, ended=ended is not None, fixed=False))
 
 
+#: The word for a job that has ended and whose result was forgotten. Without one it might be untold once more.
+FORGOTTEN = "PENDING"
 _FORGET = update(jobs).where(jobs.c.id == bindparam("job_id"))
-_FORGET = _FORGET.values(status=null(), result=null(), traceback=null(), meta=null())
+_FORGET = _FORGET.values(
+    status=case((UNTOLD, null()), (state_in(TERMINAL), FORGOTTEN), else_=null()),
+    result=null(),
+    traceback=null(),
+    meta=null(),
+)
 _FORGET_ALONE = delete(jobs).where(jobs.c.id == bindparam("job_id"), jobs.c.queue.is_(None))
 
 

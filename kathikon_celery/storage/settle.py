@@ -41,6 +41,12 @@ class Ending:
     #: What is called once it is written, such as the revocation of tasks that can no longer run.
     after: list[Callable[[], None]] = field(default_factory=list)
 
+    @property
+    def is_return(self) -> bool:
+        """Whether no more belongs to it than that a task which this process holds has returned."""
+        alone = len(self.ends) == 1 and not (self.parts or self.jobs)
+        return alone and self.ends[0].hold is not None and self.ends[0].state is State.COMPLETED
+
 
 class Incomplete(Exception):
     """Chords have become complete, and what is to be sent then is not known yet; nothing was written."""
@@ -61,6 +67,9 @@ def settle(database: Database, ending: Ending, bodies: Mapping[str, Ending], on_
     """
 
     def write(again: bool) -> bool:
+        if ending.is_return:  # one statement
+            with database.once(durable=on_disk) as connection:
+                return _end(database, connection, ending.ends[0]) or again
         with database.write(durable=on_disk) as connection:
             if ending.ends and not _end(database, connection, ending.ends[0]):
                 return again  # written by the try whose answer was lost
@@ -87,7 +96,7 @@ def settle(database: Database, ending: Ending, bodies: Mapping[str, Ending], on_
 
 def _end(database: Database, connection: Connection, end: End) -> bool:
     if end.hold is not None:
-        return results.end(connection, end.hold, end.state, reason=end.reason, **end.written)
+        return results.end(database, connection, end.hold, end.state, reason=end.reason, **end.written)
     if end.untold:
-        return results.tell(connection, end.task_id, **end.written)
+        return results.tell(database, connection, end.task_id, **end.written)
     return results.end_alone(database, connection, end.task_id, end.state, end.reason, **end.written)

@@ -78,6 +78,9 @@ class SQLBackend:
     def all(self, queue: str | None, state: State | None) -> list[Job]:
         return self._read(reading.select_all, queue, state)
 
+    def workflow(self, job_id: str) -> list[Job]:
+        return self._read(reading.workflow, job_id)
+
     def counts(self) -> dict[tuple[str, str], int]:
         return self._read(reading.counts)
 

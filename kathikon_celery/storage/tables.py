@@ -107,6 +107,8 @@ Index("kathikon_jobs_expiring", jobs.c.expires_at, postgresql_where=EXPIRING, sq
 Index("kathikon_jobs_untold", jobs.c.ended_at, postgresql_where=UNTOLD, sqlite_where=UNTOLD)
 OF_A_ROOT = text("root_id IS NOT NULL")
 Index("kathikon_jobs_root", jobs.c.root_id, postgresql_where=OF_A_ROOT, sqlite_where=OF_A_ROOT)
+OF_A_GROUP = text("group_id IS NOT NULL")
+Index("kathikon_jobs_group", jobs.c.group_id, postgresql_where=OF_A_GROUP, sqlite_where=OF_A_GROUP)
 
 
 def state_in(states: Iterable[State]) -> ColumnElement[bool]:
@@ -196,6 +198,17 @@ nodes = Table(
     Column("waiting", Text().with_variant(postgresql.ARRAY(postgresql.TEXT(collation="C")), "postgresql")),
     sqlite_autoincrement=True,
 )
+
+#: Which process waits for the result of which job (PostgreSQL: whoever ends the job calls it by its number).
+waits = Table(
+    "kathikon_waits",
+    metadata,
+    Column("seq", Serial, primary_key=True),
+    Column("job", Name, nullable=False),
+    Column("listener", BigInteger, nullable=False),
+    Column("entered_at", Instant, nullable=False),
+)
+Index("kathikon_waits_job", waits.c.job)
 
 groups = Table(
     "kathikon_groups",

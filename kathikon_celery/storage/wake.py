@@ -6,6 +6,9 @@ import selectors
 import socket
 from contextlib import suppress
 
+#: What a call that names a job begins with: it has ended, or there is no more than news of it.
+ENDED, NEWS = "e", "n"
+
 
 class Wakeup:
     """Sleeps until something happens: `notify` in this process, or what a dialect's subclass listens to."""
@@ -19,6 +22,8 @@ class Wakeup:
         self._notified = False
         #: Whether the last call was to all nodes, not to this one by its name.
         self.called_all = True
+        #: What the calls named, where they name anything; whoever reads it empties it.
+        self.named: list[str] = []
 
     def notify(self) -> None:
         """Wake the sleeper. Any thread may call it, any number of times."""

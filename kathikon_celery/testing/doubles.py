@@ -12,6 +12,7 @@ from kathikon_celery.settings import Settings
 from kathikon_celery.storage import Storage
 from kathikon_celery.storage.dialects import dialect_for
 from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.wake import Wakeup
 
 __all__ = ["storage_double"]
 
@@ -48,6 +49,8 @@ def _database_double() -> Database:
     database.url = make_url("sqlite:///no-file")
     database.dialect = dialect_for(database.url)
     database.patience = 0.0
+    database.on_close = []
+    database.hearing.side_effect = lambda listener: Wakeup()
     database.patiently.side_effect = lambda call, *_: call(False)
     for way in (database.read, database.once, database.write):
         result = way.return_value.__enter__.return_value.execute.return_value

@@ -14,7 +14,8 @@ from kombu.utils.uuid import uuid
 from kathikon_celery.job import State, in_brief
 from kathikon_celery.storage import insert, messages, prune, topology
 from kathikon_celery.storage.names import key
-from kathikon_celery.transport import collecting, republishing
+from kathikon_celery.transport import bulk, collecting, republishing
+from kathikon_celery.transport.carrying import CARRIED
 from kathikon_celery.transport.delivery import BACK, Delivery, Outcome, Verdict
 from kathikon_celery.transport.envelope import check_call, fold, priority_of, task_of, to_job, unfold
 from kathikon_celery.transport.exchanges import TopicExchange
@@ -255,7 +256,7 @@ class Channel(virtual.Channel):
                 " queue is bound; bind one, or send it to a queue"
             )
         if len(queues) > 1:  # one row an id: a task that several queues shall have is as many messages
-            self._put(queues, message)
+            self._put_now(queues, message)  # before the end that it follows, so rather twice than never
             return
         settings = self._storage.settings
         job = to_job(message, task, queues[0], settings.max_attempts, self.connection.local_zone())
@@ -263,6 +264,9 @@ class Channel(virtual.Channel):
         ending = collecting.current(self._database)
         if ending is not None and hold is None:
             ending.jobs.append(job)
+            return
+        if (chunks := bulk.current()) is not None and hold is None:
+            chunks.add(self._storage, job)
             return
         if not insert.insert(self._database, job, hold, soon=republishing.is_soon(job, settings.scheduler_interval)):
             republishing.refused(job.id)
@@ -272,8 +276,11 @@ class Channel(virtual.Channel):
             return
         ending = collecting.current(self._database)
         if ending is not None:
-            ending.after.append(partial(self._put, queues, message))
+            ending.after.append(partial(self._put_now, queues, message))
             return
+        self._put_now(queues, message)
+
+    def _put_now(self, queues: list[str], message: dict[str, Any]) -> None:
         envelope, body = fold(message)
         properties = message["properties"]
         expiration = properties.get("expiration")
@@ -325,7 +332,9 @@ class Channel(virtual.Channel):
         item = delivery.item
         try:
             again = item.crashes > 0 or item.attempts > 1 if delivery.is_job else item.redelivered  # type: ignore[union-attr]
-            message = Delivered(unfold(item.envelope, item.body, delivery.tag, again), channel=self)
+            unfolded = unfold(item.envelope, item.body, delivery.tag, again)
+            unfolded["properties"][CARRIED] = delivery.carried
+            message = Delivered(unfolded, channel=self)
         except Exception as error:
             self._intake.finish(delivery.tag, Outcome(Verdict.ENDED, State.DEAD, in_brief(str(error))))
             self.connection.corrupt(delivery, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -18,6 +19,7 @@ class Verdict(Enum):
     ENDED = auto()  # dead, cancelled or discarded: see `Outcome.state`
     REPLACED = auto()  # others do its work, and the last of them takes its place
     PASSED_ON = auto()  # it was published again by its own task, and waits anew
+    WRITTEN = auto()  # its row says so already
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class Outcome:
     #: Celery's word for it, when it has told all that follows; `None` leaves that to `finish.untold`.
     status: str | None = None
     traceback: str | None = None
+    #: What is to be written of its result.
+    written: Mapping[str, str | None] | None = None
 
 
 DONE = Outcome(Verdict.DONE)
@@ -37,6 +41,7 @@ BACK = Outcome(Verdict.BACK)
 CRASHED = Outcome(Verdict.CRASHED)
 REPLACED = Outcome(Verdict.REPLACED)
 PASSED_ON = Outcome(Verdict.PASSED_ON)
+WRITTEN = Outcome(Verdict.WRITTEN)
 
 
 @dataclass(slots=True, eq=False)
@@ -58,6 +63,8 @@ class Delivery:
     running: bool = False
     #: The pool child writes result and state by itself, so a row that has moved on is no news.
     stored: bool = False
+    #: Its result is to come with the report of its end: others wait behind it.
+    carried: bool = False
     #: What an acknowledgement means; the worker's request says when it means something else.
     outcome: Outcome = DONE
 

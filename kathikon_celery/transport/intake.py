@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
@@ -18,11 +18,11 @@ from sqlalchemy import Connection
 
 from kathikon_celery.job import Hold, State
 from kathikon_celery.presence import Presence
-from kathikon_celery.storage import Storage, claim, finish, messages, nodes
+from kathikon_celery.storage import Storage, claim, finish, messages, nodes, results
 from kathikon_celery.storage.errors import in_words, is_lost
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.wake import Wakeup
-from kathikon_celery.transport.delivery import BACK, DONE, Delivery, Outcome, Verdict
+from kathikon_celery.transport.delivery import BACK, DONE, PASSED_ON, WRITTEN, Delivery, Outcome, Verdict
 from kathikon_celery.transport.pace import Pace
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,12 @@ RUNNING_AFTER = 0.05
 BUSY_GAP = 0.004
 #: Seconds until it is made sure that nothing came after a claim that got all there was.
 LOOK_AGAIN = 0.003
+#: Pauses between the looks for what was being published while our row began to say that we wait: nobody called us.
+DOUBTS = (0.0015, 0.01, 0.05)
 #: Jobs a second from which on there is much to do.
 BUSY = 150.0
+#: The same while the pool has room: a caller who sends a task each time he has got the last result is not much.
+RUSH = 600.0
 #: Deliveries that a consumer without prefetch limit has in hand at most.
 UNLIMITED = 200
 #: Seconds for which reports are remembered, should the server forget them: PostgreSQL writes them out in a third of it.
@@ -114,6 +118,7 @@ class Intake:
         self._look = True  # look for jobs
         self._look_from = 0.0  # but not before this moment
         self._waits = False  # our row says that we wait
+        self._doubts: list[float] = []  # pauses until it is looked for what came while we said so
         self._unsure = True  # a commit may have happened of which we did not hear
         self._first = 0  # the queue that is served first this time
         self._turn = 0  # the same, of `pump`
@@ -294,6 +299,21 @@ class Intake:
     def _can_hand_out(self) -> bool:
         return any(one.waiting and self._may_hand_out(one) for one in self._subscriptions.values())
 
+    def _is_busy(self) -> bool:
+        """Whether a transaction is worth more when it waits for what comes within `BUSY_GAP`."""
+        rate = self._rate()
+        if rate <= BUSY or rate > RUSH:
+            return rate > BUSY
+        was_called = self._look and not self._look_from
+        must_say_so = self.database.dialect.wakes_by_name and not self._waits
+        return not self._has_room() or not (was_called or must_say_so)
+
+    def _has_room(self) -> bool:
+        """Whether one more job could start at once."""
+        with self._lock:
+            outstanding = sum(one.outstanding for one in self._subscriptions.values())
+        return outstanding < (self.slots() if self.slots is not None else 1)
+
     def _rate(self) -> float:
         return sum(one.pace.rate() for one in self._subscriptions.values())
 
@@ -311,7 +331,7 @@ class Intake:
                 if self._stopping and not self._reports and not self._in_hand:
                     break
                 now = monotonic()
-                gap = BUSY_GAP if self._rate() > BUSY else 0.0
+                gap = BUSY_GAP if self._is_busy() else 0.0
                 ready_at = max(min(self._due_at(now, next_look), next_look), last + gap)
                 if ready_at > now and not self._stopping:
                     if self._wakeup.wait(min(ready_at - now, self.storage.settings.poll_interval)):
@@ -388,8 +408,9 @@ class Intake:
         with self._lock:
             reports, self._reports = self._reports, []
             to_mark, self._to_mark = self._to_mark, []
-            called, self._called = self._called, False
-            look, self._look = self._look or called, False
+            called, self._called = self._called or any(not one.is_job for one, _ in reports), False
+            look, self._look = self._look or called or bool(reports), False
+            tells = any(outcome not in (WRITTEN, PASSED_ON) for _, outcome in reports)
             names = list(self._subscriptions)
             now = monotonic()
             started = [
@@ -400,9 +421,9 @@ class Intake:
         try:
             if to_mark:
                 self._mark(to_mark)
-            wanted = self._wanted() if look or reports else []
+            wanted = self._wanted() if look else []
             claimed: list[tuple[Subscription, Delivery]] = []
-            if reports or started or self._unsure or (look and names and self._is_worth_a_claim(names)):
+            if tells or started or self._unsure or (look and names and self._is_worth_a_claim(names, called)):
                 with self.database.write() as connection:
                     if self._server is not None and self._opened != self.database.opened:
                         self._unsure = True  # another thread may have met the loss of the server before us
@@ -440,13 +461,15 @@ class Intake:
             self._ready.notify_all()
         return bool(claimed or to_mark or reports)
 
-    def _is_worth_a_claim(self, names: list[str]) -> bool:
-        """Whether there is something to claim, or our row must say that we wait."""
+    def _is_worth_a_claim(self, names: list[str], called: bool) -> bool:
+        """Whether there is something to claim, or our row must say that we wait. Of a message everybody is called."""
         if not self._waits:
             return True  # we were called, or must say that we wait
         with self.database.read() as connection:
-            there = claim.is_anything_there(connection, names)
+            there = claim.is_anything_there(connection, names, with_messages=called)
         self._waits = not there
+        if self._waits and self._doubts:
+            self._look, self._look_from = True, monotonic() + self._doubts.pop(0)
         return there
 
     def _mark(self, deliveries: list[Delivery]) -> None:
@@ -464,17 +487,20 @@ class Intake:
                     subscription.in_hand -= 1
                     subscription.waiting.appendleft(delivery)
 
-    def _report(self, connection: Connection, reports: Iterable[tuple[Delivery, Outcome]]) -> None:
+    def _report(self, connection: Connection, reports: Sequence[tuple[Delivery, Outcome]]) -> None:
         done: list[Delivery] = []
         back: list[Delivery] = []
         crashed: list[Delivery] = []
         gone: list[Delivery] = []
         returned: list[Delivery] = []
+        ends: dict[Hold, Mapping[str, str | None]] = {}
         replaced: list[Delivery] = []
         for delivery, outcome in reports:
             verdict = outcome.verdict
             if not delivery.is_job:
                 (gone if verdict in (Verdict.DONE, Verdict.ENDED) else returned).append(delivery)
+            elif outcome.written is not None:
+                ends[delivery.hold] = outcome.written
             elif verdict is Verdict.DONE:
                 done.append(delivery)
             elif verdict is Verdict.BACK:
@@ -490,6 +516,8 @@ class Intake:
         database = self.database
         if done and finish.completed(database, connection, [one.hold for one in done]) != len(done):
             self._complain(connection, done)
+        if ends and results.end_many(database, connection, ends) != len(ends):
+            self._complain(connection, [one for one, outcome in reports if outcome.written is not None])
         if back:
             finish.given_back(database, connection, [one.hold for one in back])
         if crashed and finish.given_back(database, connection, [one.hold for one in crashed], True) != len(crashed):
@@ -531,6 +559,7 @@ class Intake:
         """Claim jobs, or say that we wait for them."""
         claimed: list[tuple[Subscription, Delivery]] = []
         room = max((limit for _, limit in wanted), default=0)
+        slots = self.slots() if self.slots is not None else UNLIMITED
         hungry = False
         for subscription, limit in wanted:
             name, limit = key(subscription.queue), min(limit, room)
@@ -540,15 +569,20 @@ class Intake:
             now = monotonic()
             for job in jobs:
                 early, outcome = self.is_early(job.task), self.outcome_of(job.task)
-                claimed.append((subscription, Delivery(job, name, now, early, outcome=outcome)))
+                carried = not early and len(jobs) > slots
+                claimed.append((subscription, Delivery(job, name, now, early, carried=carried, outcome=outcome)))
             room -= len(jobs)
             hungry = hungry or len(jobs) < limit
         # Idle and hungry: whoever publishes shall wake us. Busy and hungry: look again soon, which costs less.
         by_name = self.database.dialect.wakes_by_name
-        waits = hungry and not (by_name and (claimed or self._rate() > BUSY))
+        busy = bool(claimed) or self._rate() > (RUSH if self._has_room() else BUSY)
+        waits = hungry and not (by_name and busy)
         if waits != self._waits and by_name and wanted:
             nodes.wait_for(connection, self.presence.id, names if waits else None)
         if wanted:
+            if waits and by_name and not self._waits:
+                self._doubts = list(DOUBTS)
+                self._look, self._look_from = True, monotonic() + self._doubts.pop(0)
             self._waits = waits
             if hungry and not waits:
                 self._look, self._look_from = True, monotonic() + LOOK_AGAIN

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from celery import bootsteps
+from celery import bootsteps, signals
 from kombu.utils.imports import symbol_by_name
 
 from kathikon_celery.presence import Presence
@@ -19,9 +19,9 @@ from kathikon_celery.worker.pruner import Pruner
 from kathikon_celery.worker.request import joined
 from kathikon_celery.worker.retrying import retry_failed
 from kathikon_celery.worker.service import Service
-from kathikon_celery.worker.supply import InWords, NotForUs, Supply
+from kathikon_celery.worker.supply import InWords, NotForUs, SentJobs, Supply
 from kathikon_celery.worker.telling import tell
-from kathikon_celery.worker.tracing import collect_successors
+from kathikon_celery.worker.tracing import carry_results, collect_successors
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -82,6 +82,12 @@ class LifelineStep(_ServiceStep):
     make, attribute = staticmethod(_lifeline), "kathikon_lifeline"
 
 
+def _in_child(app: Celery, storage: Storage, **kwargs: Any) -> None:
+    """A pool child has made its tracers."""
+    for task in app.tasks.values():
+        carry_results(task, storage)
+
+
 def install(sender: Any, **kwargs: Any) -> None:
     """Handler of Celery's ``worker_init``: *sender* is the worker, its steps not yet built."""
     app = sender.app
@@ -89,13 +95,14 @@ def install(sender: Any, **kwargs: Any) -> None:
         return
     configure(app)
     declare_queues(app)
-    app.steps["worker"].update({PromoterStep, PrunerStep, LifelineStep})
+    app.steps["worker"].update({PromoterStep, PrunerStep, LifelineStep, SentJobs})
     app.steps["consumer"].add(Supply)
     if app.Task.Request == "celery.worker.request:Request":
         app.Task.Request = "kathikon_celery.worker.request:Request"
     storage = Storage.for_app(app, setup=False)
     storage.database.patience = PATIENCE
     app.finalize()
+    signals.worker_process_init.connect(partial(_in_child, app, storage), weak=False, dispatch_uid="kathikon-tracers")
     for task in app.tasks.values():
         task.Request = joined(symbol_by_name(task.Request))
         collect_successors(task, storage)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from random import uniform
 
-from kathikon_celery.storage import prune
+from kathikon_celery.storage import chords, prune, waits
 from kathikon_celery.worker.service import Service
+
+#: Seconds for which a chord may wait for a part that is not sent yet, as the last task of a chain is not, while none of
+#: its parts waits or runs.
+LONGEST_CHORD = 30 * 86400.0
 
 
 class Pruner(Service):
@@ -17,7 +21,9 @@ class Pruner(Service):
             pass
         database = self.storage.database
         prune.expired_messages(database)
+        waits.prune(database)
         kept = self.storage.settings.retention_period["completed"]
         if kept is not None:
             prune.old_groups(database, kept)
+            chords.prune(database, max(kept, LONGEST_CHORD))
         return self.interval * uniform(0.8, 1.2)

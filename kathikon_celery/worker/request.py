@@ -13,7 +13,8 @@ from celery.worker import state as worker_state
 from celery.worker.request import Request as CeleryRequest
 
 from kathikon_celery.job import State, in_brief
-from kathikon_celery.transport.delivery import CRASHED, DONE, PASSED_ON, REPLACED, Delivery, Outcome, Verdict
+from kathikon_celery.transport.carrying import Carried
+from kathikon_celery.transport.delivery import CRASHED, DONE, PASSED_ON, REPLACED, WRITTEN, Delivery, Outcome, Verdict
 
 #: What `Task.on_replace` says. The last task of the replacement has the id of the replaced one.
 REPLACED_BY_NEW_TASK = "Replaced by new task"
@@ -53,6 +54,13 @@ class Request(CeleryRequest):
         succeeded, execute = cls.on_success, cls.execute_using_pool
 
         def on_success(self: Request, failed__retval__runtime: Any, **options: Any) -> Any:
+            failed, carried, _ = failed__retval__runtime
+            if not failed:  # at once: what Celery leaves to its event loop's next turn, a shutdown forgets
+                self._on_ack = self._message.ack_log_error
+            if isinstance(carried, Carried):
+                self._set_outcome(
+                    WRITTEN if carried.written is None else Outcome(Verdict.DONE, written=carried.written)
+                )
             try:
                 return succeeded(self, failed__retval__runtime, **options)
             finally:
@@ -107,7 +115,7 @@ class Request(CeleryRequest):
         self._end_of_early_task()
 
     def acknowledge(self) -> None:
-        if self._delivery is not None and not self.ignore_result:
+        if self._delivery is not None and not self.ignore_result and self._delivery.outcome.written is None:
             self._delivery.stored = True
         super().acknowledge()
 

@@ -17,6 +17,7 @@ from kathikon_celery.storage import SchemaError
 from kathikon_celery.transport.delivery import DONE, Delivery, Outcome, Verdict
 from kathikon_celery.transport.intake import UNLIMITED
 from kathikon_celery.worker.request import Request
+from kathikon_celery.worker.tracing import carry_results
 
 #: Celery acknowledges, or rejects, what it cannot make a request of.
 UNREADABLE = Outcome(Verdict.ENDED, State.DEAD, "the worker could not read the message; its log says why")
@@ -46,6 +47,8 @@ class Supply(bootsteps.StartStopStep):
                 return Outcome(Verdict.ENDED, State.DEAD, f"NotRegistered({name!r})")
             return UNREADABLE if issubclass(symbol_by_name(task.Request), Request) else DONE
 
+        for task in tasks.values():  # the pools whose tasks run in this process
+            carry_results(task, intake.storage)
         intake.is_early = is_early
         intake.outcome_of = outcome_of
         intake.is_in_pool = is_in_pool
@@ -75,6 +78,28 @@ class Supply(bootsteps.StartStopStep):
         """The pool has ended: what is left is nobody's."""
         if c.connection is not None:
             c.connection.transport.intake.is_in_pool = lambda delivery: False
+
+
+class SentJobs(bootsteps.StartStopStep):
+    """At a warm shutdown, keeps the jobs that pool children were sent and have not yet told to have begun.
+
+    They run. Celery would forget them, and their results.
+    """
+
+    requires = ("celery.worker.components:Pool",)
+
+    def close(self, w: Any) -> None:
+        """Called before the consumer has the pool forget all that was not accepted."""
+        pool = getattr(w.pool, "_pool", None)
+        being_sent = getattr(pool, "_active_writers", None)
+        if pool is None or being_sent is None:  # only the processes of prefork are sent anything
+            return
+        for job in list(pool._cache.values()):
+            writer = getattr(job, "_writer", None)
+            request = state.requests.get(job.correlation_id)
+            if job._write_to is not None and request is not None and not (writer and writer() in being_sent):
+                job._accepted = True
+                state.active_requests.add(request)
 
 
 def _slots(c: Any) -> int:

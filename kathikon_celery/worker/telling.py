@@ -44,7 +44,8 @@ def tell(app: Celery, storage: Storage) -> None:
 
 def _request_of(job: Job) -> Context:
     """The request as the task would have seen it; without what follows, where its message cannot be read."""
-    request: dict[str, Any] = {"id": job.id, "task": job.task, "group": job.group_id, "delivery_info": {}}
+    request: dict[str, Any] = {"id": job.id, "task": job.task, "group": job.group_id}
+    request["delivery_info"] = {"routing_key": job.queue}
     try:
         unfolded = unfold(job.envelope, job.body, "", False)
         headers = unfolded["headers"]
@@ -54,8 +55,8 @@ def _request_of(job: Job) -> Context:
             content_type=unfolded["content-type"],
             content_encoding=unfolded["content-encoding"],
         )
-        _, _, embed = message.decode()
-        request |= {**headers, **embed}
+        args, kwargs, embed = message.decode()
+        request |= {**headers, "args": args, "kwargs": kwargs, **embed}
     except Exception as error:
         logger.warning("Kathikon: what was to follow job %s cannot be read: %s", job.id, error)
     context = Context(request)

@@ -1,13 +1,17 @@
-"""Wraps a task's body, so that what Celery sends after it is published together with its result."""
+"""Wraps a task's body and its tracer, so that its result is written with what Celery sends after it, or with others."""
 
 from __future__ import annotations
 
 from functools import wraps
 from typing import Any
 
+from celery.app.trace import task_has_custom
+
 from kathikon_celery.backend import KathikonBackend
 from kathikon_celery.storage import Storage
+from kathikon_celery.storage.settle import Ending, settle
 from kathikon_celery.transport import collecting
+from kathikon_celery.transport.carrying import CARRIED, Carried, carrying
 from kathikon_celery.transport.delivery import hold_of
 
 
@@ -30,3 +34,33 @@ def collect_successors(task: Any, storage: Storage) -> None:
 
     run_and_collect.collects_successors = True  # type: ignore[attr-defined]
     task.run = run_and_collect
+
+
+def carry_results(task: Any, storage: Storage) -> None:
+    """Make the tracer of *task* take a result to the main process where the message asks for it. Twice is once."""
+    trace = task.__trace__
+    if trace is None or getattr(trace, "carries_results", False):  # none: Celery makes it when it is first called
+        return
+    if task_has_custom(task, "on_success") or task_has_custom(task, "after_return"):
+        return  # they may count on the result, and may last
+
+    @wraps(trace)
+    def trace_and_carry(uuid: str, args: Any, kwargs: Any, request: Any = None) -> Any:
+        properties = (request or {}).get("properties") or {}
+        hold = hold_of(properties.get("delivery_tag"))
+        if hold is None:
+            return trace(uuid, args, kwargs, request)
+        with carrying(hold, bool(properties.get(CARRIED))) as carrier:
+            try:
+                traced = trace(uuid, args, kwargs, request)
+            except BaseException:
+                if carrier.end is not None:  # it goes nowhere
+                    settle(storage.database, Ending(ends=[carrier.end]), {})
+                raise
+        if carrier.end is None and not carrier.is_written:
+            return traced
+        written = carrier.end.written if carrier.end is not None else None
+        return traced._replace(retstr=Carried(traced.retstr or "", written))
+
+    trace_and_carry.carries_results = True  # type: ignore[attr-defined]
+    task.__trace__ = trace_and_carry

@@ -44,6 +44,23 @@ def work(job: int, seconds: float) -> int:
     return WORKER
 
 
+@app.task(name="endurance.part")
+def part(job: int, number: int, seconds: float) -> list[int]:
+    """Sleep for `seconds`, as one part of the chord that a job is, and return what the body checks."""
+    time.sleep(seconds)
+    return [job, number]
+
+
+@app.task(name="endurance.body")
+def body(values: list[list[int]], job: int, parts: int, seconds: float) -> int:
+    """Sleep for `seconds` and end the job, if these are the values of all its parts in their order."""
+    journal.write(Event.STARTED, job, WORKER)
+    time.sleep(seconds)
+    is_right = values == [[job, number] for number in range(parts)]
+    journal.write(Event.ENDED if is_right else Event.WRONG, job, WORKER)
+    return WORKER
+
+
 @worker_ready.connect
 def _ready(**kwargs: object) -> None:
     journal.write(Event.READY, worker=WORKER)

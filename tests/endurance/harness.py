@@ -160,6 +160,15 @@ class Run:
         self._cleanup.callback(producer.kill)
         return range(first, self._jobs)
 
+    def client(self, count: int, figures: Path, together: int) -> range:
+        """Start a process that sends `count` jobs and waits for their results (`client`); returns their numbers."""
+        first, self._jobs = self._jobs, self._jobs + count
+        arguments = (str(first), str(count), str(figures), f"--together={together}")
+        client = self._spawn("client", "tests.endurance.client", *arguments)
+        self._cleanup.callback(client.wait)
+        self._cleanup.callback(client.kill)
+        return range(first, self._jobs)
+
     def wait(self, condition: Callable[[], bool]) -> bool:
         """Wait until `condition` holds; False once nothing at all has happened for `patience` seconds."""
         records, deadline = -1, 0.0

@@ -24,6 +24,7 @@ class Event(IntEnum):
     STARTED = 2
     ENDED = 3
     READY = 4  #: a worker accepts jobs
+    WRONG = 5  #: the body of a chord was given something else than its parts have returned
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Journal:
         self.attempts: defaultdict[int, list[Attempt]] = defaultdict(list)
         self.ended: dict[int, float] = {}
         self.ready: set[int] = set()
+        self.wrong: set[int] = set()
 
     def read(self) -> None:
         """Take in the records appended since the last call; one that is only half visible waits for the next."""
@@ -77,6 +79,8 @@ class Journal:
             elif event == Event.ENDED:
                 running = next(a for a in reversed(self.attempts[job]) if a.pid == pid and a.ended is None)
                 running.ended = self.ended[job] = at
+            elif event == Event.WRONG:
+                self.wrong.add(job)
             else:
                 self.ready.add(worker)
 

@@ -4,12 +4,18 @@ import argparse
 import time
 import traceback
 
-from tests.endurance.app import journal, work
+from celery import chord
+
+from tests.endurance.app import body, journal, part, work
 from tests.endurance.journal import Event
 
 
-def send(first: int, count: int, *, seconds: float = 0.0, rate: float = 0.0, countdown: float = 0.0) -> None:
+def send(
+    first: int, count: int, *, seconds: float = 0.0, rate: float = 0.0, countdown: float = 0.0, parts: int = 0
+) -> None:
     """Send jobs `first` to `first` + `count`, `rate` a second (0: as fast as they go), each once.
+
+    With `parts` each is a chord of so many.
 
     A job whose ``delay()`` raises may or may not have reached the broker, so it is recorded as refused and not sent
     again, and its traceback printed.
@@ -20,7 +26,10 @@ def send(first: int, count: int, *, seconds: float = 0.0, rate: float = 0.0, cou
             time.sleep(max(0.0, begin + number / rate - time.monotonic()))
         job, at = first + number, time.monotonic()
         try:
-            work.apply_async((job, seconds), countdown=countdown or None)
+            if parts:
+                chord([part.s(job, one, seconds) for one in range(parts)], body.s(job, parts, seconds)).apply_async()
+            else:
+                work.apply_async((job, seconds), countdown=countdown or None)
         except Exception:
             journal.write(Event.REFUSED, job, at=at)
             traceback.print_exc()
@@ -36,6 +45,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.0, help="how long each job sleeps")
     parser.add_argument("--rate", type=float, default=0.0, help="jobs a second; 0: as fast as they go")
     parser.add_argument("--countdown", type=float, default=0.0, help="seconds until the jobs are due")
+    parser.add_argument("--parts", type=int, default=0, help="how many parts each job has; 0: it is no chord")
     send(**vars(parser.parse_args()))
 
 

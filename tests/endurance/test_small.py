@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from tests.endurance.child_recycling import child_recycling
+from tests.endurance.client_memory import client_memory
 from tests.endurance.database_restart import database_restart
 from tests.endurance.harness import Figures, Run
+from tests.endurance.kill_chords import kill_chords
 from tests.endurance.kill_workers import kill_workers
 from tests.endurance.many_countdowns import many_countdowns
 from tests.endurance.sqlite_contention import sqlite_contention
@@ -41,6 +43,11 @@ def test_a_killed_workers_jobs_are_run_again(run: Run) -> None:
     figures = kill_workers(run, jobs=60, seconds=0.2, kills=2, every=1.0)
     assert_figures(figures, sent=60, refused=0, twice_unacked=0, **NOT_LOST)
     assert 1 <= figures["twice_running"] <= 4
+
+
+def test_a_killed_workers_chords_end(run: Run) -> None:
+    figures = kill_chords(run, chords=8, parts=10, seconds=0.1, kills=2, every=1.0)
+    assert_figures(figures, **NOT_LOST, sent=8, refused=0, wrong=0, left_over=0, workers_killed=2)
 
 
 def test_a_worker_that_was_stopped_changes_nothing(run: Run) -> None:
@@ -76,3 +83,8 @@ def test_children_are_replaced_and_no_job_with_them(run: Run) -> None:
     figures = child_recycling(run, jobs=200, per_child=20)
     assert_figures(figures, **ONCE)
     assert figures["children"] >= 10
+
+
+def test_a_client_gets_every_result_and_keeps_none(run: Run) -> None:
+    figures = client_memory(run, jobs=200, waits=100, together=10)
+    assert_figures(figures, **ONCE, sent=500, stored=500)

@@ -43,6 +43,18 @@ def test_tasks_run_and_return(app: Celery, jobs: Jobs) -> None:
         assert job.inserted_at <= job.claimed_at <= job.ended_at
 
 
+def test_results_of_many_are_written_together(app: Celery, jobs: Jobs) -> None:
+    at_once = datetime.now(timezone.utc) + timedelta(seconds=1)
+    sent = [apps.add.apply_async((number, 1), eta=at_once) for number in range(300)]
+    failing = apps.fail.apply_async(("broken among many",), eta=at_once)
+    assert [result.get(timeout=30) for result in sent] == [number + 1 for number in range(300)]
+    with pytest.raises(ValueError, match="broken among many"):
+        failing.get(timeout=15)
+    ended = [jobs.wait(result, State.COMPLETED) for result in sent]
+    assert {(job.attempts, job.status, job.node_id) for job in ended} == {(1, "SUCCESS", None)}
+    assert len({job.ended_at for job in ended}) < 200
+
+
 def test_arguments_arrive_as_they_were(app: Celery) -> None:
     arguments = ["", "ü\u2028\U0001f600", None, 1.5, [1, {"a": []}], "x" * 100_000]
     assert apps.echo.delay(*arguments, key="wért").get(timeout=15) == [arguments, {"key": "wért"}]

@@ -314,16 +314,18 @@ def test_a_warm_shutdown_ends_what_runs_and_leaves_the_rest_to_others(
     assert sorted(journal.lines) == [str(number) for number in range(5)]
 
 
+@pytest.mark.parametrize("ignore_result", [False, True])
 def test_what_was_claimed_ahead_goes_back_at_a_warm_shutdown(
-    client: Celery, jobs: Jobs, journal: Journal, workers: Workers
+    client: Celery, jobs: Jobs, journal: Journal, workers: Workers, ignore_result: bool
 ) -> None:
     first = workers(concurrency=2)
-    results = [apps.append.delay(journal.path, str(number), 0.002) for number in range(400)]
+    options = {"ignore_result": ignore_result}
+    results = [apps.append.apply_async((journal.path, str(number), 0.002), **options) for number in range(400)]
     journal.wait(20)
     first.process.terminate()
     workers(concurrency=2)
     for result in results:
-        result.get(timeout=30)
+        jobs.wait(result, State.COMPLETED, timeout=30)
     assert first.wait(60) == 0
     # Each ran once, whoever had claimed it first.
     assert sorted(journal.lines, key=int) == [str(number) for number in range(400)]

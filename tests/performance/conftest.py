@@ -18,7 +18,7 @@ from sqlalchemy.sql.expression import ColumnElement
 from kathikon_celery.job import HELD, TERMINAL, State
 from kathikon_celery.storage import Storage
 from kathikon_celery.storage.clock import now
-from kathikon_celery.storage.tables import jobs, messages
+from kathikon_celery.storage.tables import chords, jobs, messages
 from tests.storage.actors import Worker
 from tests.support.postgresql import new_database
 
@@ -163,6 +163,8 @@ def _fill(storage: Storage) -> None:
         "state": state,
         "priority": i % 5,
         "publication": i,
+        "root_id": case((i % 10 != 0, literal("id-").concat(i % 5000)), else_=null()),
+        "group_id": case((i % 4 == 0, literal("group-").concat(i % 5000)), else_=null()),
         "fence": literal(1),
         "attempts": literal(1),
         "crashes": literal(0),
@@ -189,6 +191,13 @@ def _fill(storage: Storage) -> None:
             "body": literal("x" * 200),
         }
         connection.execute(insert(messages).from_select(list(columns), select(*columns.values()).where(i < ROWS // 10)))
+        columns = {
+            "id": literal("group-").concat(i),
+            "ended": literal(0),
+            "added": literal(0),
+            "inserted_at": now(i * -600.0),
+        }
+        connection.execute(insert(chords).from_select(list(columns), select(*columns.values()).where(i < ROWS // 10)))
 
 
 @pytest.fixture(

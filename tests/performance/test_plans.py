@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import Connection
 
 from kathikon_celery.job import Hold, State
-from kathikon_celery.storage import claim, finish, insert, messages, nodes, promote, prune, results
+from kathikon_celery.storage import chords, claim, finish, insert, messages, nodes, promote, prune, results
 from tests.performance.conftest import Plans
 from tests.storage.actors import new_job
 
@@ -21,6 +21,9 @@ READY = "kathikon_jobs_ready"
 DUE = "kathikon_jobs_due"
 HELD = "kathikon_jobs_held"
 ENDED = "kathikon_jobs_ended"
+ROOT = "kathikon_jobs_root"
+GROUP = "kathikon_jobs_group"
+CHORDS = "kathikon_chords_inserted"
 EXPIRING = "kathikon_jobs_expiring"
 MESSAGES_HELD = "kathikon_messages_held"
 MESSAGES_READY = "kathikon_messages_ready"
@@ -99,6 +102,11 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
     "expired messages": (
         lambda plans: prune.expired_messages(plans.database),
         {"kathikon_messages_expires": "expires_at", MESSAGE_BY_SEQ: ""},
+    ),
+    "old chords": (lambda plans: chords.prune(plans.database, 1e6), {GROUP: "group_id", CHORDS: "inserted_at"}),
+    "workflow": (
+        lambda plans: plans.storage.workflow("id-77"),
+        {BY_ID: "id", ROOT: "root_id", GROUP: "group_id", BY_SEQ: ""},
     ),
     "size": (reading(lambda plans, conn: messages.size(conn, "queue-1")), {READY: "queue"}),
 }

@@ -71,7 +71,7 @@ class Worker:
 
     def note_retry(self, job: Job, reason: str) -> None:
         """And what it then notes of its failure."""
-        results.store_retry(self.database, job.hold, result="{}", traceback="Traceback", reason=reason)
+        results.store_retry(self.database, job.hold, result="{}", traceback="Traceback", meta="{}", reason=reason)
 
     def take(self, limit: int = 10, queue: str = "queue", keep: bool = True) -> list[Message]:
         with self.database.write() as connection:

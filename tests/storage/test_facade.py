@@ -230,3 +230,31 @@ def test_the_hot_path_writes_one_row(storage: Storage, worker: Worker) -> None:
     done = the_job(storage)
     assert done.inserted_at <= done.available_at <= done.claimed_at <= done.started_at <= done.ended_at  # type: ignore[operator]
     assert done.errors == []
+
+
+def test_a_workflow_is_what_has_one_root(storage: Storage) -> None:
+    long = "x" * 300  # longer than a key
+    for job_id, fields in {
+        "root": {},
+        "child": {"root_id": "root", "parent_id": "root"},
+        "part": {"root_id": "root", "group_id": "group"},
+        "alone": {"group_id": "other group"},
+        "first": {},
+        "last": {"root_id": "first", "group_id": "other group"},
+        "stranger": {},
+        "of a long one": {"root_id": long, "group_id": long[1:]},
+        long: {},
+    }.items():
+        storage.insert(new_job(job_id, **fields))
+
+    def workflow(job_id: str) -> list[str]:
+        return [job.id for job in storage.workflow(job_id)]
+
+    assert workflow("root") == workflow("child") == workflow("group") == ["root", "child", "part"]
+    assert workflow("other group") == ["alone", "first", "last"]
+    assert workflow("last") == workflow("first") == ["first", "last"]
+    assert workflow("stranger") == ["stranger"]
+    assert len(workflow(long)) == len(workflow(long[1:])) == len(workflow("of a long one")) == 2
+    assert workflow("nobody") == []
+    storage.delete("root")
+    assert workflow("root") == ["child", "part"]

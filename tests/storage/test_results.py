@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kathikon_celery.job import State
-from kathikon_celery.storage import Storage, prune, results
+from kathikon_celery.storage import Storage, finish, prune, results
 from kathikon_celery.storage.names import printable
 from tests.storage.actors import Worker, new_job, the_job
 
@@ -36,6 +36,33 @@ def test_a_result_ends_its_job(storage: Storage, worker: Worker, state: State, s
     assert row.ended_at is not None
     assert [error["reason"] for error in row.errors] == (["why"] if state is State.DEAD else [])
     assert row.last_error == "why"
+
+
+def test_many_results_at_once(storage: Storage, worker: Worker, other: Worker) -> None:
+    ids = ["a", "b", "c", "moved on"]
+    for job_id in ids:
+        storage.insert(new_job(job_id))
+    claimed = {job.id: job for job in worker.claim(4)}
+    worker.give_back(claimed["moved on"])
+    other.claim_one()
+    taken = the_job(storage, "moved on")
+    ends = {
+        job.hold: {
+            "status": "SUCCESS",
+            "result": f'"{job_id}"',
+            "traceback": None,
+            "meta": "{}" if job_id == "b" else None,
+        }
+        for job_id, job in claimed.items()
+    }
+    for changed in (3, 0):
+        with storage.database.write() as connection:
+            assert results.end_many(storage.database, connection, ends) == changed
+    for job_id in ids[:3]:
+        row = the_job(storage, job_id)
+        assert (row.state, row.status, row.result, row.node_id) == (State.COMPLETED, "SUCCESS", f'"{job_id}"', None)
+        assert row.meta == ("{}" if job_id == "b" else None)
+    assert the_job(storage, "moved on") == taken
 
 
 def test_a_start_and_progress_do_not_end_it(storage: Storage, worker: Worker) -> None:
@@ -124,6 +151,27 @@ class TestAlone:
         assert (row.state, row.status, row.node_id, row.ended_at) == (State.RUNNING, "FAILURE", worker.id, None)
         assert worker.complete(job) == 1
 
+    @pytest.mark.parametrize("state", [None, State.DEAD])
+    def test_a_success_stays(self, storage: Storage, worker: Worker, state: State | None) -> None:
+        storage.insert(new_job("queued"))
+        worker.store(worker.claim_one(), State.COMPLETED)
+        store_alone(storage, State.COMPLETED, "alone")
+        for job_id in ("queued", "alone"):
+            before = the_job(storage, job_id)
+            store_alone(storage, state, job_id, status="WORD")
+            assert the_job(storage, job_id) == before
+
+    def test_news_of_a_job_that_waits(self, storage: Storage, worker: Worker) -> None:
+        storage.insert(new_job())
+        store_alone(storage, None, status="SENT")
+        row = the_job(storage)
+        assert (row.state, row.status, row.result) == (State.AVAILABLE, "SENT", '"alone"')
+        job = worker.claim_one()
+        assert the_job(storage).status is None
+        worker.store(job, State.DEAD, status="FAILURE")
+        store_alone(storage, None, status="SENT")
+        assert the_job(storage).status == "FAILURE"
+
     def test_a_job_that_waits_is_not_completed_by_it(self, storage: Storage, worker: Worker) -> None:
         storage.insert(new_job())
         before = the_job(storage)
@@ -138,8 +186,31 @@ class TestForgetting:
         worker.store(worker.claim_one(), State.COMPLETED, traceback="t", meta="{}")
         results.forget(storage.database, "job")
         row = the_job(storage)
-        assert row.state is State.COMPLETED
-        assert row.status is row.result is row.traceback is row.meta is None
+        assert (row.state, row.status) == (State.COMPLETED, results.FORGOTTEN)
+        assert row.result is row.traceback is row.meta is None
+
+    def test_of_a_job_whose_end_was_told_it_is_not_told_again(self, storage: Storage, worker: Worker) -> None:
+        storage.insert(new_job())
+        worker.store(worker.claim_one(), State.DEAD, status="FAILURE")
+        results.forget(storage.database, "job")
+        with storage.database.read() as connection:
+            assert finish.untold(connection) == []
+
+    def test_of_a_job_whose_end_is_untold_it_is_told(self, storage: Storage, worker: Worker) -> None:
+        storage.insert(new_job())
+        worker.end(worker.claim_one(), State.DEAD, "why", None)
+        results.forget(storage.database, "job")
+        with storage.database.read() as connection:
+            assert [job.id for job in finish.untold(connection)] == ["job"]
+
+    def test_of_a_job_that_runs_its_end_is_known_again(self, storage: Storage, worker: Worker) -> None:
+        storage.insert(new_job())
+        job = worker.claim_one()
+        worker.store(job, None, status="PROGRESS")
+        results.forget(storage.database, "job")
+        assert the_job(storage).status is None
+        worker.store(job, State.COMPLETED, status="SUCCESS")
+        assert the_job(storage).status == "SUCCESS"
 
     def test_a_result_alone_goes(self, storage: Storage) -> None:
         store_alone(storage, State.COMPLETED)

@@ -10,10 +10,12 @@ import json
 import os
 import signal
 import time
+from itertools import chain
 from typing import Any, NoReturn
 
-from celery import Celery, Task, group, shared_task
+from celery import Celery, Signature, Task, current_app, group, maybe_signature, shared_task
 from celery.exceptions import Ignore, Reject
+from celery.result import allow_join_result
 
 
 def create_app(name: str = "tests", /, **conf: Any) -> Celery:
@@ -63,6 +65,11 @@ def accumulate(values: list[Any]) -> list[Any]:
     return values
 
 
+@shared_task
+def lengths(values: list[str]) -> list[int]:
+    return [len(value) for value in values]
+
+
 @shared_task(ignore_result=True)
 def quiet(value: Any) -> Any:
     """Return the value, which is not stored."""
@@ -70,14 +77,85 @@ def quiet(value: Any) -> Any:
 
 
 @shared_task(bind=True)
-def replaced_by_group(self: Task, number: int) -> NoReturn:
+def replaced_by_group(self: Task, number: int) -> Any:
     """Leave the work to three other tasks."""
-    self.replace(group(add.s(one, number) for one in range(3)))
+    with allow_join_result():  # eager mode waits for them
+        return self.replace(group(add.s(one, number) for one in range(3)))
+
+
+@shared_task(bind=True)
+def hand_over(self: Task, canvas: dict[str, Any]) -> Any:
+    """Leave the work to a canvas."""
+    with allow_join_result():  # eager mode waits for it
+        return self.replace(maybe_signature(canvas, app=self.app))
+
+
+class Stamping(Task):
+    """A task that stamps what replaces it."""
+
+    def on_replace(self, sig: Signature) -> Any:
+        sig.stamp(replaced="yes")
+        return super().on_replace(sig)
+
+
+@shared_task(bind=True, base=Stamping)
+def stamp_what_replaces(self: Task, canvas: dict[str, Any]) -> Any:
+    return self.replace(maybe_signature(canvas, app=self.app))
+
+
+@shared_task
+def send(canvas: dict[str, Any]) -> Any:
+    """Send a canvas and return its result as a tuple."""
+    return maybe_signature(canvas, app=current_app).apply_async().as_tuple()
+
+
+@shared_task(bind=True)
+def add_parts(self: Task, count: int) -> int:
+    """Add so many parts to the chord that this is a part of."""
+    for number in range(count):
+        self.add_to_chord(add.s(number, number))
+    return 100
+
+
+@shared_task(bind=True, max_retries=None)
+def after_retries(self: Task, retries: int, value: Any) -> Any:
+    """Return the value when it was retried so often."""
+    if self.request.retries < retries:
+        raise self.retry(countdown=0)
+    return value
+
+
+@shared_task(bind=True)
+def lineage(self: Task, *values: Any) -> list[dict[str, Any]]:
+    """What the task can say of the workflow that it belongs to, after what those before it have said."""
+    request = self.request
+    own = {name: getattr(request, name) for name in ("id", "root_id", "parent_id", "group", "group_index")}
+    own |= {"stamps": request.stamps or {}, "stamped_headers": sorted(request.stamped_headers or [])}
+    before = [one for value in values for one in (value if isinstance(value[0], dict) else chain.from_iterable(value))]
+    return [*before, own]
+
+
+class OutOfPaper(Exception):
+    """An error with arguments of its own."""
+
+    def __init__(self, tray: int, sheets: list[int]) -> None:
+        super().__init__(tray, sheets)
+
+
+@shared_task
+def print_page() -> NoReturn:
+    raise OutOfPaper(2, [1, 2])
 
 
 @shared_task
 def echo(*args: Any, **kwargs: Any) -> list[Any]:
     return [list(args), kwargs]
+
+
+@shared_task
+def note(value: Any, path: str, label: str) -> None:
+    """Append what the task before this one has returned."""
+    append_line(path, json.dumps([label, value]))
 
 
 @shared_task

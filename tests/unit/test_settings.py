@@ -94,6 +94,23 @@ def test_conf_before_environment_before_pyproject_before_default(load: Any) -> N
     assert settings.sources["max_attempts"].startswith("[tool.kathikon] in ")
 
 
+def test_celerys_expiry_counts_where_nothing_names_the_retention(load: Any) -> None:
+    week, kept = 604800.0, {"completed": 60.0, "cancelled": 60.0, "discarded": 60.0, "dead": None}
+    assert Settings.load(make_app(result_expires=60).conf, {}).retention_period == kept
+    assert Settings.load(make_app(result_expires=timedelta(minutes=1)).conf, {}).retention_period == kept
+    both = make_app(result_expires=60, result_failure_expires=5)
+    assert Settings.load(both.conf, {}).retention_period == {**kept, "dead": 5.0}
+    assert Settings.load(make_app({"CELERY_RESULT_EXPIRES": 60}, "CELERY").conf, {}).retention_period == kept
+    for never in (None, 0):
+        assert set(Settings.load(make_app(result_expires=never).conf, {}).retention_period.values()) == {None}
+    assert Settings.load(make_app().conf, {}).retention_for("completed") == week  # Celery's default says nothing
+    environ = {"KATHIKON_RETENTION_PERIOD": "7"}
+    assert Settings.load(both.conf, environ).retention_period == {**dict.fromkeys(kept, 7.0), "dead": None}
+    assert load({"result_expires": 60, "kathikon_retention_period": 8}).retention_for("completed") == 8
+    with pytest.raises(SettingError, match="result_expires in"):
+        load({"result_expires": -1})
+
+
 def test_nearest_pyproject_upward_counts(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text("[tool.kathikon]\nlease = 9\n")
     below = tmp_path / "a" / "b"

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from celery import Celery, current_app, shared_task
+from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import AsyncResult
 
 from kathikon_celery import EmbeddedWorker
@@ -161,5 +162,7 @@ def test_results_from_the_double(use_mock_storage: Storage) -> None:
     job = Job(id="1", task="proj.add", state=State.COMPLETED, status="SUCCESS", result="42")
     use_mock_storage.fetch.return_value = job  # type: ignore[attr-defined]
     with Celery("any", broker="kathikon://", backend="kathikon", set_as_current=False) as app:
-        assert AsyncResult("1", app=app).get(timeout=1) == 42
-    use_mock_storage.fetch.assert_called_with("1")  # type: ignore[attr-defined]
+        assert AsyncResult("1", app=app).result == 42
+        with pytest.raises(ResultTimeout):
+            AsyncResult("2", app=app).get(timeout=0.1)
+    use_mock_storage.fetch.assert_any_call("1")  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -22,6 +22,8 @@ class Dialect(ABC):
     begin = "BEGIN"
     #: Whether a call reaches only nodes whose row says that they wait; otherwise everybody hears it.
     wakes_by_name = False
+    #: Whether who waits for a result enters that in a table and is called by name; otherwise everybody hears of each.
+    enters_waits = False
 
     def __init__(self, url: URL) -> None:
         self.url = url
@@ -53,17 +55,27 @@ class Dialect(ABC):
         """The condition that a row of *table* is among those that *select* (of ``seq``) picks, and nobody else's."""
 
     @abstractmethod
-    def held(self, table: Table, owned: bool = True) -> ColumnElement[bool]:
-        """The condition that a row of *table* is held as one of the holds given to `for_holds` says.
+    def held(self, table: Table, owned: bool = True, texts: Sequence[str] = ()) -> ColumnElement[bool]:
+        """The condition that a row of *table* is held as one of the holds given to `of_holds` says.
 
-        Not *owned*: no more than number and fence are compared.
+        Arguments:
+            owned: the node is compared as well, not only number and fence.
+            texts: names of what comes with each hold: see `brought`.
         """
 
     @abstractmethod
+    def brought(self, name: str) -> ColumnElement[str]:
+        """The text of that name that came with the hold which a row fits, in a statement that says `held`."""
+
+    @abstractmethod
+    def of_holds(self, holds: Mapping[Hold, Mapping[str, str | None]], values: dict[str, Any]) -> Any:
+        """The parameters of a statement that says `held`: *holds*, each with its texts, and *values* for all."""
+
     def for_holds(
         self, connection: Connection, statement: Executable, holds: Sequence[Hold], values: dict[str, Any]
     ) -> int:
         """Run *statement*, which says `held`, for *holds*; the number of rows it changed."""
+        return connection.execute(statement, self.of_holds({hold: {} for hold in holds}, values)).rowcount
 
     @abstractmethod
     def publishing(self, insert: Any, queue: BindParameter[str] | None) -> Executable:
@@ -86,6 +98,25 @@ class Dialect(ABC):
     @abstractmethod
     def wakeup(self, connect: Callable[[], Any], node_id: int | None) -> Wakeup:
         """What this process waits on for other processes' calls; *connect* gives a connection of the driver."""
+
+    @abstractmethod
+    def tell(self, connection: Connection, statement: Any, values: Any, ended: bool, fixed: bool) -> int:
+        """Run *statement*, a change of jobs, and as the transaction commits wake who waits for what it has changed.
+
+        Arguments:
+            ended: the jobs end by it; otherwise there is no more than news of them.
+            fixed: the statement is the same object each time.
+
+        Returns the number of rows it changed.
+        """
+
+    def entering(self, ready: Select[Any]) -> Executable:
+        """*ready*, which reads jobs with the ids ``keys``, extended so that it enters waits for the other ``names``."""
+        raise NotImplementedError(f"{self.name} has no table of waits")
+
+    @abstractmethod
+    def hearing(self, connect: Callable[[], Any], listener: int) -> Wakeup:
+        """What a process that waits for results waits on; it hears all that comes from now on."""
 
     def incarnation(self, connection: Connection) -> object:
         """What changes when the server is started anew, and may have forgotten what was not yet on disk."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import selectors
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from time import monotonic
 from typing import Any
 
@@ -20,8 +21,10 @@ from sqlalchemy import (
     bindparam,
     cast,
     column,
+    delete,
     exists,
     func,
+    insert,
     literal,
     literal_column,
     select,
@@ -33,13 +36,16 @@ from sqlalchemy.dialects.postgresql import ARRAY, TEXT
 from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
 
 from kathikon_celery.job import Hold
+from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.dialects.base import Dialect
 from kathikon_celery.storage.errors import Unavailable, UnknownDatabase, in_words
-from kathikon_celery.storage.tables import nodes
-from kathikon_celery.storage.wake import Wakeup
+from kathikon_celery.storage.tables import jobs, nodes, waits
+from kathikon_celery.storage.wake import ENDED, NEWS, Wakeup
 
 #: Every node listens to it: a message came, or a job is due soon.
 CHANNEL = "kathikon"
+#: So begin the names of the channels to which the end of a job is told, each to one process that waits for it.
+RESULTS_CHANNEL = CHANNEL + "_r_"
 #: Advisory locks of Kathikon have this first key; the second is a node's id, or 0 for the schema.
 LOCK_SPACE = 0x6B61
 #: Milliseconds after which a peer that acknowledges nothing of what was sent has vanished (keepalives are for silence).
@@ -65,11 +71,28 @@ _WAKE = _woken(nodes.c.waiting.op("&&")(bindparam("queues", type_=ARRAY(TEXT))),
 _RING = select(func.pg_notify(CHANNEL, ""))
 
 
+def _telling(statement: Any, ended: bool) -> Executable:
+    changed = statement.returning(jobs.c.id).cte("changed")
+    # An array is looked up in the index; nobody knows how many rows of this table are dead.
+    of_them = waits.c.job == any_(func.array(select(changed.c.id).scalar_subquery()))
+    channel = literal(RESULTS_CHANNEL).concat(cast(waits.c.listener, TEXT))
+    notify = func.pg_notify(channel, literal(ENDED if ended else NEWS).concat(waits.c.job))
+    number = select(func.count()).select_from(changed)
+    if ended:
+        return number.add_cte(delete(waits).where(of_them).returning(notify.label("told")).cte("told"))
+    told = select(notify.label("told")).where(of_them).cte("told")
+    return select(number.scalar_subquery(), select(func.count(told.c.told)).scalar_subquery())
+
+
+_told = lru_cache(maxsize=64)(_telling)
+
+
 class PostgreSQL(Dialect):
     """One PostgreSQL database."""
 
     name = "postgresql"
     wakes_by_name = True
+    enters_waits = True
 
     def __init__(self, url: URL) -> None:
         super().__init__(url)
@@ -102,18 +125,22 @@ class PostgreSQL(Dialect):
         rows = select.with_for_update(skip_locked=True).scalar_subquery()
         return table.c.seq == any_(func.array(rows))
 
-    def held(self, table: Table, owned: bool = True) -> ColumnElement[bool]:
-        types = {"seq": BigInteger, "fence": Integer, "node_id": BigInteger}
+    def held(self, table: Table, owned: bool = True, texts: Sequence[str] = ()) -> ColumnElement[bool]:
+        types: dict[str, Any] = {"seq": BigInteger, "fence": Integer, "node_id": BigInteger}
         columns = [bindparam(f"hold_{name}", type_=ARRAY(kind)) for name, kind in types.items()]
-        holds = func.unnest(*columns).table_valued(*types, name="holds").render_derived()
+        columns += [bindparam(name, type_=ARRAY(TEXT())) for name in texts]
+        holds = func.unnest(*columns).table_valued(*types, *texts).render_derived(name="holds")
         return and_(*(table.c[name] == holds.c[name] for name in types if owned or name != "node_id"))
 
-    def for_holds(
-        self, connection: Connection, statement: Executable, holds: Sequence[Hold], values: dict[str, Any]
-    ) -> int:
-        columns = zip(*sorted(holds), strict=True)  # who locks several rows does so in one order
-        arrays = {f"hold_{name}": list(column) for name, column in zip(Hold._fields, columns, strict=True)}
-        return connection.execute(statement, {**arrays, **values}).rowcount
+    def brought(self, name: str) -> ColumnElement[str]:
+        return literal_column(f"holds.{name}", TEXT)
+
+    def of_holds(self, holds: Mapping[Hold, Mapping[str, str | None]], values: dict[str, Any]) -> Any:
+        ordered = sorted(holds)  # who locks several rows does so in one order
+        columns = zip(Hold._fields, zip(*ordered, strict=True), strict=True)
+        arrays = {f"hold_{name}": list(column) for name, column in columns}
+        arrays |= {name: [holds[hold][name] for hold in ordered] for name in holds[ordered[0]]}
+        return arrays | values
 
     def publishing(self, insert: Any, queue: BindParameter[str] | None) -> Executable:
         inserted = insert.returning(insert.table.c.seq).cte("inserted")
@@ -130,6 +157,24 @@ class PostgreSQL(Dialect):
 
     def wakeup(self, connect: Callable[[], Any], node_id: int | None) -> Wakeup:
         return Listener(connect, [CHANNEL] if node_id is None else [CHANNEL, f"{CHANNEL}_{node_id}"])
+
+    def tell(self, connection: Connection, statement: Any, values: Any, ended: bool, fixed: bool) -> int:
+        telling = (_told if fixed else _telling)(statement, ended)
+        return int(connection.execute(telling, values).scalar_one())
+
+    def entering(self, ready: Select[Any]) -> Executable:
+        found = ready.cte("ready")
+        name = func.unnest(bindparam("names", type_=ARRAY(TEXT))).table_valued("name", name="entering").c.name
+        listener: Any = bindparam("listener", type_=BigInteger)
+        is_there = exists().where(waits.c.job == name, waits.c.listener == listener)
+        new = select(name, listener, now()).where(~is_there, name.not_in(select(found.c.id)))
+        entered = insert(waits).from_select(["job", "listener", "entered_at"], new).returning(waits.c.seq)
+        return select(found).add_cte(entered.cte("entered"))
+
+    def hearing(self, connect: Callable[[], Any], listener: int) -> Wakeup:
+        heard = Listener(connect, [f"{RESULTS_CHANNEL}{listener}"])
+        heard.listen()
+        return heard
 
     def incarnation(self, connection: Connection) -> object:
         return connection.execute(select(func.pg_postmaster_start_time())).scalar()
@@ -177,7 +222,8 @@ class Listener(Wakeup):
         self._connection: Any = None
         self._next_attempt = 0.0
 
-    def _listen(self) -> bool:
+    def listen(self) -> bool:
+        """Hear all that is called from now on; false while the database is away."""
         self._next_attempt = monotonic() + RECONNECT
         try:
             connection = self._connect()
@@ -191,9 +237,11 @@ class Listener(Wakeup):
         return True
 
     def wait(self, timeout: float) -> bool:
-        if self._connection is None and monotonic() >= self._next_attempt and self._listen():
-            self.called_all = True
-            return True  # what was called before we listened was not heard
+        if self._connection is None:
+            if monotonic() >= self._next_attempt and self.listen():
+                self.called_all = True
+                return True  # what was called before we listened was not heard
+            timeout = min(timeout, self._next_attempt - monotonic())
         return super().wait(timeout)
 
     def called(self) -> bool:
@@ -203,6 +251,8 @@ class Listener(Wakeup):
             while (call := self._connection.pgconn.notifies()) is not None:
                 heard = True
                 self.called_all = self.called_all or call.relname == CHANNEL.encode()
+                if call.extra:
+                    self.named.append(call.extra.decode())
         except Exception:
             self._forget()
             heard = self.called_all = True

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import selectors
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from sqlalchemy import URL, Connection, Executable, Table
+from sqlalchemy import URL, Connection, Executable, Table, Text, bindparam
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
 
@@ -28,12 +28,12 @@ except ImportError:  # pragma: no cover (Windows: SQLite's own waiting must do)
 
 try:
     import inotify_simple
-except ImportError:  # pragma: no cover (not Linux: the file is looked at every `LOOK` seconds)
+except ImportError:  # pragma: no cover (not Linux: a file is looked at every `LOOK` seconds)
     inotify_simple = None
 
 #: Seconds for which SQLite itself waits for a lock, where the lock file did not keep others away.
 BUSY = 60.0
-#: Seconds between two looks at the lock file where the system does not tell of its change.
+#: Seconds between two looks at a file where the system does not tell of its change.
 LOOK = 0.01
 
 
@@ -57,6 +57,10 @@ class SQLite(Dialect):
         self._depth = 0
         self._descriptor: int | None = None
         self._rings = False
+        #: A byte written to it is a call to all who wait for results.
+        self.results_path = self.path.with_name(self.path.name + "-results")
+        self._results: int | None = None
+        self._tells = False
 
     def connect_args(self, timeout: float, on_disk: bool) -> dict[str, Any]:
         return {"timeout": BUSY, "check_same_thread": False}
@@ -105,18 +109,30 @@ class SQLite(Dialect):
                         self._rings = False
                         with suppress(OSError):  # what was written is written; the others look by themselves
                             os.pwrite(self._descriptor, b"\0", 0)
+                    if self._tells:
+                        self._tells = False
+                        with suppress(OSError, Unavailable):
+                            os.pwrite(self._results_file(), b"\0", 0)
 
     def _lock_file(self) -> int:
         if self._descriptor is None:
-            self.check_usable()
-            try:
-                self._descriptor = os.open(self.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            except OSError as error:
-                raise Unavailable(
-                    f"the lock file {str(self.lock_path)!r} cannot be opened: {error.strerror};"
-                    " the folder of the SQLite file must be writable"
-                ) from error
+            self._descriptor = self._open(self.lock_path)
         return self._descriptor
+
+    def _results_file(self) -> int:
+        if self._results is None:
+            self._results = self._open(self.results_path)
+        return self._results
+
+    def _open(self, path: Path) -> int:
+        self.check_usable()
+        try:
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise Unavailable(
+                f"the file {str(path)!r} cannot be opened: {error.strerror};"
+                " the folder of the SQLite file must be writable"
+            ) from error
 
     def explain(self, error: Exception) -> Exception:
         said = in_words(error)
@@ -140,13 +156,15 @@ class SQLite(Dialect):
     def picked(self, select: Select[Any], table: Table) -> ColumnElement[bool]:
         return table.c.seq.in_(select.scalar_subquery())
 
-    def held(self, table: Table, owned: bool = True) -> ColumnElement[bool]:
+    def held(self, table: Table, owned: bool = True, texts: Sequence[str] = ()) -> ColumnElement[bool]:
         return held_as(table, owned)
 
-    def for_holds(
-        self, connection: Connection, statement: Executable, holds: Sequence[Hold], values: dict[str, Any]
-    ) -> int:
-        return connection.execute(statement, [of_hold(hold) | values for hold in holds]).rowcount
+    def brought(self, name: str) -> ColumnElement[str]:
+        text: BindParameter[str] = bindparam(name, type_=Text())
+        return text
+
+    def of_holds(self, holds: Mapping[Hold, Mapping[str, str | None]], values: dict[str, Any]) -> Any:
+        return [{**of_hold(hold), **texts, **values} for hold, texts in holds.items()]
 
     def publishing(self, insert: Any, queue: BindParameter[str] | None) -> Executable:
         return insert  # type: ignore[no-any-return]
@@ -164,6 +182,16 @@ class SQLite(Dialect):
         self._lock_file()
         return Bell(self.lock_path)
 
+    def tell(self, connection: Connection, statement: Any, values: Any, ended: bool, fixed: bool) -> int:
+        changed = connection.execute(statement, values).rowcount
+        self._tells = self._tells or changed > 0
+        return changed
+
+    def hearing(self, connect: Callable[[], Any], listener: int) -> Wakeup:
+        with self._lock:
+            self._results_file()
+        return Bell(self.results_path)
+
     def migrating(self, connection: Connection) -> AbstractContextManager[None]:
         return self.writing()
 
@@ -172,10 +200,13 @@ class SQLite(Dialect):
             if self._descriptor is not None and not self._depth:
                 os.close(self._descriptor)
                 self._descriptor = None
+                if self._results is not None:
+                    os.close(self._results)
+                    self._results = None
 
 
 class Bell(Wakeup):
-    """Hears that a byte was written to the lock file."""
+    """Hears that a byte was written to a file."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

@@ -73,6 +73,7 @@ def upgrade() -> None:
     untold = partial("state IN ('dead', 'cancelled', 'discarded') AND status IS NULL")
     op.create_index("kathikon_jobs_untold", "kathikon_jobs", ["ended_at"], **untold)
     op.create_index("kathikon_jobs_root", "kathikon_jobs", ["root_id"], **partial("root_id IS NOT NULL"))
+    op.create_index("kathikon_jobs_group", "kathikon_jobs", ["group_id"], **partial("group_id IS NOT NULL"))
     expiring = partial("expires_at IS NOT NULL AND state IN ('scheduled', 'retryable', 'available')")
     op.create_index("kathikon_jobs_expiring", "kathikon_jobs", ["expires_at"], **expiring)
 
@@ -133,6 +134,14 @@ def upgrade() -> None:
         sqlite_autoincrement=True,
     )
     op.create_table(
+        "kathikon_waits",
+        sa.Column("seq", Serial, primary_key=True),
+        sa.Column("job", Name, nullable=False),
+        sa.Column("listener", sa.BigInteger, nullable=False),
+        sa.Column("entered_at", Instant, nullable=False),
+    )
+    op.create_index("kathikon_waits_job", "kathikon_waits", ["job"])
+    op.create_table(
         "kathikon_groups",
         sa.Column("id", Name, primary_key=True),
         sa.Column("result", Long, nullable=False),
@@ -166,5 +175,8 @@ def upgrade() -> None:
             "kathikon_jobs": "fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 10000",
             "kathikon_messages": "autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000",
             "kathikon_nodes": "fillfactor = 50",
+            "kathikon_waits": "autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000",
         }.items():
             op.execute(f"ALTER TABLE {table} SET ({options})")
+        # Who waits outlives no crash of the server, and enters what he waits for anew.
+        op.execute("ALTER TABLE kathikon_waits SET UNLOGGED")

@@ -1,0 +1,124 @@
+"""Waiting for results: who waits for what, the call to him as a job ends, and the look at many results at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import BigInteger, Connection, Integer, and_, bindparam, delete, not_, or_, select
+
+from kathikon_celery.job import TERMINAL, Job, State
+from kathikon_celery.storage import reading
+from kathikon_celery.storage.clock import now, seconds
+from kathikon_celery.storage.dialects import Dialect
+from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.tables import jobs, state_in, waits
+
+#: Ids of one query.
+CHUNK = 1000
+#: Seconds after which a wait may be forgotten; whoever waits for longer finds the result when he looks by himself.
+LONGEST = 3600.0
+#: Celery's words for what is ready.
+READY_WORDS = frozenset({"SUCCESS", "FAILURE", "REVOKED"})
+
+#: What is to be known of a result; the message that led to it may be large.
+_COLUMNS = [jobs.c[name] for name in ("id", "state", "status", "result", "traceback", "meta", "reason", "ended_at")]
+_UNTOLD = and_(jobs.c.status.is_(None), state_in(TERMINAL))
+_CORRUPT = not_(state_in(State))
+_READY = or_(jobs.c.status.in_(sorted(READY_WORDS)), _UNTOLD, _CORRUPT)
+_ALL = select(*_COLUMNS).where(jobs.c.id.in_(bindparam("keys", expanding=True)))
+_READY_ONES = _ALL.where(_READY)
+#: The same of one: a list has to be compiled anew each time.
+_ONE = select(*_COLUMNS).where(jobs.c.id == bindparam("keys"))
+_READY_ONE = _ONE.where(_READY)
+_OLD = delete(waits).where(waits.c.entered_at < now(seconds("minus_age")))
+
+
+def is_ready(job: Job) -> bool:
+    """Whether its result is there."""
+    return job.status in READY_WORDS or (job.status is None and job.state in TERMINAL)
+
+
+def tell(
+    database: Database,
+    connection: Connection,
+    statement: Any,
+    values: Any,
+    ended: bool = True,
+    fixed: bool = True,
+) -> int:
+    """Run *statement*, which ends jobs or has news of them, and wake who waits for them; the number of them."""
+    return database.dialect.tell(connection, statement, values, ended, fixed)
+
+
+def look(database: Database, keys: Sequence[str], ready: bool = True) -> list[Job]:
+    """The jobs of these keys that are *ready*, or all of them; each has its key as its id."""
+    found: list[Job] = []
+    with database.read() as connection:
+        for chunk in _chunks(keys):
+            if len(chunk) == 1:
+                found += _outcomes(connection, _READY_ONE if ready else _ONE, {"keys": chunk[0]}, chunk, ready)
+            else:
+                found += _outcomes(connection, _READY_ONES if ready else _ALL, {"keys": chunk}, chunk, ready)
+    return found
+
+
+@lru_cache(maxsize=8)
+def _entering(dialect: Dialect, one: bool) -> Any:
+    return dialect.entering(_READY_ONE if one else _READY_ONES)
+
+
+def enter(database: Database, keys: Sequence[str], listener: int) -> list[Job]:
+    """Have *listener* called as soon as one of the jobs ends; those that are ready now, as `look` returns them."""
+    if not database.dialect.enters_waits:
+        return look(database, keys)
+    found: list[Job] = []
+    with database.once() as connection:
+        for chunk in _chunks(keys):
+            one = len(chunk) == 1
+            values = {"keys": chunk[0] if one else chunk, "names": chunk, "listener": listener}
+            found += _outcomes(connection, _entering(database.dialect, one), values, chunk, True)
+    return found
+
+
+def _chunks(keys: Sequence[str]) -> Iterator[list[str]]:
+    for start in range(0, len(keys), CHUNK):
+        yield list(keys[start : start + CHUNK])
+
+
+def _outcomes(
+    connection: Connection, query: Any, values: dict[str, Any], keys: Sequence[str], ready: bool
+) -> list[Job]:
+    try:
+        return [Job(**{**row._mapping, "state": State(row.state)}) for row in connection.execute(query, values)]
+    except (ValueError, TypeError, AttributeError):  # a corrupt row is among them
+        found = [replace(job, id=name) for name in keys if (job := reading.fetch(connection, name)) is not None]
+        return [job for job in found if not ready or is_ready(job)]
+
+
+@lru_cache(maxsize=8)
+def _leave(dialect: Dialect) -> Any:
+    own: Any = waits.c.listener == bindparam("listener", type_=BigInteger())
+    mine = select(waits.c.seq).where(waits.c.job.in_(bindparam("keys", expanding=True)), own)
+    # What somebody else deletes just now may be left to him: nobody waits here.
+    return delete(waits).where(dialect.picked(mine.limit(bindparam("at_most", type_=Integer())), waits))
+
+
+def leave(database: Database, keys: Sequence[str], listener: int) -> None:
+    """Undo `enter`."""
+    if not database.dialect.enters_waits:
+        return
+    with database.once() as connection:
+        for chunk in _chunks(keys):
+            values = {"keys": chunk, "listener": listener, "at_most": CHUNK}
+            connection.execute(_leave(database.dialect), values)
+
+
+def prune(database: Database, age: float = LONGEST) -> int:
+    """Delete the waits that are older than *age* seconds; the number of them."""
+    if not database.dialect.enters_waits:
+        return 0
+    with database.once() as connection:
+        return connection.execute(_OLD, {"minus_age": -age}).rowcount

@@ -1,0 +1,382 @@
+"""Waiting for results: all threads of a process that wait share one listening connection to a database, and no thread.
+
+One of the threads that wait listens and looks for all of them; when it has what it waits for, it hands that over to
+another one. A look asks for all that may be ready in one query.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
+from math import inf
+from random import getrandbits
+from time import monotonic
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from kathikon_celery.job import Job
+from kathikon_celery.storage import waits
+from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.errors import in_words, is_lost
+from kathikon_celery.storage.names import key
+from kathikon_celery.storage.wake import ENDED, Wakeup
+
+logger = logging.getLogger(__name__)
+
+#: Seconds until a second look for what was entered while it ended, and nobody was called.
+SECOND_LOOK = 0.02
+#: Seconds that a call is left unanswered for each of the results that its hearer still waits for, and the longest such.
+LINGER, LONGEST_LINGER = 0.0005, 0.1
+#: Results up to which no call is left unanswered.
+FEW = 4
+#: Longest time, in seconds, that a call is left unanswered after calls that were none for its hearer.
+VAIN = 0.008
+#: How many times as long as a look took nobody looks without having been called.
+REST = 20
+#: Seconds between two attempts to reach a database that is away.
+PAUSE = 0.2
+#: Seconds without the database after which whoever waits gives up with its error.
+GIVE_UP = 30.0
+#: Seconds after which a thread that waits sees for itself whether anybody listens.
+CHECK = 1.0
+
+
+class Wait:
+    """One caller's wait for the results of some jobs. A context manager; used by one thread at a time.
+
+    Arguments:
+        database: where they are stored.
+        ids: of the jobs.
+        interval: seconds after which it is looked for results of which no call was heard.
+        news: whether unfinished jobs are of interest as well, as often as they have changed.
+    """
+
+    def __init__(self, database: Database, ids: Iterable[str], interval: float, news: bool = False) -> None:
+        self.database = database
+        self.interval = interval
+        self.news = news
+        #: By their keys, the ids of the jobs that are not ready.
+        self.open = {key(job_id): job_id for job_id in ids}
+        self._keys = list(self.open)
+        self._desk: Desk | None = None
+        self._seen: dict[str, tuple[Any, ...]] = {}
+        self._arrived: list[Job] = []
+        self._event = threading.Event()
+        self._sleeps = False
+        self._is_known = False  # somebody has looked
+        self._looked = 0.0
+        self._vain = 0
+        self._all_due = 0.0
+        self._named: set[str] = set()
+        self._named_due = inf
+
+    def __enter__(self) -> Wait:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait no longer."""
+        desk, self._desk = self._desk, None
+        if desk is not None and desk is _desks.get(self.database):
+            desk.leave(self)
+
+    def take(self, timeout: float) -> list[Job]:
+        """The results that have come since the last call, as soon as there are some; none after *timeout* seconds.
+
+        Raises the database's error where nobody could look in that time, and when it has been away for `GIVE_UP`.
+        """
+        until = monotonic() + timeout
+        desk = self._join()
+        if not self._is_known:
+            desk.look([self])
+        while True:
+            with desk.lock:
+                arrived, self._arrived = self._arrived, []
+            if arrived or not self.open:
+                return arrived
+            if monotonic() >= until:
+                if desk.loss and not self._is_known:
+                    raise self.database.explain(desk.loss)
+                return []
+            desk.wait(self, until)
+            desk = self._join()
+
+    def _join(self) -> Desk:
+        """Enter at the desk of this process; that is another one after a fork."""
+        desk = _desk_of(self.database)
+        if desk is not self._desk:
+            self._desk, self._is_known, self._all_due = desk, False, 0.0
+            desk.join(self)
+        return desk
+
+    @property
+    def due(self) -> float:
+        """Monotonic time of the next look."""
+        return min(self._all_due, self._named_due)
+
+    def called(self, name: str | None = None) -> None:
+        """The job of that key may be ready, or any."""
+        now = monotonic()
+        patience = min(LINGER * len(self.open), LONGEST_LINGER) if len(self.open) > FEW else 0.0
+        if self._vain:
+            patience = max(patience, min(FEW * LINGER / 8 * 2**self._vain, VAIN))
+        if name is None:
+            self._all_due = min(self._all_due, max(now, self._looked + patience))
+            return
+        self._named.add(name)
+        if len(self._named) >= len(self.open):
+            patience = 0.0
+        self._named_due = min(self._named_due, max(now, self._looked + patience))
+
+    def lost(self) -> None:
+        """A look has failed."""
+        self._all_due = 0.0
+
+    def wanted(self, now: float) -> list[str]:
+        """The keys that are worth a look."""
+        return list(self.open) if self._all_due <= now else [name for name in self._named if name in self.open]
+
+    def looked(self, now: float, took: float) -> None:
+        """What was `wanted` has been looked for, and delivered."""
+        self._vain = 0 if self._arrived or not self._is_known else self._vain + 1
+        if self._all_due <= now:
+            self._all_due = now + max(self.interval, took * REST)
+            if not self._is_known and self.database.dialect.enters_waits:
+                self._all_due = min(self._all_due, now + took + SECOND_LOOK)
+        self._named, self._named_due = set(), inf
+        self._looked, self._is_known = now, True
+
+    def deliver(self, name: str, job: Job) -> bool:
+        """Take what was found of the job of that key; whether it is ready."""
+        job = replace(job, id=self.open[name])
+        is_ready = waits.is_ready(job)
+        if is_ready:
+            del self.open[name]
+            self._seen.pop(name, None)
+        elif self.news:
+            seen = (job.state, job.status, job.result, job.meta)
+            if self._seen.get(name) == seen:
+                return False
+            self._seen[name] = seen
+        self._arrived.append(job)
+        self._event.set()
+        return is_ready
+
+
+class Desk:
+    """Where those of this process who wait for results of one database are known."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        #: The error of the last look, if the database was away then.
+        self.loss: Exception | None = None
+        self._lost_since = 0.0
+        self._number = getrandbits(62)
+        self.lock = threading.RLock()
+        self._waits: dict[Wait, None] = {}
+        self._by_key: dict[str, list[Wait]] = {}
+        self._entered: set[str] = set()
+        self._ended: set[str] = set()  # who ended them has removed what was entered, and called
+        self._leader: Wait | None = None
+        self._wakeup: Wakeup | None = None
+        self._next_look = 0.0
+        database.on_close.append(self.close)
+
+    def join(self, wait: Wait) -> None:
+        """*wait* waits from now on."""
+        with self.lock:
+            if self._wakeup is None:
+                self._wakeup = self.database.hearing(self._number)
+            if not self._waits:
+                self.loss = None
+            self._waits[wait] = None
+            for name in wait.open:
+                self._by_key.setdefault(name, []).append(wait)
+
+    def leave(self, wait: Wait) -> None:
+        """*wait* waits no longer."""
+        with self.lock:
+            self._waits.pop(wait, None)
+            for name in wait.open:
+                self._forget(name, wait)
+            left = [name for name in wait._keys if name in self._entered and name not in self._by_key]
+            self._entered.difference_update(left)
+            self._ended.difference_update(wait._keys)
+        if left:
+            with suppress(Exception):  # the database is away: the pruner will do it
+                waits.leave(self.database, left, self._number)
+
+    def _forget(self, name: str, wait: Wait) -> None:
+        waiting = self._by_key.get(name, [])
+        if wait in waiting:
+            waiting.remove(wait)
+        if not waiting:
+            self._by_key.pop(name, None)
+
+    def wait(self, wait: Wait, until: float) -> None:
+        """Sleep until something has come for *wait*, or it is time; listen for the others meanwhile, if nobody does."""
+        try:
+            while not wait._arrived and (left := until - monotonic()) > 0:
+                with self.lock:
+                    if wait._arrived:
+                        return
+                    wait._event.clear()
+                    leads = self._leader in (None, wait)
+                    if leads:
+                        self._leader = wait
+                    else:
+                        wait._sleeps = True
+                        if wait.due < self._next_look and self._wakeup is not None:
+                            self._wakeup.notify()
+                if leads:
+                    self._lead(wait, until)
+                    return
+                wait._event.wait(min(left, CHECK))
+                wait._sleeps = False
+        finally:
+            with self.lock:
+                wait._sleeps = False
+                if self._leader is wait:
+                    self._leader = next((one for one in self._waits if one._sleeps), None)
+                    if self._leader is not None:
+                        self._leader._event.set()
+
+    def _lead(self, wait: Wait, until: float) -> None:
+        """Listen and look for everybody, until something has come for *wait*, or it is time."""
+        assert self._wakeup is not None
+        while not wait._arrived:
+            now = monotonic()
+            with self.lock:
+                due = [one for one in self._waits if one.due <= now]
+                self._next_look = min((one.due for one in self._waits), default=until)
+            if due and not self.loss:
+                self.look(due)
+                continue
+            if now >= until:
+                return
+            pause = PAUSE if self.loss else self._next_look - now
+            if self._wakeup.wait(min(pause, until - now)):
+                self._hear(self._wakeup)
+            if self.loss:
+                self.look(list(self._waits))
+
+    def _hear(self, wakeup: Wakeup) -> None:
+        named, wakeup.named = wakeup.named, []
+        with self.lock:
+            if wakeup.called_all:  # or it has begun to listen only now: the table may have forgotten us
+                self._entered.clear()
+                for wait in self._waits:
+                    wait.called()
+            for call in named:
+                name, is_end = call[1:], call[0] == ENDED
+                if is_end:
+                    self._entered.discard(name)
+                    if name in self._by_key:
+                        self._ended.add(name)
+                for wait in self._by_key.get(name, ()):
+                    if is_end or wait.news:
+                        wait.called(name)
+
+    def look(self, these: list[Wait]) -> None:
+        """See what has become of that for which *these* wait. A database that is away is borne with for a while."""
+        now = monotonic()
+        with self.lock:
+            wanted = {name: None for wait in these for name in wait.wanted(now)}
+            unknown = [name for name in wanted if name not in self._entered and name not in self._ended]
+            known = [name for name in wanted if name in self._entered or name in self._ended]
+            news = [name for name in wanted if any(wait.news for wait in self._by_key.get(name, ()))]
+            self._entered.update(unknown)
+            self._ended.difference_update(known)
+        try:
+            found = waits.enter(self.database, unknown, self._number) if unknown else []
+            there = [job.id for job in found]  # there was nothing to enter for them
+            found += waits.look(self.database, known) if known else []
+            found += waits.look(self.database, news, ready=False) if news else []
+        except BaseException as error:
+            with self.lock:
+                self._entered.difference_update(unknown)
+                for wait in these:
+                    wait.lost()
+            if not isinstance(error, Exception):
+                raise
+            self._bear(error)
+            return
+        if self.loss:
+            logger.warning("Kathikon: the database %r is back", self.database)
+            self.loss = None
+        with self.lock:
+            self._entered.difference_update(there)
+            for job in found:
+                name = job.id
+                for wait in list(self._by_key.get(name, ())):
+                    if name in wait.open and wait.deliver(name, job):
+                        self._forget(name, wait)
+            for wait in these:
+                wait.looked(now, monotonic() - now)
+
+    def _bear(self, error: Exception) -> None:
+        if not is_lost(error):
+            raise self.database.dialect.explain(error) from error
+        now = monotonic()
+        if self.loss is None:
+            self._lost_since = now
+            logger.warning("Kathikon: the database is away, results are waited for: %s", in_words(error))
+        self.loss = error
+        if now - self._lost_since > GIVE_UP:
+            raise self.database.explain(error) from error
+
+    def close(self) -> None:
+        """Listen no longer, unless somebody waits."""
+        with self.lock:
+            if self._waits:
+                return
+            wakeup, self._wakeup = self._wakeup, None
+            if _desks.get(self.database) is self:
+                del _desks[self.database]
+        if self.close in self.database.on_close:
+            self.database.on_close.remove(self.close)
+        if wakeup is not None:
+            wakeup.close()
+
+
+_desks: WeakKeyDictionary[Database, Desk] = WeakKeyDictionary()
+_desks_lock = threading.Lock()
+#: The desks of the process that this one was forked from: their connections are not ours to close.
+_parents: list[Desk] = []
+
+
+def _desk_of(database: Database) -> Desk:
+    desk = _desks.get(database)
+    if desk is None:
+        with _desks_lock:
+            desk = _desks.get(database)
+            if desk is None:
+                desk = _desks[database] = Desk(database)
+    return desk
+
+
+def _after_fork_in_child() -> None:
+    global _desks, _desks_lock
+    _parents.extend(_desks.values())
+    for desk in _parents:
+        desk.database.on_close = [one for one in desk.database.on_close if one != desk.close]
+    _desks, _desks_lock = WeakKeyDictionary(), threading.Lock()
+
+
+def close_all() -> None:
+    """Listen no longer as this process ends."""
+    for desk in list(_desks.values()):
+        desk._waits.clear()
+        desk.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+atexit.register(close_all)

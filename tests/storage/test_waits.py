@@ -1,0 +1,168 @@
+"""Waits for results: entered where the database calls by name, called by whoever ends the job, left and pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any, NoReturn
+
+import pytest
+from sqlalchemy import select
+
+from kathikon_celery.job import State
+from kathikon_celery.storage import Storage, results, tables, waits
+from kathikon_celery.storage.wake import Wakeup
+from tests.storage.actors import Worker, new_job
+
+LISTENER = 4711
+
+
+@pytest.fixture
+def hearing(storage: Storage) -> Iterator[Wakeup]:
+    """What a process waits on for results."""
+    with closing(storage.database.hearing(LISTENER)) as wakeup:
+        yield wakeup
+
+
+def entered(storage: Storage) -> list[tuple[str, int]]:
+    with storage.database.read() as connection:
+        return [tuple(row) for row in connection.execute(select(tables.waits.c.job, tables.waits.c.listener))]
+
+
+def heard(wakeup: Wakeup, timeout: float = 10.0) -> tuple[bool, list[str]]:
+    called = wakeup.wait(timeout)
+    names, wakeup.named = wakeup.named, []
+    return called, names
+
+
+def ended(storage: Storage, worker: Worker, how: str) -> None:
+    """End the job ``job``, as whoever may write a result does."""
+    storage.insert(new_job())
+    written = {"status": "SUCCESS", "result": "1", "traceback": None, "meta": None}
+    if how == "run":
+        assert worker.store(worker.claim_one())
+    elif how == "alone":
+        worker.claim_one()
+        results.store_alone(storage.database, "job", State.DEAD, **written | {"status": "FAILURE"})
+    else:
+        assert worker.end(worker.claim_one(), State.DEAD)
+        with storage.database.write() as connection:
+            assert results.tell(storage.database, connection, "job", **written | {"status": "FAILURE"})
+
+
+@pytest.mark.parametrize("how", ["run", "alone", "told"])
+def test_whoever_waits_is_called(storage: Storage, worker: Worker, hearing: Wakeup, how: str) -> None:
+    by_name = storage.database.dialect.enters_waits
+    assert waits.enter(storage.database, ["job", "other"], LISTENER) == []
+    assert sorted(entered(storage)) == ([("job", LISTENER), ("other", LISTENER)] if by_name else [])
+    ended(storage, worker, how)
+    assert heard(hearing) == (True, ["ejob"] if by_name else [])
+    assert entered(storage) == ([("other", LISTENER)] if by_name else [])
+    (job,) = waits.look(storage.database, ["job", "other"])
+    assert waits.is_ready(job)
+
+
+@pytest.mark.postgresql
+def test_nobody_is_called_for_what_others_wait_for(postgresql_storage: Storage) -> None:
+    storage, worker = postgresql_storage, Worker(postgresql_storage)
+    with closing(storage.database.hearing(1)) as one, closing(storage.database.hearing(2)) as two:
+        waits.enter(storage.database, ["job"], 2)
+        storage.insert(new_job("nobody's"))
+        assert worker.store(worker.claim_one())
+        storage.insert(new_job())
+        assert worker.store(worker.claim_one())
+        assert heard(two) == (True, ["ejob"])
+        assert heard(one, 0) == (False, [])
+
+
+def test_news_are_told_and_the_wait_goes_on(storage: Storage, worker: Worker, hearing: Wakeup) -> None:
+    by_name = storage.database.dialect.enters_waits
+    storage.insert(new_job())
+    job = worker.claim_one()
+    waits.enter(storage.database, ["job"], LISTENER)
+    assert worker.store(job, None, status="PROGRESS", result="{}")
+    assert heard(hearing) == (True, ["njob"] if by_name else [])
+    assert waits.look(storage.database, ["job"]) == []
+    (found,) = waits.look(storage.database, ["job"], ready=False)
+    assert (found.state, found.status, found.result) == (State.CLAIMED, "PROGRESS", "{}")
+    assert worker.store(job)
+    assert heard(hearing) == (True, ["ejob"] if by_name else [])
+
+
+def test_what_is_rolled_back_is_no_end(storage: Storage, worker: Worker) -> None:
+    storage.insert(new_job())
+    job = worker.claim_one()
+    before = waits.enter(storage.database, ["job"], LISTENER), entered(storage)
+    written: dict[str, Any] = {"status": "SUCCESS", "result": "1", "traceback": None, "meta": None}
+
+    def end_in_vain() -> NoReturn:
+        with storage.database.write() as connection:
+            assert results.end(storage.database, connection, job.hold, State.COMPLETED, reason=None, **written)
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        end_in_vain()
+    assert (waits.look(storage.database, ["job"]), entered(storage)) == before
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "is_ready"),
+    [
+        (State.AVAILABLE, None, False),
+        (State.RUNNING, "STARTED", False),
+        (State.RETRYABLE, "RETRY", False),
+        (State.WAITING_FOR_CHILDREN, None, False),
+        (State.COMPLETED, "PROGRESS", False),
+        (State.COMPLETED, None, True),
+        (State.CANCELLED, None, True),
+        (State.DISCARDED, "REVOKED", True),
+        (State.DEAD, "FAILURE", True),
+        (State.RUNNING, "FAILURE", True),
+    ],
+)
+def test_what_is_ready(storage: Storage, set_row: Any, state: State, status: str | None, is_ready: bool) -> None:
+    storage.insert(new_job())
+    set_row(state=state.value, status=status)
+    (job,) = waits.look(storage.database, ["job"], ready=False)
+    assert waits.is_ready(job) is is_ready
+    for keys in (["job"], ["job", "other"]):
+        assert len(waits.look(storage.database, keys)) == is_ready
+        assert len(waits.enter(storage.database, keys, LISTENER)) == is_ready
+
+
+def test_what_is_ready_is_not_entered(storage: Storage, worker: Worker) -> None:
+    storage.insert(new_job())
+    worker.store(worker.claim_one())
+    (job,) = waits.enter(storage.database, ["job"], LISTENER)
+    assert (job.id, job.result, job.body) == ("job", "1", "")
+    assert entered(storage) == []
+
+
+def test_entered_twice_is_entered_once(storage: Storage) -> None:
+    for _ in range(2):
+        waits.enter(storage.database, ["a", "b"], LISTENER)
+    assert len(entered(storage)) == (2 if storage.database.dialect.enters_waits else 0)
+
+
+def test_thousands(storage: Storage) -> None:
+    names = [f"job-{number}" for number in range(2 * waits.CHUNK + 1)]
+    storage.insert_many([new_job(name) for name in names])
+    assert waits.enter(storage.database, names, LISTENER) == []
+    assert len(waits.look(storage.database, names, ready=False)) == len(names)
+    waits.leave(storage.database, names, LISTENER)
+    assert entered(storage) == []
+
+
+def test_leaving_is_ones_own(storage: Storage) -> None:
+    waits.enter(storage.database, ["job"], 1)
+    waits.enter(storage.database, ["job"], 2)
+    waits.leave(storage.database, ["job", "unknown"], 1)
+    assert entered(storage) == ([("job", 2)] if storage.database.dialect.enters_waits else [])
+
+
+def test_stale_waits_are_pruned(storage: Storage) -> None:
+    waits.enter(storage.database, ["job"], LISTENER)
+    number = len(entered(storage))
+    assert waits.prune(storage.database) == 0
+    assert waits.prune(storage.database, -1.0) == number
+    assert entered(storage) == []

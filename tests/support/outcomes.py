@@ -1,0 +1,133 @@
+"""Tasks that end in every way that a result backend has to tell of: ``celery -A tests.support.outcomes worker``."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from threading import Lock
+from typing import Any, NoReturn
+
+from celery import Task, group, shared_task
+from celery.exceptions import Ignore
+from celery.result import AsyncResult, GroupResult, allow_join_result
+
+from tests.support.apps import add, app, wait_for_file
+
+__all__ = ["app", "wait_for_file"]
+
+
+class TwoWordsError(Exception):
+    """Pickle makes it anew with one argument, which fails."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} {two}")
+
+
+class LockedError(Exception):
+    """Holds what no serializer takes."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, Lock())
+
+
+@shared_task
+def raise_two_words() -> NoReturn:
+    raise TwoWordsError("one", "two")
+
+
+@shared_task
+def raise_locked() -> NoReturn:
+    raise LockedError("locked")
+
+
+@shared_task
+def raise_local() -> NoReturn:
+    """Raise what nobody can import."""
+
+    class LocalError(Exception):
+        pass
+
+    raise LocalError("from within")
+
+
+@shared_task
+def raise_only_here() -> NoReturn:
+    """Raise what the worker can import, and nobody else: there is a module of that name in its folder."""
+    raise import_module("only_here").OnlyHereError("from afar")
+
+
+@shared_task
+def return_nothing_storable() -> object:
+    return object()
+
+
+@shared_task
+def return_value(value: Any) -> Any:
+    return value
+
+
+@shared_task(bind=True)
+def say(self: Task, word: str, then: str = "return") -> str:
+    """Store the state *word* by itself, and then return, raise or ignore."""
+    self.update_state(state=word, meta={"exc_type": "KeyError", "exc_message": ["said"], "exc_module": "builtins"})
+    if then == "raise":
+        raise ValueError("raised")
+    if then == "ignore":
+        raise Ignore
+    return "returned"
+
+
+@shared_task(bind=True)
+def say_and_wait(self: Task, path: str, word: str) -> str:
+    """Store a state, and run until the file *path* appears."""
+    self.update_state(state=word, meta={"done": 1})
+    return wait_for_file.run(path)  # type: ignore[no-any-return]
+
+
+@shared_task(bind=True)
+def say_of_another(self: Task, task_id: str, word: str, meta: Any) -> None:
+    self.update_state(task_id=task_id, state=word, meta=meta)
+
+
+@shared_task(bind=True, max_retries=None)
+def retry_once_there_is(self: Task, path: str) -> int:
+    """Retry, an hour later."""
+    raise self.retry(countdown=3600, exc=KeyError("not yet"))
+
+
+@shared_task
+def spread(count: int) -> GroupResult:
+    """Leave the work to *count* others, and return their results."""
+    return group(spread_further.s(number) for number in range(count))()  # type: ignore[no-any-return]
+
+
+@shared_task
+def spread_further(number: int) -> AsyncResult:
+    return add.delay(number, 1)  # type: ignore[no-any-return]
+
+
+@shared_task
+def join_within(allow: str) -> int:
+    """Wait for another task, in one of the ways in which Celery allows it, or none."""
+    result = add.delay(1, 1)
+    if allow == "argument":
+        return result.get(timeout=30, disable_sync_subtasks=False)  # type: ignore[no-any-return]
+    if allow == "block":
+        with allow_join_result():
+            return result.get(timeout=30)  # type: ignore[no-any-return]
+    return result.get(timeout=30)  # type: ignore[no-any-return]
+
+
+@shared_task(ignore_result=True)
+def fail_quietly() -> NoReturn:
+    raise ValueError("nobody asked")
+
+
+@shared_task(ignore_result=True, store_errors_even_if_ignored=False)
+def fail_unheard() -> NoReturn:
+    raise ValueError("nobody may ask")
+
+
+@shared_task(track_started=True)
+def tracked(path: str) -> str:
+    """Say STARTED at once, and run until the file *path* appears."""
+    return wait_for_file.run(path)  # type: ignore[no-any-return]
