@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from celery import states
+from celery.exceptions import NotRegistered, Reject, TaskRevokedError, WorkerLostError
 from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import AsyncResult, ResultSet, result_from_tuple
 from kombu.utils.encoding import ensure_bytes
@@ -18,7 +19,7 @@ from kombu.utils.encoding import ensure_bytes
 from kathikon_celery.canvas import CanvasBackend
 from kathikon_celery.job import TERMINAL, Hold, Job, State, in_brief
 from kathikon_celery.settings import Settings, broker_database, mask
-from kathikon_celery.storage import Storage, prune, results, waits
+from kathikon_celery.storage import Storage, finish, prune, results, waits
 from kathikon_celery.storage.errors import is_lost
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.settle import End
@@ -174,9 +175,7 @@ class KathikonBackend(CanvasBackend):
         if job.status is None and word not in states.EXCEPTION_STATES:
             result = traceback = None  # an earlier run's
         if word in states.EXCEPTION_STATES and result is None:
-            kind = "TaskRevokedError" if word == states.REVOKED else "Exception"
-            module = "celery.exceptions" if word == states.REVOKED else "builtins"
-            result = {"exc_type": kind, "exc_message": [job.reason or job.state.value], "exc_module": module}
+            result = error_of(job)
         meta = {"status": word, "result": result, "traceback": traceback, "task_id": job.id, "children": []}
         if job.ended_at is not None:
             meta["date_done"] = job.ended_at.isoformat()
@@ -341,6 +340,21 @@ def _type_and_arguments(result: Any) -> tuple[str, tuple[Any, ...]]:
         message = result.get("exc_message")
         return result["exc_type"], tuple(message) if isinstance(message, (list, tuple)) else (message,)
     return "", ()
+
+
+def error_of(job: Job) -> Exception:
+    """The exception of a job that ended without a result of its own, whoever tells of it first."""
+    why = job.reason or job.state.value
+    kind: type[Exception] = Exception
+    if job.state is State.CANCELLED or why == "expired":
+        kind = TaskRevokedError
+    elif why.startswith("rejected"):
+        kind = Reject
+    elif why.startswith("NotRegistered("):
+        kind, why = NotRegistered, job.task
+    elif why in (finish.LOST_TOO_OFTEN, finish.LOST_AT_MOST_ONCE):
+        kind = WorkerLostError
+    return kind(why)
 
 
 def _reason(result: Any) -> str:

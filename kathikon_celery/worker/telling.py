@@ -10,9 +10,9 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from celery.app.task import Context
-from celery.exceptions import Reject, WorkerLostError
 from kombu.message import Message
 
+from kathikon_celery.backend import error_of
 from kathikon_celery.job import Job, State
 from kathikon_celery.storage import finish
 from kathikon_celery.transport.envelope import unfold
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LOST = (finish.LOST_TOO_OFTEN, finish.LOST_AT_MOST_ONCE)
-
-
 def tell(app: Celery, storage: Storage) -> None:
     """Tell of all that is untold. Of several workers that do so at once, one writes each end."""
     with storage.database.read() as connection:
@@ -34,10 +31,9 @@ def tell(app: Celery, storage: Storage) -> None:
     for job in untold:
         request, why = _request_of(job), job.reason or job.state.value
         if job.state is State.DEAD:
-            error = WorkerLostError(why) if why in _LOST else Exception(why)
-            app.backend.mark_as_failure(job.id, error, request=request)
+            app.backend.mark_as_failure(job.id, error_of(job), request=request)
         elif why.startswith("rejected"):
-            app.backend.mark_as_failure(job.id, Reject(why), request=request, call_errbacks=False)
+            app.backend.mark_as_failure(job.id, error_of(job), request=request, call_errbacks=False)
         else:
             app.backend.mark_as_revoked(job.id, why, request=request)
 
