@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+
 def tell(app: Celery, storage: Storage) -> None:
     """Tell of all that is untold. Of several workers that do so at once, one writes each end."""
     with storage.database.read() as connection:
