@@ -3,16 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check clean
+.PHONY: help demo bench test check clean
 
 help:
 	@echo "make demo    a real Celery worker runs a few thousand real jobs from an embedded SQL table"
+	@echo "make bench   measure the brokers that can be reached, half an hour; OPTIONS=--small to see that it runs"
 	@echo "make test    the test suite; brings its own PostgreSQL"
 	@echo "make check   ruff, mypy --strict, layer contracts"
 	@echo "make clean   remove the virtual environment and the caches"
 
 demo: $(VENV)/.installed
 	@$(BIN)/python -B examples/demo/run.py
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks $(OPTIONS)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup

@@ -85,7 +85,7 @@ def _fill(storage: Storage, number: int) -> None:
         ended = null() if state is State.AVAILABLE else jobs.c.inserted_at
         for start in range(0, number, ROWS):
             numbers = select(literal(start).label("i")).cte("numbers", recursive=True)
-            numbers = numbers.union_all(select(numbers.c.i + 1).where(numbers.c.i < start + ROWS - 1))
+            numbers = numbers.union_all(select(numbers.c.i + 1).where(numbers.c.i < min(start + ROWS, number) - 1))
             identity = literal(f"{state.value}-").concat(cast(numbers.c.i, String))
             rows = select(identity, literal(state.value), ended, *copied).join(numbers, true()).where(is_model)
             names = ["id", "state", "ended_at", *(column.name for column in copied)]

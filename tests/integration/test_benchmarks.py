@@ -1,0 +1,60 @@
+"""The benchmarks, run small: each figure is there. No time is asserted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def measure(url: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--small", *options],
+        cwd=ROOT, env=os.environ | {"BENCHMARKS_POSTGRESQL": url},
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+
+
+def table(printed: str) -> dict[str, list[str]]:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line[:1] == "|"]
+    return {name: figures for name, *figures in rows}
+
+
+@pytest.mark.timeout(300)
+def test_the_table_is_printed_and_the_plot_drawn(postgresql_url: str, tmp_path: Path) -> None:
+    only = ["enqueue", "drain with", "pickup, p50", "delay()"]
+    chosen = [option for name in only for option in ("--scenario", name)]
+    plot = tmp_path / "plot.svg"
+    done = measure(postgresql_url, "--system", "kathikon", "--plot", str(plot), *chosen)
+    assert done.returncode == 0, done.stderr
+    figures = table(done.stdout)
+    assert figures.pop("") == ["kathikon, SQLite", "kathikon, PostgreSQL"]
+    assert {name.split(",")[0] for name in figures if name != "---"} == {
+        "enqueue", "enqueue in bulk", "drain with a backlog", "pickup", "delay() + get()"
+    }  # fmt: skip
+    assert all(all(row) for row in figures.values()), done.stdout
+    assert plot.read_text().rstrip().endswith("</svg>")
+
+
+@pytest.mark.timeout(300)
+def test_what_postgresql_counts_is_printed(postgresql_url: str) -> None:
+    options = [
+        option for name in ("transactions, 4", "lock waits, 1 w", "calls, 1 w") for option in ("--scenario", name)
+    ]
+    done = measure(postgresql_url, "--system", "kathikon, P", *options)
+    figures = table(done.stdout)
+    assert float(figures["transactions, 4 workers, a job"][0]) > 0
+    assert float(figures["calls, 1 workers, per 1,000 jobs"][0]) > 0
+    assert "lock waits, 1 workers, per 1,000 jobs" in figures
+
+
+def test_what_cannot_be_reached_is_said() -> None:
+    done = measure("postgresql+psycopg://127.0.0.1:9/none", "--system", "kathikon, P")
+    assert done.returncode == 2
+    assert "not reachable, left out: kathikon, PostgreSQL" in done.stdout
+    assert "there is nothing to measure" in done.stderr
