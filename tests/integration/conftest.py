@@ -36,11 +36,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Show the end of the workers' logs below what failed."""
+    """Show the end of the workers' logs, and what their threads do, below what failed."""
     report: pytest.TestReport = yield  # type: ignore[assignment]
     if report.failed and isinstance(item, pytest.Function):
         for worker in _workers_of(item):
-            report.sections.append((f"log of {worker.name}", "\n".join(worker.log.splitlines()[-40:])))
+            report.sections.append((f"log of {worker.name}", worker.report()))
     return report  # type: ignore[return-value]
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,17 @@ class WorkerProcess:
     def signal(self, signum: int) -> None:
         """Send a signal to the main process and all of its pool, as SIGSTOP and SIGCONT to freeze and thaw them."""
         os.killpg(self.pid, signum)
+
+    def report(self, lines: int = 40) -> str:
+        """The end of the log, and for a worker that runs what its threads are doing: Celery tells on SIGUSR1."""
+        report = [*self.log.splitlines()[-lines:]]
+        if self.running:
+            start = len(self.log)
+            self.process.send_signal(signal.SIGUSR1)
+            with suppress(AssertionError):  # it may be frozen
+                wait_until(lambda: "LOCAL VARIABLES" in self.log[start:], 2.0)
+            report += ["what its threads do:", self.log[start:]]
+        return "\n".join(report)
 
     def kill9(self) -> None:
         """Kill the whole worker, its pool included, with SIGKILL."""
