@@ -51,7 +51,7 @@ class Delivery:
     item: Job | Message
     #: Key of the queue it came from.
     queue: str
-    #: Monotonic time of the claim.
+    #: Monotonic time of the claim's commit.
     claimed: float
     #: The message is acknowledged before the task runs.
     early: bool = False

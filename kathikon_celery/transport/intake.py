@@ -85,6 +85,8 @@ class Intake:
         self.presence = Presence.of(storage)
         #: How many jobs the worker's pool can run at once; `None` where there is no pool.
         self.slots: Callable[[], int] | None = None
+        #: Whether the pool runs as many jobs as it can, so that what is behind them waits for their end.
+        self.is_pool_full: Callable[[], bool] = lambda: True
         #: Whether jobs are claimed before a slot is free for them.
         self.claims_ahead = True
         #: Whether a task's message is acknowledged before it runs.
@@ -453,6 +455,7 @@ class Intake:
             for one in started:
                 one.running = True
             for subscription, delivery in claimed:
+                delivery.claimed = monotonic()  # a large payload's commit takes its time, in which nobody could run it
                 if self._subscriptions.get(delivery.queue) is subscription:
                     subscription.waiting.append(delivery)
                 else:
@@ -617,13 +620,15 @@ class Intake:
 
     def _return_stale(self) -> None:
         """Give back what was claimed ahead and waits for too long: the tasks have become slower."""
+        if self.slots is None or not self.is_pool_full():
+            return
         oldest = monotonic() - max(0.25, 5 * self.storage.settings.claim_horizon)
-        for subscription in self._subscriptions.values() if self.slots is not None else ():
+        for subscription in self._subscriptions.values():
             stale = [one for one in subscription.waiting if one.is_job and one.claimed < oldest]
             for delivery in stale:
                 subscription.waiting.remove(delivery)
                 self._reports.append((delivery, BACK))
-        for delivery in list(self._in_hand.values()) if self.slots is not None else ():
+        for delivery in list(self._in_hand.values()):
             is_stale = (
                 delivery.is_job and not delivery.early and delivery.accepted is None and delivery.claimed < oldest
             )

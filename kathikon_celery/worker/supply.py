@@ -55,6 +55,7 @@ class Supply(bootsteps.StartStopStep):
         intake.withdraw = withdraw
         intake.claims_ahead = not c.app.conf.worker_disable_prefetch
         intake.slots = lambda: _slots(c)
+        intake.is_pool_full = lambda: len(state.active_requests) >= _processes(c)
         promoter = getattr(c.controller, "kathikon_promoter", None)
         if promoter is not None:
             intake.on_call = promoter.nudge
@@ -102,11 +103,17 @@ class SentJobs(bootsteps.StartStopStep):
                 state.active_requests.add(request)
 
 
-def _slots(c: Any) -> int:
-    """How many jobs the consumer may have from us."""
+def _processes(c: Any) -> int:
+    """How many jobs the pool can run at once, when it has grown as far as it may."""
     autoscaler = getattr(c.controller, "autoscaler", None)
     # The autoscaler grows the pool for what was delivered and finds no process.
-    slots: int = autoscaler.max_concurrency if autoscaler is not None else c.pool.num_processes
+    processes: int = autoscaler.max_concurrency if autoscaler is not None else c.pool.num_processes
+    return processes
+
+
+def _slots(c: Any) -> int:
+    """How many jobs the consumer may have from us."""
+    slots = _processes(c)
     # What waits for its rate limit needs no slot yet. As with any broker, the prefetch count limits how much that is.
     limited = sum(len(bucket.contents) for bucket in list(c.task_buckets.values()) if bucket is not None)
     return max(slots, min(slots + limited, c.qos.value or UNLIMITED)) if limited else slots

@@ -1,0 +1,85 @@
+"""What the intake does when the database, or the consumer, takes its time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import monotonic
+
+import pytest
+from celery import Celery
+from sqlalchemy import Connection
+
+from kathikon_celery.job import State
+from kathikon_celery.transport import intake as module
+from kathikon_celery.transport.delivery import Delivery
+from kathikon_celery.transport.intake import Intake
+from tests.integration.conftest import Jobs
+from tests.support import apps
+from tests.support.waiting import wait_until
+
+
+class Clock:
+    """The clock of the intake; a test moves it on."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def __call__(self) -> float:
+        return monotonic() + self.ahead
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "monotonic", clock)
+    return clock
+
+
+@pytest.fixture
+def intake(client: Celery, jobs: Jobs) -> Iterator[Intake]:
+    """The intake of a worker that has one slot."""
+    intake = Intake(jobs.storage)
+    intake.slots = lambda: 1
+    yield intake
+    intake.stop()
+
+
+def test_a_claim_whose_commit_takes_long_is_handed_out(
+    client: Celery, jobs: Jobs, intake: Intake, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = jobs.storage.database
+    write = database.write
+
+    @contextmanager
+    def slow(durable: bool = False) -> Iterator[Connection]:
+        with write(durable) as connection:
+            yield connection
+        clock.ahead += 60
+
+    result = apps.add.delay(1, 1)
+    monkeypatch.setattr(database, "write", slow)
+    got: list[Delivery] = []
+    intake.subscribe("default", False, got.append, lambda: 1)
+    assert intake.wait(10)
+    assert intake.pump() == 1
+    assert jobs.of(result).attempts == 1
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "free"])
+def test_what_waits_for_long_is_given_back_when_the_pool_is_full(
+    client: Celery, jobs: Jobs, intake: Intake, clock: Clock, full: bool
+) -> None:
+    intake.is_pool_full = lambda: full
+    result = apps.add.delay(1, 1)
+    intake.subscribe("default", False, lambda delivery: None, lambda: 1)
+    assert intake.wait(10)  # and nobody pumps: the consumer is busy
+    claimed = jobs.of(result)
+    seen = intake.last_success
+    clock.ahead += 60
+    if full:
+        # Given back, and perhaps claimed anew.
+        wait_until(lambda: jobs.of(result).fence > claimed.fence)
+    else:
+        wait_until(lambda: intake.last_success > seen + 60)
+        assert (jobs.of(result).state, jobs.of(result).fence) == (State.CLAIMED, claimed.fence)
