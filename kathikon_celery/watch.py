@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that a node whose lock is free has for coming back.
 GRACE = 3.0
+#: Seconds between two looks for what dead nodes hold: a claim may be committed just after its node was removed.
+ORPHANS = 10.0
 
 
 class Watch:
@@ -32,7 +34,7 @@ class Watch:
     def __init__(self, storage: Storage, presence: Presence) -> None:
         self.storage = storage
         self.presence = presence
-        self._prune_at = monotonic()
+        self._prune_at = self._orphans_at = monotonic()
         #: Since when a node's lock is free, and the end of its lease then, both in monotonic time.
         self._unlocked: dict[int, tuple[float, float]] = {}
 
@@ -42,13 +44,15 @@ class Watch:
             others = nodes.others(connection, self.presence.id)
             suspects = [node for node in others if node.machine != machine()]
             free = {node.id for node in suspects if nodes.is_lock_free(self.storage.database, connection, node.id)}
-            orphans = nodes.orphans(connection)
+            orphans = nodes.orphans(connection) if monotonic() >= self._orphans_at else None
         for node in others:
             if why := self._is_dead(node, node.id in free):
                 self._rescue(node, why)
-        for node_id in orphans:
-            if node_id != self.presence.id:
-                nodes.remove(self.storage.database, node_id)
+        if orphans is not None:
+            self._orphans_at = monotonic() + ORPHANS
+            for node_id in orphans:
+                if node_id != self.presence.id:
+                    nodes.remove(self.storage.database, node_id)
         topology.delete_unused(self.storage.database)
 
     def try_to_look(self) -> None:

@@ -47,7 +47,7 @@ def promote(database: Database, limit: int = CHUNK) -> int:
 
 @lru_cache(maxsize=8)
 def _expire(dialect: Dialect) -> Any:
-    expired = select(jobs.c.seq).where(EXPIRING, jobs.c.expires_at <= now()).limit(CHUNK)
+    expired = select(jobs.c.seq).where(EXPIRING, jobs.c.expires_at <= now()).order_by(jobs.c.expires_at).limit(CHUNK)
     return (
         update(jobs)
         .where(dialect.picked(expired, jobs))
