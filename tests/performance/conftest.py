@@ -86,8 +86,9 @@ class Plan:
 class Plans:
     """Runs storage functions, and says how the database runs their statements."""
 
-    def __init__(self, storage: Storage, worker: Worker) -> None:
+    def __init__(self, storage: Storage, worker: Worker, is_analyzed: bool) -> None:
         self.storage = storage
+        self.is_analyzed = is_analyzed
         self.database = storage.database
         self.worker = worker
 
@@ -201,12 +202,18 @@ def _fill(storage: Storage) -> None:
 
 
 @pytest.fixture(
-    scope="module", params=["sqlite", "sqlite analyzed", pytest.param("postgresql", marks=pytest.mark.postgresql)]
+    scope="module",
+    params=[
+        "sqlite",
+        "sqlite analyzed",
+        pytest.param("postgresql", marks=pytest.mark.postgresql),
+        pytest.param("postgresql analyzed", marks=pytest.mark.postgresql),
+    ],
 )
 def plans(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plans]:
-    """Plans on the full table. Nobody analyzes a SQLite file, unless its owner does."""
+    """Plans on the full table. Nobody analyzes a SQLite file, unless its owner does; PostgreSQL does in a minute."""
     with ExitStack() as stack:
-        if request.param == "postgresql":
+        if request.param.startswith("postgresql"):
             url = stack.enter_context(new_database(request.getfixturevalue("postgresql_server_url")))
         else:
             url = f"sqlite:///{tmp_path_factory.mktemp('plans') / 'kathikon.db'}"
@@ -214,7 +221,8 @@ def plans(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         storage.setup()
         workers = [Worker(storage) for _ in range(NODES)]
         _fill(storage)
-        if request.param != "sqlite":
+        is_analyzed = request.param.endswith("analyzed")
+        if is_analyzed:
             with storage.database.once() as connection:
                 connection.execute(text("ANALYZE"))
-        yield Plans(storage, workers[0])
+        yield Plans(storage, workers[0], is_analyzed)

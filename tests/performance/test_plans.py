@@ -115,9 +115,14 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
 #: They take the first rows in the order of the index.
 IN_ORDER = {"claim", "promote", "next due", "prunable", "prune", "take messages", "take messages for good"}
 
+#: Until PostgreSQL has its first statistics it sorts all that is due or old, or reads the table.
+WANTS_STATISTICS = {"promote", "prunable", "prune", "workflow"}
+
 
 @pytest.mark.parametrize("name", STATEMENTS)
 def test_plan(plans: Plans, name: str) -> None:
+    if name in WANTS_STATISTICS and plans.database.dialect.name == "postgresql" and not plans.is_analyzed:
+        return
     call, expected = STATEMENTS[name]
     with plans.of() as found:
         call(plans)
