@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from threading import Event, Thread
 
@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection
 from benchmarks.run import Run, rate
 from benchmarks.systems import System
 from kathikon_celery.job import Job, State
-from kathikon_celery.storage import Storage, finish
+from kathikon_celery.storage import Storage, finish, prune
 from kathikon_celery.storage.nodes import register
 from kathikon_celery.storage.tables import jobs, nodes
 
@@ -40,24 +40,17 @@ def long_transaction(system: System, number: int, times: int = 20) -> float:
     """The same, while another session has held a transaction open since before those jobs."""
 
     def prepare(storage: Storage) -> None:
-        reader = storage.database.detached()
+        reader = held_open.enter_context(closing(storage.database.detached()))
         cursor = reader.cursor()
         cursor.execute("BEGIN")
         cursor.execute("SELECT count(*) FROM kathikon_jobs")
         cursor.fetchall()
         if storage.database.dialect.name == "postgresql":
             cursor.execute("SELECT pg_current_xact_id()")  # an old transaction that writes is what vacuum waits for
-        _open.append(reader)
         _pass_through(storage, times * number)
 
-    try:
+    with ExitStack() as held_open:
         return _beside(system, number, prepare)
-    finally:
-        while _open:
-            _open.pop().close()
-
-
-_open: list[object] = []  # connections that hold a transaction
 
 
 def _beside(system: System, number: int, prepare: Callable[[Storage], None]) -> float:
@@ -103,6 +96,7 @@ def _pass_through(storage: Storage, number: int) -> None:
             finish.started(storage.database, connection, holds)
         with storage.database.write() as connection:
             finish.completed(storage.database, connection, holds)
+        prune.prune(storage.database, {State.COMPLETED: 0.0}, CHUNK)
 
 
 @dataclass

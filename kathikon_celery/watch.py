@@ -44,15 +44,12 @@ class Watch:
             others = nodes.others(connection, self.presence.id)
             suspects = [node for node in others if node.machine != machine()]
             free = {node.id for node in suspects if nodes.is_lock_free(self.storage.database, connection, node.id)}
-            orphans = nodes.orphans(connection) if monotonic() >= self._orphans_at else None
         for node in others:
             if why := self._is_dead(node, node.id in free):
                 self._rescue(node, why)
-        if orphans is not None:
+        if monotonic() >= self._orphans_at:
+            self._remove_orphans()
             self._orphans_at = monotonic() + ORPHANS
-            for node_id in orphans:
-                if node_id != self.presence.id:
-                    nodes.remove(self.storage.database, node_id)
         topology.delete_unused(self.storage.database)
 
     def try_to_look(self) -> None:
@@ -82,6 +79,13 @@ class Watch:
         elif now - since >= GRACE and self.presence.unbroken >= GRACE:
             return "its connection is gone"
         return None
+
+    def _remove_orphans(self) -> None:
+        with self.storage.database.read() as connection:
+            orphans = nodes.orphans(connection)
+        for node_id in orphans:
+            if node_id != self.presence.id:
+                nodes.remove(self.storage.database, node_id)
 
     def _rescue(self, node: Node, why: str) -> None:
         self._unlocked.pop(node.id, None)

@@ -12,8 +12,7 @@ from celery import Celery, chain, chord, group
 from celery.canvas import StampingVisitor
 from celery.exceptions import ChordError
 from celery.result import AsyncResult, GroupResult, result_from_tuple
-from sqlalchemy import event, func, select
-from sqlalchemy.engine import Engine
+from sqlalchemy import func, select
 
 from kathikon_celery.job import TERMINAL, State
 from kathikon_celery.storage.tables import chord_parts
@@ -35,6 +34,7 @@ from tests.support.apps import (
     send,
     total,
 )  # fmt: skip
+from tests.support.statements import heard
 from tests.support.waiting import wait_until
 from tests.support.workers import WorkerProcess
 
@@ -180,17 +180,14 @@ def test_the_parts_are_looked_at_all_together(app: Celery, tmp_path: Path) -> No
     result = chord(parts, accumulate.s()).apply_async()
     statements = 0
 
-    def listener(*_: Any) -> None:
+    def hear(*_: Any) -> None:
         nonlocal statements
         statements += 1
         if statements == len(parts) + 10:  # Celery begins with one for each part
             gate.touch()
 
-    event.listen(Engine, "before_cursor_execute", listener)
-    try:
+    with heard(hear):
         assert result.get(timeout=30, interval=0.05)[0] == "done"
-    finally:
-        event.remove(Engine, "before_cursor_execute", listener)
     assert statements < len(parts) * 2
 
 

@@ -45,6 +45,12 @@ def intake(client: Celery, jobs: Jobs) -> Iterator[Intake]:
     intake.stop()
 
 
+def until_looked(intake: Intake, clock: Clock) -> None:
+    began = clock()
+    intake.look()
+    wait_until(lambda: intake.last_success > began)
+
+
 def test_a_claim_whose_commit_takes_long_is_handed_out(
     client: Celery, jobs: Jobs, intake: Intake, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,11 +81,11 @@ def test_what_waits_for_long_is_given_back_when_the_pool_is_full(
     intake.subscribe("default", False, lambda delivery: None, lambda: 1)
     assert intake.wait(10)  # and nobody pumps: the consumer is busy
     claimed = jobs.of(result)
-    seen = intake.last_success
     clock.ahead += 60
     if full:
         # Given back, and perhaps claimed anew.
         wait_until(lambda: jobs.of(result).fence > claimed.fence)
     else:
-        wait_until(lambda: intake.last_success > seen + 60)
+        for _ in range(2):  # the look that is under way may have asked the clock before
+            until_looked(intake, clock)
         assert (jobs.of(result).state, jobs.of(result).fence) == (State.CLAIMED, claimed.fence)

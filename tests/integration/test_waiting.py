@@ -9,7 +9,6 @@ import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,14 @@ import pytest
 from celery import Celery, chain, group
 from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import GroupResult, ResultSet
-from sqlalchemy import event, select
-from sqlalchemy.engine import Engine
+from sqlalchemy import select
 
 from kathikon_celery import waiting
 from kathikon_celery.storage import Storage, tables
 from kathikon_celery.worker.embedded import EmbeddedWorker
 from tests.integration.conftest import Workers, client_of
 from tests.support import apps
+from tests.support.statements import counted
 from tests.support.waiting import wait_until
 from tests.support.workers import WorkerProcess
 
@@ -42,22 +41,6 @@ def app(shared_database_url: str, worker: WorkerProcess) -> Iterator[Celery]:
     """A client that is woken, or times out."""
     with client_of(shared_database_url, kathikon_poll_interval=NEVER) as app:
         yield app
-
-
-@contextmanager
-def counted() -> Iterator[list[str]]:
-    """The statements that read results."""
-    statements: list[str] = []
-
-    def listener(_conn: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if "FROM kathikon_jobs" in statement:
-            statements.append(statement)
-
-    event.listen(Engine, "before_cursor_execute", listener)
-    try:
-        yield statements
-    finally:
-        event.remove(Engine, "before_cursor_execute", listener)
 
 
 def nobody_waits(app: Celery) -> bool:
@@ -134,12 +117,12 @@ def test_an_error_in_a_callback_leaves_nobody_alone(app: Celery, tmp_path: Path)
 
 def test_a_thousand_results_in_order(app: Celery) -> None:
     result = group(apps.add.s(number, 1) for number in range(1000)).apply_async()
-    with counted() as statements:
+    with counted("FROM kathikon_jobs") as statements:
         assert result.get(timeout=120) == [number + 1 for number in range(1000)]
         assert result.successful()
         assert [one.state for one in result] == ["SUCCESS"] * 1000
     assert len(statements) < 150  # a bound for the slowest of machines
-    with counted() as statements:
+    with counted("FROM kathikon_jobs") as statements:
         again = GroupResult(result.id, [app.AsyncResult(one.id) for one in result])
         assert again.join_native(timeout=50) == [number + 1 for number in range(1000)]
     assert len(statements) < 5

@@ -11,8 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import sql
-from sqlalchemy import Integer, case, event, insert, literal, null, select, text
-from sqlalchemy.engine import Engine
+from sqlalchemy import Integer, case, insert, literal, null, select, text
 from sqlalchemy.sql.expression import ColumnElement
 
 from kathikon_celery.job import HELD, TERMINAL, State
@@ -21,6 +20,7 @@ from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.tables import chords, jobs, messages
 from tests.storage.actors import Worker
 from tests.support.postgresql import new_database
+from tests.support.statements import heard
 
 ROWS = 20_000
 NODES = 20
@@ -98,15 +98,12 @@ class Plans:
         ran: dict[str, Any] = {}
         plans: list[Plan] = []
 
-        def listener(_conn: Any, _cursor: Any, statement: str, values: Any, _context: Any, many: bool) -> None:
+        def hear(statement: str, values: Any, many: bool) -> None:
             if statement.split()[0] in ("SELECT", "UPDATE", "DELETE", "INSERT", "WITH"):
                 ran[statement] = values[0] if many else values
 
-        event.listen(Engine, "before_cursor_execute", listener)
-        try:
+        with heard(hear):
             yield plans
-        finally:
-            event.remove(Engine, "before_cursor_execute", listener)
         assert ran
         for statement, values in ran.items():
             plans += self._explain(statement, values)

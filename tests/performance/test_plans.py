@@ -122,7 +122,7 @@ WANTS_STATISTICS = {"promote", "prunable", "prune", "workflow"}
 @pytest.mark.parametrize("name", STATEMENTS)
 def test_plan(plans: Plans, name: str) -> None:
     if name in WANTS_STATISTICS and plans.database.dialect.name == "postgresql" and not plans.is_analyzed:
-        return
+        pytest.skip("PostgreSQL takes another way until it has its first statistics")
     call, expected = STATEMENTS[name]
     with plans.of() as found:
         call(plans)

@@ -6,8 +6,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from sqlalchemy import event, func, select, update
-from sqlalchemy.engine import Engine
+from sqlalchemy import func, select, update
 
 from kathikon_celery.job import State
 from kathikon_celery.storage import Storage, chords, finish, results
@@ -17,6 +16,7 @@ from kathikon_celery.storage.tables import chord_parts
 from kathikon_celery.storage.tables import chords as table
 from kathikon_celery.worker.pruner import LONGEST_CHORD, Pruner
 from tests.storage.actors import Worker, new_job, the_job
+from tests.support.statements import heard
 
 
 def opened(storage: Storage, chord: str, *parts: str) -> None:
@@ -74,13 +74,12 @@ def test_a_part_costs_the_same_whatever_the_size_of_its_chord(storage: Storage, 
     statements: list[str] = []
     rows = 0
 
-    def listener(_conn: Any, _cursor: Any, statement: str, values: Any, _context: Any, many: bool) -> None:
+    def hear(statement: str, values: Any, many: bool) -> None:
         nonlocal rows
         statements.append(statement)
         rows += len(values) if many else 1
 
-    event.listen(Engine, "before_cursor_execute", listener)
-    try:
+    with heard(hear):
         opened(storage, "chord", *map(str, range(parts)))
         assert len(statements) <= 7 + 2 * parts / chords.CHUNK
         assert rows <= parts + 8
@@ -88,8 +87,6 @@ def test_a_part_costs_the_same_whatever_the_size_of_its_chord(storage: Storage, 
         with storage.database.write() as connection:
             assert not chords.count(storage.database, connection, part("chord", "7"))
         assert len(statements) <= 5
-    finally:
-        event.remove(Engine, "before_cursor_execute", listener)
 
 
 def test_a_chord_that_nothing_can_complete_is_forgotten(storage: Storage) -> None:

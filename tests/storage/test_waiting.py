@@ -7,19 +7,19 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from time import monotonic
 from typing import Any
 
 import pytest
-from sqlalchemy import event, select, text
-from sqlalchemy.engine import Engine
+from sqlalchemy import select, text
 
 from kathikon_celery import waiting
 from kathikon_celery.settings import Settings
 from kathikon_celery.storage import Storage, tables
 from kathikon_celery.waiting import Wait
 from tests.storage.actors import Worker, new_job
+from tests.support.statements import counted
 from tests.support.waiting import wait_until
 
 #: Seconds between looks without a call: whoever is woken sooner was called.
@@ -87,21 +87,6 @@ def listeners(storage: Storage) -> int:
     query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'LISTEN%'"
     with storage.database.read() as connection:
         return int(connection.execute(text(query)).scalar_one())
-
-
-@contextmanager
-def counted() -> Iterator[list[str]]:
-    """The statements that are run."""
-    statements: list[str] = []
-
-    def listener(_conn: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        statements.append(statement)
-
-    event.listen(Engine, "before_cursor_execute", listener)
-    try:
-        yield statements
-    finally:
-        event.remove(Engine, "before_cursor_execute", listener)
 
 
 def test_who_waits_is_woken(own: Storage, pool: ThreadPoolExecutor) -> None:

@@ -117,9 +117,9 @@ class WorkerProcess:
         """Send a signal to the main process and all of its pool, as SIGSTOP and SIGCONT to freeze and thaw them."""
         os.killpg(self.pid, signum)
 
-    def report(self, lines: int = 40) -> str:
+    def report(self) -> str:
         """The end of the log, and for a worker that runs what its threads are doing: Celery tells on SIGUSR1."""
-        report = [*self.log.splitlines()[-lines:]]
+        report = [self._tail()]
         if self.running:
             start = len(self.log)
             self.process.send_signal(signal.SIGUSR1)
