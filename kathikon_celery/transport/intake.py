@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 from sqlalchemy import Connection
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 RUNNING_AFTER = 0.05
 #: Seconds between two transactions while there is much to do: what comes meanwhile shares the next one.
 BUSY_GAP = 0.004
+#: The same, at most, while what is claimed ahead lasts for longer.
+LONGEST_GAP = 0.010
 #: Seconds until it is made sure that nothing came after a claim that got all there was.
 LOOK_AGAIN = 0.003
 #: Pauses between the looks for what was being published while our row began to say that we wait: nobody called us.
@@ -301,8 +303,17 @@ class Intake:
     def _can_hand_out(self) -> bool:
         return any(one.waiting and self._may_hand_out(one) for one in self._subscriptions.values())
 
+    def _gap(self) -> float:
+        """Seconds that the next transaction waits for what comes meanwhile."""
+        if not self._is_busy():
+            return 0.0
+        if self.slots is None:
+            return BUSY_GAP
+        ahead = sum(one.outstanding for one in list(self._subscriptions.values())) - self.slots()
+        return min(max(BUSY_GAP, ahead / self._rate() / 2), LONGEST_GAP)
+
     def _is_busy(self) -> bool:
-        """Whether a transaction is worth more when it waits for what comes within `BUSY_GAP`."""
+        """Whether there is so much to do that transactions should be shared."""
         rate = self._rate()
         if rate <= BUSY or rate > RUSH:
             return rate > BUSY
@@ -333,13 +344,17 @@ class Intake:
                 if self._stopping and not self._reports and not self._in_hand:
                     break
                 now = monotonic()
-                gap = BUSY_GAP if self._is_busy() else 0.0
-                ready_at = max(min(self._due_at(now, next_look), next_look), last + gap)
-                if ready_at > now and not self._stopping:
-                    if self._wakeup.wait(min(ready_at - now, self.storage.settings.poll_interval)):
-                        self._look, self._look_from, self._waits = True, 0.0, False
-                        due_soon = self._wakeup.called_all
-                        self._called = self._called or due_soon
+                due_at = min(self._due_at(now, next_look), next_look)
+                pause_until = last + self._gap()
+                if due_at <= pause_until and now < pause_until:
+                    sleep(pause_until - now)  # deaf: to be woken by each job that ends costs more than all the SQL
+                    now = monotonic()
+                timeout = max(0.0, due_at - now)
+                if self._wakeup.wait(min(timeout, self.storage.settings.poll_interval)):
+                    self._look, self._look_from, self._waits = True, 0.0, False
+                    due_soon = self._wakeup.called_all
+                    self._called = self._called or due_soon
+                if timeout:
                     continue
                 if now >= next_look:
                     self._called = True

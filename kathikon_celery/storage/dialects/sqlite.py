@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import selectors
 import threading
@@ -11,14 +12,13 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from sqlalchemy import URL, Connection, Executable, Table, Text, bindparam
+from sqlalchemy import URL, Connection, Executable, Table, Text, and_, bindparam, func, literal_column, select, tuple_
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
 
 from kathikon_celery.job import Hold
 from kathikon_celery.storage.dialects.base import Dialect
 from kathikon_celery.storage.errors import Unavailable, in_words
-from kathikon_celery.storage.tables import held_as, of_hold
 from kathikon_celery.storage.wake import Wakeup
 
 try:
@@ -35,6 +35,9 @@ except ImportError:  # pragma: no cover (not Linux: a file is looked at every `L
 BUSY = 60.0
 #: Seconds between two looks at a file where the system does not tell of its change.
 LOOK = 0.01
+
+#: Holds and what comes with them, as objects in a list.
+_HOLDS = func.json_each(bindparam("holds", type_=Text())).table_valued("value", name="holds")
 
 
 class SQLite(Dialect):
@@ -157,14 +160,18 @@ class SQLite(Dialect):
         return table.c.seq.in_(select.scalar_subquery())
 
     def held(self, table: Table, owned: bool = True, texts: Sequence[str] = ()) -> ColumnElement[bool]:
-        return held_as(table, owned)
+        # One statement for them all: between two, Python lets another thread run, and waits until that one pauses.
+        of_row = [table.c.seq, table.c.fence, *([table.c.node_id + 0] if owned else ())]
+        of_hold = [self.brought(name) for name in Hold._fields[: len(of_row)]]
+        if texts:
+            return and_(*(mine == theirs for mine, theirs in zip(of_row, of_hold, strict=True)))
+        return tuple_(*of_row).in_(select(*of_hold))
 
-    def brought(self, name: str) -> ColumnElement[str]:
-        text: BindParameter[str] = bindparam(name, type_=Text())
-        return text
+    def brought(self, name: str) -> ColumnElement[Any]:
+        return func.json_extract(_HOLDS.c.value, literal_column(f"'$.{name}'"))
 
     def of_holds(self, holds: Mapping[Hold, Mapping[str, str | None]], values: dict[str, Any]) -> Any:
-        return [{**of_hold(hold), **texts, **values} for hold, texts in holds.items()]
+        return {"holds": json.dumps([{**hold._asdict(), **texts} for hold, texts in holds.items()]), **values}
 
     def publishing(self, insert: Any, queue: BindParameter[str] | None) -> Executable:
         return insert  # type: ignore[no-any-return]
