@@ -43,6 +43,8 @@ BUSY = 150.0
 RUSH = 600.0
 #: Deliveries that a consumer without prefetch limit has in hand at most.
 UNLIMITED = 200
+#: Deliveries that are handed out together when what was handed out ahead becomes less.
+HANDFUL = 8
 #: Seconds for which reports are remembered, should the server forget them: PostgreSQL writes them out in a third of it.
 MEMORY = 2.0
 #: Longest pause between two attempts to reach a database that is away, in seconds.
@@ -67,6 +69,8 @@ class Subscription:
     pace: Pace = field(default_factory=Pace)
     waiting: deque[Delivery] = field(default_factory=deque)
     in_hand: int = 0
+    #: How many may be in hand when the next are handed out: a handful at once costs less than one by one.
+    refill: int = UNLIMITED
 
     @property
     def outstanding(self) -> int:
@@ -213,7 +217,7 @@ class Intake:
             if subscription is not None:
                 subscription.in_hand = max(0, subscription.in_hand - 1)
                 subscription.pace.count()
-                if subscription.waiting:
+                if subscription.waiting and self._in_hand_beside(subscription) <= subscription.refill:
                     self.on_ready()
         self._notify()
 
@@ -293,12 +297,19 @@ class Intake:
     def _may_hand_out(self, subscription: Subscription) -> bool:
         if subscription.concurrency is not None and subscription.in_hand >= subscription.concurrency:
             return False
-        limit = subscription.prefetch()
+        limit, slots = subscription.prefetch(), 0
         if self.slots is not None and subscription.waiting[0].is_job:
+            slots = self.slots()
             ahead = round(self._rate() * self.storage.settings.claim_horizon) if self.claims_ahead else 0
-            limit = min(limit or UNLIMITED, self.slots() + ahead)
-        in_hand = sum(one.in_hand for one in self._subscriptions.values() if one.prefetch == subscription.prefetch)
-        return not limit or in_hand < limit
+            limit = min(limit or UNLIMITED, slots + ahead)
+        if not limit or self._in_hand_beside(subscription) < limit:
+            return True
+        subscription.refill = max(slots, limit // 2, limit - HANDFUL)
+        return False
+
+    def _in_hand_beside(self, subscription: Subscription) -> int:
+        """What all consumers have in hand that share the prefetch limit of *subscription*."""
+        return sum(one.in_hand for one in self._subscriptions.values() if one.prefetch == subscription.prefetch)
 
     def _can_hand_out(self) -> bool:
         return any(one.waiting and self._may_hand_out(one) for one in self._subscriptions.values())
