@@ -10,13 +10,16 @@ from sqlalchemy import (
     BigInteger,
     Connection,
     Integer,
+    Row,
     bindparam,
     desc,
     exists,
     false,
+    func,
     null,
     or_,
     select,
+    true,
     type_coerce,
     update,
 )
@@ -27,6 +30,7 @@ from kathikon_celery.job import Hold, Job, State
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.finish import completing
 from kathikon_celery.storage.tables import FREE, READY, jobs, messages, nodes
 
 #: What a worker must know of a job in order to run it. Nothing of it is converted: a corrupt row spoils no batch.
@@ -82,12 +86,33 @@ def _is_anything_there(queues: int, with_messages: bool) -> Any:
 def claim(database: Database, connection: Connection, queue: str, limit: int, node_id: int | None) -> list[Job]:
     """Take up to *limit* ready jobs of the key *queue*: higher priority first, then longer ready."""
     values = {"from_queue": queue, "at_most": limit, "by_node": node_id}
-    rows = connection.execute(_claim(database.dialect), values).all()
+    return _claimed(connection.execute(_claim(database.dialect), values).all(), node_id)
+
+
+def _claimed(rows: Sequence[Row[Any]], node_id: int | None) -> list[Job]:
     try:
         rows = sorted(rows, key=lambda row: (-row.priority, row.since, row.seq))
     except TypeError:  # one of them is corrupt; the others are not to wait for that
         rows = sorted(rows, key=lambda row: row.seq)
     return [Job(**{**dict(zip(_NAMES, row, strict=False)), "state": State.CLAIMED, "node_id": node_id}) for row in rows]
+
+
+@lru_cache(maxsize=8)
+def _complete_and_claim(dialect: Dialect) -> Any:
+    completed = completing(dialect).returning(jobs.c.seq).cte("completed")
+    claimed = _claim(dialect).cte("claimed")
+    number = select(func.count().label("completed")).select_from(completed).subquery()
+    return select(claimed, number.c.completed).select_from(number.outerjoin(claimed, true()))
+
+
+def complete_and_claim(
+    database: Database, connection: Connection, holds: Sequence[Hold], queue: str, limit: int, node_id: int
+) -> tuple[int, list[Job]]:
+    """`finish.completed` and `claim` in one statement, where the dialect ``changes_in_ctes``; what both return."""
+    values = {"from_queue": queue, "at_most": limit, "by_node": node_id}
+    parameters = database.dialect.of_holds({hold: {} for hold in holds}, values)
+    rows = connection.execute(_complete_and_claim(database.dialect), parameters).all()
+    return rows[0].completed, _claimed([row for row in rows if row.seq is not None], node_id)
 
 
 @lru_cache(maxsize=8)

@@ -163,16 +163,21 @@ class Database:
     @contextmanager
     def write(self, durable: bool = False) -> Iterator[Connection]:
         """A transaction that writes; *durable* when it must be on disk before this returns."""
-        with self.once(durable) as connection:
-            connection.exec_driver_sql(self.dialect.begin)
-            try:
-                yield connection
-                connection.exec_driver_sql("COMMIT")
-            except BaseException:
-                if not connection.invalidated:
-                    with suppress(DBAPIError):  # after some errors SQLite has done so by itself
-                        connection.exec_driver_sql("ROLLBACK")
-                raise
+        with self.once(durable) as connection, self.transaction(connection):
+            yield connection
+
+    @contextmanager
+    def transaction(self, connection: Connection) -> Iterator[None]:
+        """A transaction on a *connection* of `once`."""
+        connection.exec_driver_sql(self.dialect.begin)
+        try:
+            yield
+            connection.exec_driver_sql("COMMIT")
+        except BaseException:
+            if not connection.invalidated:
+                with suppress(DBAPIError):  # after some errors SQLite has done so by itself
+                    connection.exec_driver_sql("ROLLBACK")
+            raise
 
     def patiently(self, call: Callable[[bool], T], patient: bool = True) -> T:
         """Return *call*(again), tried anew after a lost connection: once at once, then for `patience` seconds.

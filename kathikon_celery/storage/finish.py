@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Boolean, Connection, Text, and_, bindparam, case, false, null, or_, select, update
+from sqlalchemy.sql.dml import Update
 
 from kathikon_celery.job import HELD, Hold, Job, State, in_brief, sources
 from kathikon_celery.storage.clock import now
@@ -41,7 +42,8 @@ def _started(dialect: Dialect) -> Any:
 
 
 @lru_cache(maxsize=8)
-def _completed(dialect: Dialect) -> Any:
+def completing(dialect: Dialect) -> Update:
+    """The statement of `completed`, for who makes it a part of a larger one."""
     # A job that ended before its start was written started when it was claimed, as far as we know.
     values = {"state": State.COMPLETED.value, "ended_at": now(), "node_id": null()}
     return update(jobs).where(dialect.held(jobs), may_become(State.COMPLETED)).values(values)
@@ -92,7 +94,7 @@ def started(database: Database, connection: Connection, holds: Sequence[Hold], a
 
 def completed(database: Database, connection: Connection, holds: Sequence[Hold]) -> int:
     """The tasks have returned."""
-    return database.dialect.for_holds(connection, _completed(database.dialect), holds, {})
+    return database.dialect.for_holds(connection, completing(database.dialect), holds, {})
 
 
 def ended(

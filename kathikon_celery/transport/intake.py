@@ -452,21 +452,7 @@ class Intake:
             wanted = self._wanted() if look else []
             claimed: list[tuple[Subscription, Delivery]] = []
             if tells or started or self._unsure or (look and names and self._is_worth_a_claim(names, called)):
-                with self.database.write() as connection:
-                    if self._server is not None and self._opened != self.database.opened:
-                        self._unsure = True  # another thread may have met the loss of the server before us
-                    if self._unsure:
-                        self._say_again(connection)
-                    if monotonic() < self._claims_from:
-                        wanted = []
-                    self._report(connection, reports)
-                    if started:
-                        finish.started(self.database, connection, [one.hold for one in started])
-                    if self._unsure:
-                        self._reconcile(connection, reports)
-                    if called:
-                        claimed = self._take(connection)
-                    claimed += self._claim(connection, wanted, names)
+                claimed = self._write(reports, started, wanted, names, called)
         except BaseException:
             with self._lock:
                 self._reports = reports + self._reports
@@ -489,6 +475,51 @@ class Intake:
             self._return_stale()
             self._ready.notify_all()
         return bool(claimed or to_mark or reports)
+
+    def _write(
+        self,
+        reports: list[tuple[Delivery, Outcome]],
+        started: list[Delivery],
+        wanted: list[tuple[Subscription, int]],
+        names: list[str],
+        called: bool,
+    ) -> list[tuple[Subscription, Delivery]]:
+        """Report and claim, in one transaction; what was claimed."""
+        with self.database.once() as connection:
+            if self._server is not None and self._opened != self.database.opened:
+                self._unsure = True  # another thread may have met the loss of the server before us
+            if self._is_one_statement(reports, started, wanted, called):
+                if not wanted:
+                    self._report(connection, reports)
+                return self._claim(connection, wanted, names, [one for one, outcome in reports if outcome is DONE])
+            with self.database.transaction(connection):
+                if self._unsure:
+                    self._say_again(connection)
+                if monotonic() < self._claims_from:
+                    wanted = []
+                self._report(connection, reports)
+                if started:
+                    finish.started(self.database, connection, [one.hold for one in started])
+                if self._unsure:
+                    self._reconcile(connection, reports)
+                taken = self._take(connection) if called else []
+                return taken + self._claim(connection, wanted, names)
+
+    def _is_one_statement(
+        self,
+        reports: list[tuple[Delivery, Outcome]],
+        started: list[Delivery],
+        wanted: list[tuple[Subscription, int]],
+        called: bool,
+    ) -> bool:
+        """Whether it takes one statement, which needs no transaction around it."""
+        if called or started or self._unsure or monotonic() < self._claims_from:
+            return False
+        if any(outcome not in (DONE, WRITTEN, PASSED_ON) for _, outcome in reports):
+            return False
+        done = any(outcome is DONE for _, outcome in reports)
+        at_once = done and bool(wanted) and self.database.dialect.changes_in_ctes
+        return done + len(wanted) - at_once == 1
 
     def _is_worth_a_claim(self, names: list[str], called: bool) -> bool:
         """Whether there is something to claim, or our row must say that we wait. Of a message everybody is called."""
@@ -583,9 +614,13 @@ class Intake:
         return taken
 
     def _claim(
-        self, connection: Connection, wanted: list[tuple[Subscription, int]], names: list[str]
+        self,
+        connection: Connection,
+        wanted: list[tuple[Subscription, int]],
+        names: list[str],
+        done: Sequence[Delivery] = (),
     ) -> list[tuple[Subscription, Delivery]]:
-        """Claim jobs, or say that we wait for them."""
+        """Claim jobs, or say that we wait for them. With the first claim, *done* is reported."""
         claimed: list[tuple[Subscription, Delivery]] = []
         room = max((limit for _, limit in wanted), default=0)
         slots = self.slots() if self.slots is not None else UNLIMITED
@@ -594,7 +629,16 @@ class Intake:
             name, limit = key(subscription.queue), min(limit, room)
             if limit <= 0:
                 break
-            jobs = claim.claim(self.database, connection, name, limit, self.presence.id)
+            if done:
+                holds = [one.hold for one in done]
+                completed, jobs = claim.complete_and_claim(
+                    self.database, connection, holds, name, limit, self.presence.id
+                )
+                if completed != len(done):
+                    self._complain(connection, list(done))
+                done = ()
+            else:
+                jobs = claim.claim(self.database, connection, name, limit, self.presence.id)
             now = monotonic()
             for job in jobs:
                 early, outcome = self.is_early(job.task), self.outcome_of(job.task)

@@ -24,6 +24,8 @@ class Dialect(ABC):
     wakes_by_name = False
     #: Whether who waits for a result enters that in a table and is called by name; otherwise everybody hears of each.
     enters_waits = False
+    #: Whether one statement can change several sets of rows, each in a common table expression.
+    changes_in_ctes = False
 
     def __init__(self, url: URL) -> None:
         self.url = url

@@ -93,6 +93,7 @@ class PostgreSQL(Dialect):
     name = "postgresql"
     wakes_by_name = True
     enters_waits = True
+    changes_in_ctes = True
 
     def __init__(self, url: URL) -> None:
         super().__init__(url)
