@@ -108,12 +108,31 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
         lambda plans: plans.storage.workflow("id-77"),
         {BY_ID: "id", ROOT: "root_id", GROUP: "group_id", BY_SEQ: ""},
     ),
+    "completed and claim": (
+        writing(
+            lambda plans, conn: (
+                claim.complete_and_claim(plans.database, conn, HOLDS, "queue-1", 10, plans.worker.id)
+                if plans.database.dialect.changes_in_ctes
+                else claim.claim(plans.database, conn, "queue-1", 10, plans.worker.id)
+            )
+        ),
+        {READY: "queue", BY_SEQ: ""},
+    ),
     "size": (reading(lambda plans, conn: messages.size(conn, "queue-1")), {READY: "queue"}),
 }
 
 
 #: They take the first rows in the order of the index.
-IN_ORDER = {"claim", "promote", "next due", "prunable", "prune", "take messages", "take messages for good"}
+IN_ORDER = {
+    "claim",
+    "completed and claim",
+    "promote",
+    "next due",
+    "prunable",
+    "prune",
+    "take messages",
+    "take messages for good",
+}
 
 #: Until PostgreSQL has its first statistics it sorts all that is due or old, or reads the table.
 WANTS_STATISTICS = {"promote", "prunable", "prune", "workflow"}

@@ -49,6 +49,12 @@ class Worker:
         with self.database.write() as connection:
             return finish.completed(self.database, connection, [job.hold for job in jobs])
 
+    def complete_and_claim(self, *jobs: Job, limit: int = 1, queue: str = "default") -> tuple[int, list[Job]]:
+        """Both in one statement, where the database can."""
+        with self.database.once() as connection:
+            holds = [job.hold for job in jobs]
+            return claim.complete_and_claim(self.database, connection, holds, key(queue), limit, self.id)
+
     def end(self, job: Job, state: State, reason: str = "because", traceback: str | None = None) -> int:
         with self.database.write() as connection:
             return finish.ended(connection, job.hold, state, reason, traceback)

@@ -188,3 +188,33 @@ def test_a_publication_is_heard(storage: Storage) -> None:
     storage.insert(new_job("later", scheduled_at=datetime.now(timezone.utc) + timedelta(hours=1)))
     assert wakeup.wait(10)
     wakeup.close()
+
+
+@pytest.mark.postgresql
+def test_what_is_done_and_what_is_claimed_with_it(postgresql_storage: Storage) -> None:
+    """One statement does what `completed` and `claim` do one after the other, whatever there is to claim."""
+    storage, worker = postgresql_storage, Worker(postgresql_storage)
+    storage.insert_many([new_job(str(number), priority=number) for number in range(6)])
+    first = worker.claim(2)
+    assert [job.id for job in first] == ["5", "4"]
+    number, second = worker.complete_and_claim(*first, limit=3)
+    assert (number, [(job.id, job.fence, job.node_id) for job in second]) == (
+        2,
+        [(name, 1, worker.id) for name in "321"],
+    )
+    worker.give_back(second[0])
+    number, third = worker.complete_and_claim(*second, limit=10)
+    assert (number, [(job.id, job.fence) for job in third]) == (2, [("3", 3), ("0", 1)])
+    assert worker.complete_and_claim(*third, limit=10) == (2, [])
+    assert worker.complete_and_claim(*third, limit=10) == (0, [])
+    assert storage.counts() == {("default", "completed"): 6}
+
+
+@pytest.mark.postgresql
+def test_a_zombie_neither_completes_nor_claims(postgresql_storage: Storage) -> None:
+    storage, worker, other = postgresql_storage, Worker(postgresql_storage), Worker(postgresql_storage)
+    storage.insert_many([new_job("1"), new_job("2")])
+    job = worker.claim_one()
+    worker.die()
+    assert worker.complete_and_claim(job, limit=10) == (0, [])
+    assert {job.id for job in other.claim(10)} == {"1", "2"}
