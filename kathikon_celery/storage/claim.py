@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import (
     BigInteger,
     Connection,
     Integer,
-    Row,
     bindparam,
     desc,
     exists,
@@ -27,6 +27,7 @@ from sqlalchemy.sql.dml import Update
 from sqlalchemy.types import NullType
 
 from kathikon_celery.job import Hold, Job, State
+from kathikon_celery.storage import prepared
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
@@ -36,9 +37,10 @@ from kathikon_celery.storage.tables import FREE, READY, jobs, messages, nodes
 #: What a worker must know of a job in order to run it. Nothing of it is converted: a corrupt row spoils no batch.
 _DELIVERY = [
     jobs.c[name]
-    for name in ("seq", "id", "queue", "task", "state", "priority", "fence", "attempts", "crashes", "envelope", "body")
+    for name in ("seq", "id", "queue", "task", "priority", "fence", "attempts", "crashes", "envelope", "body")
 ]
 _NAMES = [column.name for column in _DELIVERY]
+_SEQ, _PRIORITY = _NAMES.index("seq"), _NAMES.index("priority")
 _SINCE = type_coerce(jobs.c.available_at, NullType()).label("since")
 # A node that was taken for dead, and does not know it yet, gets nothing.
 _IS_ALIVE = or_(
@@ -86,15 +88,17 @@ def _is_anything_there(queues: int, with_messages: bool) -> Any:
 def claim(database: Database, connection: Connection, queue: str, limit: int, node_id: int | None) -> list[Job]:
     """Take up to *limit* ready jobs of the key *queue*: higher priority first, then longer ready."""
     values = {"from_queue": queue, "at_most": limit, "by_node": node_id}
-    return _claimed(connection.execute(_claim(database.dialect), values).all(), node_id)
+    return _claimed(prepared.rows(connection, _claim(database.dialect), values), node_id)
 
 
-def _claimed(rows: Sequence[Row[Any]], node_id: int | None) -> list[Job]:
+def _claimed(rows: Sequence[Any], node_id: int | None) -> list[Job]:
+    """The jobs of *rows*, which have the columns of `_DELIVERY`, and then the moment since which they are ready."""
+    since = len(_DELIVERY)
     try:
-        rows = sorted(rows, key=lambda row: (-row.priority, row.since, row.seq))
+        rows = sorted(rows, key=lambda row: (-row[_PRIORITY], row[since], row[_SEQ]))
     except TypeError:  # one of them is corrupt; the others are not to wait for that
-        rows = sorted(rows, key=lambda row: row.seq)
-    return [Job(**{**dict(zip(_NAMES, row, strict=False)), "state": State.CLAIMED, "node_id": node_id}) for row in rows]
+        rows = sorted(rows, key=itemgetter(_SEQ))
+    return [Job(**dict(zip(_NAMES, row, strict=False)), state=State.CLAIMED, node_id=node_id) for row in rows]
 
 
 @lru_cache(maxsize=8)
@@ -111,8 +115,8 @@ def complete_and_claim(
     """`finish.completed` and `claim` in one statement, where the dialect ``changes_in_ctes``; what both return."""
     values = {"from_queue": queue, "at_most": limit, "by_node": node_id}
     parameters = database.dialect.of_holds({hold: {} for hold in holds}, values)
-    rows = connection.execute(_complete_and_claim(database.dialect), parameters).all()
-    return rows[0].completed, _claimed([row for row in rows if row.seq is not None], node_id)
+    rows = prepared.rows(connection, _complete_and_claim(database.dialect), parameters)
+    return rows[0][-1], _claimed([row for row in rows if row[_SEQ] is not None], node_id)
 
 
 @lru_cache(maxsize=8)
@@ -129,4 +133,5 @@ def claim_again(database: Database, connection: Connection, holds: Sequence[Hold
 def is_anything_there(connection: Connection, queues: list[str], with_messages: bool = True) -> bool:
     """Whether a job is ready in one of the *queues* (keys), or a message."""
     values = {f"queue_{number}": queue for number, queue in enumerate(queues)}
-    return bool(connection.execute(_is_anything_there(len(queues), with_messages), values).scalar())
+    ((is_there,),) = prepared.rows(connection, _is_anything_there(len(queues), with_messages), values)
+    return bool(is_there)

@@ -16,6 +16,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
+from kathikon_celery.storage import prepared
 from kathikon_celery.storage.dialects import Dialect, dialect_for
 from kathikon_celery.storage.errors import Unavailable, in_words, is_lost
 from kathikon_celery.storage.wake import Wakeup
@@ -169,14 +170,14 @@ class Database:
     @contextmanager
     def transaction(self, connection: Connection) -> Iterator[None]:
         """A transaction on a *connection* of `once`."""
-        connection.exec_driver_sql(self.dialect.begin)
+        prepared.plain(connection, self.dialect.begin)
         try:
             yield
-            connection.exec_driver_sql("COMMIT")
+            prepared.plain(connection, "COMMIT")
         except BaseException:
             if not connection.invalidated:
                 with suppress(DBAPIError):  # after some errors SQLite has done so by itself
-                    connection.exec_driver_sql("ROLLBACK")
+                    prepared.plain(connection, "ROLLBACK")
             raise
 
     def patiently(self, call: Callable[[bool], T], patient: bool = True) -> T:

@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, Executable, bindparam, case, false, literal_column, null, or_, select
 
 from kathikon_celery.job import TERMINAL, Hold, Job, State
+from kathikon_celery.storage import prepared
 from kathikon_celery.storage.clock import Instant, now
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
@@ -126,14 +127,14 @@ def insert(database: Database, job: Job, hold: Hold | None = None, soon: bool = 
     def publish(again: bool) -> bool:
         if own or (job.scheduled_at is not None and not soon):
             with database.write(durable=True) as connection:
-                if own and not connection.execute(_OWN, claim).first():
+                if own and not prepared.rows(connection, _OWN, claim):
                     return again
-                connection.execute(_make(database, job, own, again, True), values)
+                prepared.count(connection, _make(database, job, own, again, True), values)
                 if soon:
                     _announce(database, connection, [job])
         else:
             with database.once(durable=True) as connection:
-                connection.execute(_make(database, job, False, again, False), values)
+                prepared.count(connection, _make(database, job, False, again, False), values)
                 database.dialect.published()
         return True
 
@@ -156,7 +157,7 @@ def publish(database: Database, connection: Connection, batch: Sequence[Job], ag
         chosen = [job for job in batch if (job.scheduled_at is not None) is later]
         if chosen:
             statement = _make(database, chosen[0], False, again, True)
-            connection.execute(statement, [_values(job) for job in chosen])
+            prepared.many(connection, statement, [_values(job) for job in chosen])
     _announce(database, connection, batch)
 
 

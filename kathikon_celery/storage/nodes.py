@@ -23,6 +23,7 @@ from sqlalchemy import (
 )
 
 from kathikon_celery.job import Hold, State
+from kathikon_celery.storage import prepared
 from kathikon_celery.storage.clock import now, seconds, seconds_until
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.finish import IS_HELD, note_crashes, returned
@@ -133,7 +134,7 @@ _WAIT = (
 
 def wait_for(connection: Connection, node_id: int, names: list[str] | None) -> None:
     """Say which queues the idle node waits for, so that whoever publishes to them wakes it; `None`: it is busy."""
-    connection.execute(_WAIT, {"node": node_id, "queues": names})
+    prepared.count(connection, _WAIT, {"node": node_id, "queues": names})
 
 
 @lru_cache(maxsize=1)

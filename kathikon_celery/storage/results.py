@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Text, and_, bindparam, case, delete, false, func, not_, null, or_, select, update
 
 from kathikon_celery.job import TERMINAL, Hold, State
-from kathikon_celery.storage import waits
+from kathikon_celery.storage import prepared, waits
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
@@ -54,7 +54,7 @@ def store(
             if state in _ENDED:
                 return end(database, connection, hold, state, **texts, reason=reason) or again
             if state is State.RUNNING:
-                connection.execute(_STARTED, of_hold(hold))
+                prepared.count(connection, _STARTED, of_hold(hold))
             values = {**of_hold(hold), **_new(texts)}
             is_ready = status in waits.READY_WORDS
             return bool(waits.tell(database, connection, _NOTED, values, ended=is_ready)) or again

@@ -7,10 +7,10 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import BigInteger, Connection, Integer, and_, bindparam, delete, not_, or_, select
+from sqlalchemy import BigInteger, Connection, Integer, and_, bindparam, delete, literal_column, not_, or_, select
 
 from kathikon_celery.job import TERMINAL, Job, State
-from kathikon_celery.storage import reading
+from kathikon_celery.storage import prepared, reading
 from kathikon_celery.storage.clock import now, seconds
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
@@ -24,13 +24,15 @@ LONGEST = 3600.0
 READY_WORDS = frozenset({"SUCCESS", "FAILURE", "REVOKED"})
 
 #: What is to be known of a result; the message that led to it may be large.
-_COLUMNS = [jobs.c[name] for name in ("id", "state", "status", "result", "traceback", "meta", "reason", "ended_at")]
+_NAMES = ("id", "state", "status", "result", "traceback", "meta", "reason", "ended_at")
+_COLUMNS = [jobs.c[name] for name in _NAMES]
 _UNTOLD = and_(jobs.c.status.is_(None), state_in(TERMINAL))
 _CORRUPT = not_(state_in(State))
-_READY = or_(jobs.c.status.in_(sorted(READY_WORDS)), _UNTOLD, _CORRUPT)
+_IS_READY_WORD = jobs.c.status.in_([literal_column(f"'{word}'") for word in sorted(READY_WORDS)])
+_READY = or_(_IS_READY_WORD, _UNTOLD, _CORRUPT)
 _ALL = select(*_COLUMNS).where(jobs.c.id.in_(bindparam("keys", expanding=True)))
 _READY_ONES = _ALL.where(_READY)
-#: The same of one: a list has to be compiled anew each time.
+#: The same of one.
 _ONE = select(*_COLUMNS).where(jobs.c.id == bindparam("keys"))
 _READY_ONE = _ONE.where(_READY)
 _OLD = delete(waits).where(waits.c.entered_at < now(seconds("minus_age")))
@@ -88,11 +90,22 @@ def _chunks(keys: Sequence[str]) -> Iterator[list[str]]:
         yield list(keys[start : start + CHUNK])
 
 
+def _executed(connection: Connection, query: Any, values: dict[str, Any]) -> Sequence[Any]:
+    return connection.execute(query, values).all()
+
+
+def _outcome(row: Any) -> Job:
+    values = dict(zip(_NAMES, row, strict=True))
+    return Job(**{**values, "state": State(values["state"])})
+
+
 def _outcomes(
     connection: Connection, query: Any, values: dict[str, Any], keys: Sequence[str], ready: bool
 ) -> list[Job]:
     try:
-        return [Job(**{**row._mapping, "state": State(row.state)}) for row in connection.execute(query, values)]
+        # A list has to be compiled anew each time.
+        run = prepared.rows if len(keys) == 1 else _executed
+        return [_outcome(row) for row in run(connection, query, values)]
     except (ValueError, TypeError, AttributeError):  # a corrupt row is among them
         found = [replace(job, id=name) for name in keys if (job := reading.fetch(connection, name)) is not None]
         return [job for job in found if not ready or is_ready(job)]

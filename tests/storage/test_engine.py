@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Connection, event, text
 
 from kathikon_celery.settings import Settings
-from kathikon_celery.storage import Storage, Unavailable
+from kathikon_celery.storage import Storage, Unavailable, prepared
 from kathikon_celery.storage.engine import Database, Gate
 from tests.storage.actors import new_job, the_job
 
@@ -100,12 +100,12 @@ def test_a_commit_that_fails_leaves_no_transaction_to_the_next(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage.insert(new_job())
-    real = Connection.exec_driver_sql
+    real = prepared.plain
 
-    def fail(connection: Connection, words: str) -> object:
-        return real(connection, words.replace("COMMIT", "COMMITT").replace("ROLLBACK", "ROLLBACKK"))
+    def fail(connection: Connection, words: str) -> None:
+        real(connection, words.replace("COMMIT", "COMMITT").replace("ROLLBACK", "ROLLBACKK"))
 
-    monkeypatch.setattr(Connection, "exec_driver_sql", fail)
+    monkeypatch.setattr(prepared, "plain", fail)
     with pytest.raises(Exception, match="COMMITT"):
         storage.clear_jobs()
     monkeypatch.undo()

@@ -11,6 +11,7 @@ from sqlalchemy import URL, Connection, Executable, Table
 from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
 
 from kathikon_celery.job import Hold
+from kathikon_celery.storage import prepared
 from kathikon_celery.storage.wake import Wakeup
 
 
@@ -77,7 +78,7 @@ class Dialect(ABC):
         self, connection: Connection, statement: Executable, holds: Sequence[Hold], values: dict[str, Any]
     ) -> int:
         """Run *statement*, which says `held`, for *holds*; the number of rows it changed."""
-        return connection.execute(statement, self.of_holds({hold: {} for hold in holds}, values)).rowcount
+        return prepared.count(connection, statement, self.of_holds({hold: {} for hold in holds}, values))
 
     @abstractmethod
     def publishing(self, insert: Any, queue: BindParameter[str] | None) -> Executable:

@@ -36,6 +36,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, TEXT
 from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
 
 from kathikon_celery.job import Hold
+from kathikon_celery.storage import prepared
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.dialects.base import Dialect
 from kathikon_celery.storage.errors import Unavailable, UnknownDatabase, in_words
@@ -151,17 +152,18 @@ class PostgreSQL(Dialect):
         return select(func.count()).select_from(woken).add_cte(inserted)
 
     def wake(self, connection: Connection, queues: Iterable[str], count: int) -> None:
-        connection.execute(_WAKE, {"queues": list(queues), "count": count})
+        prepared.rows(connection, _WAKE, {"queues": list(queues), "count": count})
 
     def ring(self, connection: Connection) -> None:
-        connection.execute(_RING)
+        prepared.rows(connection, _RING, {})
 
     def wakeup(self, connect: Callable[[], Any], node_id: int | None) -> Wakeup:
         return Listener(connect, [CHANNEL] if node_id is None else [CHANNEL, f"{CHANNEL}_{node_id}"])
 
     def tell(self, connection: Connection, statement: Any, values: Any, ended: bool, fixed: bool) -> int:
-        telling = (_told if fixed else _telling)(statement, ended)
-        return int(connection.execute(telling, values).scalar_one())
+        if not fixed:
+            return int(connection.execute(_telling(statement, ended), values).scalar_one())
+        return int(prepared.rows(connection, _told(statement, ended), values)[0][0])
 
     def entering(self, ready: Select[Any]) -> Executable:
         found = ready.cte("ready")

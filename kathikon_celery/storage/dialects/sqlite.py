@@ -17,6 +17,7 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
 
 from kathikon_celery.job import Hold
+from kathikon_celery.storage import prepared
 from kathikon_celery.storage.dialects.base import Dialect
 from kathikon_celery.storage.errors import Unavailable, in_words
 from kathikon_celery.storage.wake import Wakeup
@@ -190,7 +191,9 @@ class SQLite(Dialect):
         return Bell(self.lock_path)
 
     def tell(self, connection: Connection, statement: Any, values: Any, ended: bool, fixed: bool) -> int:
-        changed = connection.execute(statement, values).rowcount
+        changed = (
+            prepared.count(connection, statement, values) if fixed else connection.execute(statement, values).rowcount
+        )
         self._tells = self._tells or changed > 0
         return changed
 

@@ -1,0 +1,139 @@
+"""Statements that are run often: compiled once, and then given to the driver's own cursor.
+
+What SQLAlchemy does for one execution costs more than most of these statements do. They must be the same objects each
+time, and their text must not depend on their parameters (no ``expanding`` ones).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import Connection, Dialect
+from sqlalchemy.exc import DBAPIError
+
+
+class _Prepared:
+    """A statement in the words of one driver."""
+
+    def __init__(self, statement: Any, dialect: Dialect) -> None:
+        compiled = statement.compile(dialect=dialect)
+        if compiled.post_compile_params:
+            raise TypeError(f"a statement whose text depends on its parameters cannot be prepared: {compiled}")
+        self.text = str(compiled)
+        self._names: list[str] = list(compiled.positiontup or compiled.params)
+        self._is_positional: bool = compiled.positional
+        self._constants = {name: bind.value for bind, name in compiled.bind_names.items() if not bind.required}
+        binds = {
+            name: bind.type.dialect_impl(dialect).bind_processor(dialect) for bind, name in compiled.bind_names.items()
+        }
+        self._of_values = {name: processor for name, processor in binds.items() if processor is not None}
+        # Of a copy: it remembers the answer, even for the statements that are made of it.
+        columns = statement.execution_options().exported_columns
+        of_columns = [column.type.dialect_impl(dialect).result_processor(dialect, None) for column in columns]
+        self._of_columns = [(number, processor) for number, processor in enumerate(of_columns) if processor is not None]
+
+    def parameters(self, values: Mapping[str, Any]) -> Any:
+        """*values* as the driver wants them. Raises `KeyError` where one is missing."""
+        given = {**self._constants, **values}
+        for name, processor in self._of_values.items():
+            given[name] = processor(given[name])
+        if self._is_positional:
+            return [given[name] for name in self._names]
+        return {name: given[name] for name in self._names}
+
+    def converted(self, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """*rows* of the driver as values of the columns' types."""
+        if not self._of_columns:
+            return rows
+        changed = [list(row) for row in rows]
+        for row in changed:
+            for number, processor in self._of_columns:
+                row[number] = processor(row[number])
+        return [tuple(row) for row in changed]
+
+
+_prepared = lru_cache(maxsize=512)(_Prepared)
+
+
+def rows(connection: Connection, statement: Any, values: Mapping[str, Any]) -> Sequence[Any]:
+    """Run *statement*, which returns rows, and return them."""
+    if _is_watched(connection):
+        return connection.execute(statement, values).all()
+    prepared = _prepared(statement, connection.dialect)
+    with _cursor(connection, prepared.text) as cursor:
+        cursor.execute(prepared.text, prepared.parameters(values))
+        found = cursor.fetchall()
+    return prepared.converted(found)
+
+
+def count(connection: Connection, statement: Any, values: Mapping[str, Any]) -> int:
+    """Run *statement* and return the number of rows that it has changed."""
+    if _is_watched(connection):
+        return connection.execute(statement, values).rowcount
+    prepared = _prepared(statement, connection.dialect)
+    with _cursor(connection, prepared.text) as cursor:
+        cursor.execute(prepared.text, prepared.parameters(values))
+        changed: int = cursor.rowcount
+    return changed
+
+
+def many(connection: Connection, statement: Any, values: Sequence[Mapping[str, Any]]) -> None:
+    """Run *statement*, which returns no rows, once for each of *values*."""
+    if _is_watched(connection):
+        connection.execute(statement, values)
+        return
+    prepared = _prepared(statement, connection.dialect)
+    with _cursor(connection, prepared.text) as cursor:
+        cursor.executemany(prepared.text, [prepared.parameters(one) for one in values])
+
+
+def plain(connection: Connection, text: str) -> None:
+    """Run *text*, which has neither parameters nor rows."""
+    if _is_watched(connection):
+        connection.exec_driver_sql(text)
+        return
+    with _cursor(connection, text) as cursor:
+        cursor.execute(text)
+
+
+def _is_watched(connection: Connection) -> bool:
+    """Whether somebody listens to the events of SQLAlchemy, which then has to run the statement."""
+    return bool(connection.dispatch.before_cursor_execute or connection.dispatch.after_cursor_execute)
+
+
+class _cursor:  # noqa: N801 (a context manager; as a generator it would cost as much as the rest)
+    """The driver's own cursor. Its errors are raised as SQLAlchemy's, which say whether the connection is lost."""
+
+    __slots__ = ("connection", "cursor", "text")
+
+    def __init__(self, connection: Connection, text: str) -> None:
+        self.connection, self.text = connection, text
+
+    def __enter__(self) -> Any:
+        self.cursor: Any = self.connection.connection.cursor()
+        return self.cursor
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if error is None:
+            self.cursor.close()
+            return
+        connection, driver = self.connection, self.connection.dialect.loaded_dbapi.Error
+        if not isinstance(error, Exception):  # in the middle of a statement: nobody knows what the connection does now
+            connection.invalidate(error)
+        if not isinstance(error, driver):
+            return
+        lost = connection.dialect.is_disconnect(error, connection.connection, self.cursor)
+        if lost:
+            connection.invalidate(error)
+            connection.engine.dispose()  # most likely the others are lost as well
+        raise DBAPIError.instance(
+            self.text,
+            None,
+            error,
+            driver,
+            hide_parameters=True,
+            connection_invalidated=lost,
+            dialect=connection.dialect,
+        ) from error
