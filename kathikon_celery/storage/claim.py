@@ -27,12 +27,12 @@ from sqlalchemy.sql.dml import Update
 from sqlalchemy.types import NullType
 
 from kathikon_celery.job import Hold, Job, State
-from kathikon_celery.storage import prepared
+from kathikon_celery.storage import messages, prepared
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.finish import completing
-from kathikon_celery.storage.tables import FREE, READY, jobs, messages, nodes
+from kathikon_celery.storage.tables import READY, jobs, nodes
 
 #: What a worker must know of a job in order to run it. Nothing of it is converted: a corrupt row spoils no batch.
 _DELIVERY = [
@@ -73,15 +73,14 @@ def _claim(dialect: Dialect) -> Any:
 
 @lru_cache(maxsize=64)
 def _is_anything_there(queues: int, with_messages: bool) -> Any:
-    # In the order of the index: else a database that once saw much of it scans the table for the first of none.
+    # In the order of the index: see `messages.first`.
     first = []
     for number in range(queues):
         queue: Any = bindparam(f"queue_{number}")
         job = select(jobs.c.seq).where(jobs.c.queue == queue, READY)
         first.append(job.order_by(desc(jobs.c.priority), jobs.c.available_at, jobs.c.seq))
         if with_messages:
-            message = select(messages.c.seq).where(messages.c.queue == queue, FREE)
-            first.append(message.order_by(desc(messages.c.priority), messages.c.seq))
+            first.append(messages.first(queue))
     return select(or_(false(), *(one.limit(1).scalar_subquery().is_not(None) for one in first)))
 
 

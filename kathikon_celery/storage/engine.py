@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -119,6 +119,7 @@ class Database:
             isolation_level="AUTOCOMMIT",  # BEGIN and COMMIT are sent by `write`; a single statement needs neither
             hide_parameters=True,  # payloads do not belong into error messages
             connect_args=self.dialect.connect_args(self.connect_timeout, on_disk),
+            pool_reset_on_return=None,  # a transaction that ends in no other way is rolled back by `transaction`
             pool_recycle=1800,
             max_overflow=50,
         )
@@ -152,14 +153,15 @@ class Database:
     def once(self, durable: bool = False) -> Iterator[Connection]:
         """A connection for one writing statement, committed by itself."""
         # The gate comes first: who waits at it holds no lock that a fork would copy.
-        with (
-            self._gate.passing(),
-            self._in_words(),
-            # Before the lock: who connects takes it for a moment, and a pool's first connection has a lock of its own.
-            (self._durable if durable else self._relaxed).connect() as connection,
-            self.dialect.writing(),
-        ):
-            yield connection
+        with self._gate.passing(), self._in_words():
+            with (
+                # Before the lock: who connects takes it for a moment, and a pool's first connection has one of its own.
+                (self._durable if durable else self._relaxed).connect() as connection,
+                self.dialect.writing(),
+            ):
+                yield connection
+            if self._on_disk[durable]:
+                self.dialect.flush()
 
     @contextmanager
     def write(self, durable: bool = False) -> Iterator[Connection]:
@@ -176,8 +178,10 @@ class Database:
             prepared.plain(connection, "COMMIT")
         except BaseException:
             if not connection.invalidated:
-                with suppress(DBAPIError):  # after some errors SQLite has done so by itself
+                try:
                     prepared.plain(connection, "ROLLBACK")
+                except DBAPIError as failure:  # after some errors SQLite has done so by itself; after others, who knows
+                    connection.invalidate(failure)
             raise
 
     def patiently(self, call: Callable[[bool], T], patient: bool = True) -> T:

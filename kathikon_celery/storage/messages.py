@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import (
     Connection,
     Integer,
+    Select,
     bindparam,
     delete,
     desc,
@@ -23,6 +24,7 @@ from sqlalchemy import (
 )
 
 from kathikon_celery.job import Hold
+from kathikon_celery.storage import prepared
 from kathikon_celery.storage.clock import now, seconds
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
@@ -99,14 +101,34 @@ _FRESH = func.coalesce(messages.c.expires_at > now(), true())
 _TAKEN = (messages.c.seq, messages.c.queue, messages.c.priority, messages.c.fence, messages.c.envelope, messages.c.body)
 
 
+def first(queue: Any) -> Select[Any]:
+    """The messages of *queue* that nobody holds, in the order in which they are taken."""
+    # Which is the order of an index: else a database that once saw many scans the table for the first of none.
+    return (
+        select(messages.c.seq)
+        .where(messages.c.queue == queue, FREE)
+        .order_by(desc(messages.c.priority), messages.c.seq)
+    )
+
+
+@lru_cache(maxsize=64)
+def _there(queues: int) -> Any:
+    firsts = [first(bindparam(f"queue_{number}")).limit(1) for number in range(queues)]
+    return select(*(one.scalar_subquery().is_not(None).label(f"is_in_{number}") for number, one in enumerate(firsts)))
+
+
+def there(connection: Connection, queues: Sequence[str]) -> list[str]:
+    """Those of *queues* (keys) in which a message waits."""
+    if not queues:
+        return []
+    values = {f"queue_{number}": queue for number, queue in enumerate(queues)}
+    (found,) = prepared.rows(connection, _there(len(queues)), values)
+    return [queue for queue, is_there in zip(queues, found, strict=True) if is_there]
+
+
 @lru_cache(maxsize=8)
 def _take(dialect: Dialect, keep: bool) -> Any:
-    ready = (
-        select(messages.c.seq)
-        .where(messages.c.queue == bindparam("from_queue"), FREE, _FRESH)
-        .order_by(desc(messages.c.priority), messages.c.seq)
-        .limit(bindparam("at_most", type_=Integer()))
-    )
+    ready = first(bindparam("from_queue")).where(_FRESH).limit(bindparam("at_most", type_=Integer()))
     picked = dialect.picked(ready, messages)
     if keep:
         held = update(messages).where(picked).values(node_id=bindparam("by_node"), fence=messages.c.fence + 1)
@@ -121,8 +143,9 @@ def take(
     values: dict[str, Any] = {"from_queue": queue, "at_most": limit}
     if keep:
         values["by_node"] = node_id
-    rows = connection.execute(_take(database.dialect, keep), values)
-    taken = [Message(**row._mapping, node_id=node_id) for row in rows]
+    rows = prepared.rows(connection, _take(database.dialect, keep), values)
+    names = [column.name for column in _TAKEN]
+    taken = [Message(**dict(zip(names, row, strict=True)), node_id=node_id) for row in rows]
     with suppress(TypeError):  # one of them is corrupt; the others are not to wait for that
         taken.sort(key=lambda message: (-message.priority, message.seq))
     return taken

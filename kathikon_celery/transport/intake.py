@@ -488,7 +488,8 @@ class Intake:
         with self.database.once() as connection:
             if self._server is not None and self._opened != self.database.opened:
                 self._unsure = True  # another thread may have met the loss of the server before us
-            if self._is_one_statement(reports, started, wanted, called):
+            filled = messages.there(connection, names) if called else []
+            if self._is_one_statement(reports, started, wanted, filled):
                 if not wanted:
                     self._report(connection, reports)
                 return self._claim(connection, wanted, names, [one for one, outcome in reports if outcome is DONE])
@@ -502,7 +503,7 @@ class Intake:
                     finish.started(self.database, connection, [one.hold for one in started])
                 if self._unsure:
                     self._reconcile(connection, reports)
-                taken = self._take(connection) if called else []
+                taken = self._take(connection, filled)
                 return taken + self._claim(connection, wanted, names)
 
     def _is_one_statement(
@@ -510,10 +511,10 @@ class Intake:
         reports: list[tuple[Delivery, Outcome]],
         started: list[Delivery],
         wanted: list[tuple[Subscription, int]],
-        called: bool,
+        filled: list[str],
     ) -> bool:
         """Whether it takes one statement, which needs no transaction around it."""
-        if called or started or self._unsure or monotonic() < self._claims_from:
+        if filled or started or self._unsure or monotonic() < self._claims_from:
             return False
         if any(outcome not in (DONE, WRITTEN, PASSED_ON) for _, outcome in reports):
             return False
@@ -600,11 +601,11 @@ class Intake:
                 " the report changed nothing", ", ".join(lost),
             )  # fmt: skip
 
-    def _take(self, connection: Connection) -> list[tuple[Subscription, Delivery]]:
-        """Take the messages that are no jobs."""
+    def _take(self, connection: Connection, filled: list[str]) -> list[tuple[Subscription, Delivery]]:
+        """Take the messages, which are no jobs, from the queues that are *filled* with some."""
         taken = []
         with self._lock:
-            subscriptions = list(self._subscriptions.items())
+            subscriptions = [(name, self._subscriptions[name]) for name in filled if name in self._subscriptions]
         for name, one in subscriptions:
             limit = (one.prefetch() or UNLIMITED) - one.outstanding
             if limit > 0:

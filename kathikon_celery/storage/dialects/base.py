@@ -45,6 +45,9 @@ class Dialect(ABC):
         """Held around a transaction that writes."""
         return nullcontext()
 
+    def flush(self) -> None:
+        """Called after a commit that is to be on disk, where it is not the commit itself that waits for it."""
+
     def explain(self, error: Exception) -> Exception:
         """*error*, or one that says better what is wrong."""
         return error

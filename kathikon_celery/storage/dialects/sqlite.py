@@ -37,6 +37,9 @@ BUSY = 60.0
 #: Seconds between two looks at a file where the system does not tell of its change.
 LOOK = 0.01
 
+#: Whether the file is flushed by ourselves, after the commit: meanwhile others write, and a worker begins already.
+FLUSHES = hasattr(os, "fdatasync")
+
 #: Holds and what comes with them, as objects in a list.
 _HOLDS = func.json_each(bindparam("holds", type_=Text())).table_valued("value", name="holds")
 
@@ -57,6 +60,8 @@ class SQLite(Dialect):
         self.path = Path(url.database).absolute()
         #: Writers lock it in turn, and a byte written to it is a call to all who sleep.
         self.lock_path = self.path.with_name(self.path.name + "-lock")
+        #: SQLite's log. It is no file that SQLite locks: one may open and close it.
+        self.wal_path = self.path.with_name(self.path.name + "-wal")
         self._lock = threading.RLock()
         self._depth = 0
         self._descriptor: int | None = None
@@ -77,7 +82,7 @@ class SQLite(Dialect):
         if cursor.execute("PRAGMA journal_mode").fetchone() != ("wal",):
             with self.writing():  # of several that change it at once, SQLite lets all but one fail
                 cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute(f"PRAGMA synchronous={'FULL' if on_disk else 'NORMAL'}")
+        cursor.execute(f"PRAGMA synchronous={'FULL' if on_disk and not FLUSHES else 'NORMAL'}")
         cursor.execute("PRAGMA cache_size=-16000")
         cursor.execute("PRAGMA journal_size_limit=67108864")
         cursor.close()
@@ -117,6 +122,20 @@ class SQLite(Dialect):
                         self._tells = False
                         with suppress(OSError, Unavailable):
                             os.pwrite(self._results_file(), b"\0", 0)
+
+    def flush(self) -> None:
+        if not FLUSHES:
+            return
+        try:  # opened anew each time, since a file of that name may be another one by now
+            log = os.open(self.wal_path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # a checkpoint has written all of it to the database, and to disk
+            return
+        try:
+            os.fdatasync(log)
+        except OSError as error:
+            raise Unavailable(f"the disk of the SQLite file {str(self.path)!r} is broken: {error.strerror}") from error
+        finally:
+            os.close(log)
 
     def _lock_file(self) -> int:
         if self._descriptor is None:

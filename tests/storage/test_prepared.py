@@ -1,0 +1,95 @@
+"""Statements that are run by the driver's own cursor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, bindparam, event, insert, select, text, update
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from kathikon_celery.storage import Storage, prepared
+from kathikon_celery.storage.clock import Instant
+from kathikon_celery.storage.tables import groups
+from tests.storage.actors import new_job
+
+NOON = datetime(2026, 1, 1, 12, tzinfo=timezone.utc)
+
+_ADD = insert(groups).values(
+    id=bindparam("new_id"), result=bindparam("new_result"), inserted_at=bindparam("at", type_=Instant())
+)
+_ALL = select(groups.c.id, groups.c.result, groups.c.inserted_at).order_by(groups.c.id)
+_CHANGE = update(groups).where(groups.c.id == bindparam("of_id")).values(result="changed")
+_CHANGED = _CHANGE.returning(groups.c.inserted_at)
+
+
+@pytest.fixture
+def connection(storage: Storage) -> Iterator[Connection]:
+    with storage.database.once() as connection:
+        prepared.many(connection, _ADD, [{"new_id": f"{n}", "new_result": "%(x)s ?", "at": NOON} for n in range(3)])
+        yield connection
+
+
+def test_values_and_rows_have_the_types_of_their_columns(connection: Connection) -> None:
+    assert [tuple(row) for row in prepared.rows(connection, _ALL, {})] == [(f"{n}", "%(x)s ?", NOON) for n in range(3)]
+    assert [tuple(row) for row in prepared.rows(connection, _CHANGED, {"of_id": "1"})] == [(NOON,)]
+
+
+def test_the_number_of_rows_that_change(connection: Connection) -> None:
+    assert prepared.count(connection, _CHANGE, {"of_id": "1"}) == 1
+    assert prepared.count(connection, _CHANGE, {"of_id": "none"}) == 0
+
+
+def test_a_value_that_is_missing_is_an_error(connection: Connection) -> None:
+    with pytest.raises(KeyError, match="of_id"):
+        prepared.count(connection, _CHANGE, {})
+
+
+def test_what_depends_on_its_values_cannot_be_prepared(connection: Connection) -> None:
+    statement = select(groups.c.id).where(groups.c.id.in_(bindparam("some", expanding=True)))
+    with pytest.raises(TypeError, match="depends on its parameters"):
+        prepared.rows(connection, statement, {"some": ["1"]})
+
+
+def test_errors_are_those_of_sqlalchemy_without_the_values(connection: Connection) -> None:
+    with pytest.raises(IntegrityError) as raised:
+        prepared.count(connection, _ADD, {"new_id": "1", "new_result": "s3cret", "at": NOON})
+    assert "s3cret" not in str(raised.value).replace(str(raised.value.orig), "")
+    assert not raised.value.connection_invalidated
+    assert len(prepared.rows(connection, _ALL, {})) == 3
+
+
+def test_who_listens_to_sqlalchemy_hears_them_as_well(storage: Storage, connection: Connection) -> None:
+    heard: list[str] = []
+
+    def listener(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        heard.append(statement)
+
+    event.listen(storage.database._relaxed, "before_cursor_execute", listener)
+    with storage.database.write() as other:
+        prepared.rows(other, _ALL, {})
+        prepared.count(other, _CHANGE, {"of_id": "1"})
+        prepared.many(other, _ADD, [{"new_id": "new", "new_result": "", "at": NOON}])
+    assert [words.split()[0] for words in heard] == ["BEGIN", "SELECT", "UPDATE", "INSERT", "COMMIT"]
+
+
+def test_what_interrupts_a_statement_ends_its_connection(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    with storage.database.once() as connection:
+        with pytest.raises(KeyboardInterrupt), prepared._cursor(connection, "SELECT 1"):
+            raise KeyboardInterrupt
+        assert connection.invalidated
+
+
+@pytest.mark.postgresql
+def test_a_lost_connection_is_said_to_be_lost(postgresql_storage: Storage) -> None:
+    storage = postgresql_storage
+    with storage.database.once() as connection, storage.database.read() as idle:
+        (own,) = prepared.rows(connection, select(text("pg_backend_pid()")), {})[0]
+        idle.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": own})
+        with pytest.raises(DBAPIError) as raised:
+            prepared.rows(connection, _ALL, {})
+        assert raised.value.connection_invalidated
+        assert connection.invalidated
+    storage.insert(new_job())
