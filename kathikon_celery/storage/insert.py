@@ -135,7 +135,7 @@ def insert(database: Database, job: Job, hold: Hold | None = None, soon: bool = 
         else:
             with database.once(durable=True) as connection:
                 prepared.count(connection, _make(database, job, False, again, False), values)
-                database.dialect.published()
+                database.dialect.published(later=job.scheduled_at is not None)
         return True
 
     return database.patiently(publish)

@@ -325,12 +325,15 @@ class Intake:
 
     def _is_busy(self) -> bool:
         """Whether there is so much to do that transactions should be shared."""
-        rate = self._rate()
-        if rate <= BUSY or rate > RUSH:
-            return rate > BUSY
+        if self._rate() <= BUSY or self._is_rush():
+            return self._rate() > BUSY
         was_called = self._look and not self._look_from
         must_say_so = self.database.dialect.wakes_by_name and not self._waits
-        return not self._has_room() or not (was_called or must_say_so)
+        return not (was_called or must_say_so)
+
+    def _is_rush(self) -> bool:
+        """Whether nobody is helped by an answer at once: there is very much to do, or no slot is free."""
+        return self._rate() > RUSH or not self._has_room()
 
     def _has_room(self) -> bool:
         """Whether one more job could start at once."""
@@ -358,8 +361,11 @@ class Intake:
                 due_at = min(self._due_at(now, next_look), next_look)
                 pause_until = last + self._gap()
                 if due_at <= pause_until and now < pause_until:
-                    sleep(pause_until - now)  # deaf: to be woken by each job that ends costs more than all the SQL
-                    now = monotonic()
+                    if self._is_rush():
+                        sleep(pause_until - now)  # deaf: to be woken by each job that ends costs more than all the SQL
+                        now = monotonic()
+                    else:
+                        due_at = pause_until
                 timeout = max(0.0, due_at - now)
                 if self._wakeup.wait(min(timeout, self.storage.settings.poll_interval)):
                     self._look, self._look_from, self._waits = True, 0.0, False

@@ -98,8 +98,11 @@ class Dialect(ABC):
     def ring(self, connection: Connection) -> None:
         """As the transaction commits, wake every node: there is a message for somebody."""
 
-    def published(self) -> None:
-        """Called after a statement of `publishing`, where it is not the statement itself that wakes."""
+    def published(self, later: bool) -> None:
+        """Called after a statement of `publishing`, where it is not the statement itself that wakes.
+
+        *later*: the job has a due time, so that all nodes are called.
+        """
 
     @abstractmethod
     def wakeup(self, connect: Callable[[], Any], node_id: int | None) -> Wakeup:

@@ -37,6 +37,8 @@ BUSY = 60.0
 #: Seconds between two looks at a file where the system does not tell of its change.
 LOOK = 0.01
 
+#: Bytes at the head of the lock file that change when all nodes are called, not only those that wait for a job.
+MARK = 8
 #: Whether the file is flushed by ourselves, after the commit: meanwhile others write, and a worker begins already.
 FLUSHES = hasattr(os, "fdatasync")
 
@@ -58,14 +60,15 @@ class SQLite(Dialect):
                 " for tables that live as long as the process set kathikon_copies = 'ram'"
             )
         self.path = Path(url.database).absolute()
-        #: Writers lock it in turn, and a byte written to it is a call to all who sleep.
+        #: Writers lock it in turn, and what is written to it is a call to all who sleep: there is a job, or, where its
+        #: first bytes have changed, a message or a job that is due soon.
         self.lock_path = self.path.with_name(self.path.name + "-lock")
         #: SQLite's log. It is no file that SQLite locks: one may open and close it.
         self.wal_path = self.path.with_name(self.path.name + "-wal")
         self._lock = threading.RLock()
         self._depth = 0
         self._descriptor: int | None = None
-        self._rings = False
+        self._rings = self._rings_all = False
         #: A byte written to it is a call to all who wait for results.
         self.results_path = self.path.with_name(self.path.name + "-results")
         self._results: int | None = None
@@ -115,9 +118,10 @@ class SQLite(Dialect):
                     if fcntl is not None and self._descriptor is not None:
                         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
                     if self._rings and self._descriptor is not None:
-                        self._rings = False
+                        call = (os.urandom(MARK), 0) if self._rings_all else (b"\0", MARK)
+                        self._rings = self._rings_all = False
                         with suppress(OSError):  # what was written is written; the others look by themselves
-                            os.pwrite(self._descriptor, b"\0", 0)
+                            os.pwrite(self._descriptor, *call)
                     if self._tells:
                         self._tells = False
                         with suppress(OSError, Unavailable):
@@ -200,14 +204,15 @@ class SQLite(Dialect):
         self._rings = True
 
     def ring(self, connection: Connection) -> None:
-        self._rings = True
+        self._rings = self._rings_all = True
 
-    def published(self) -> None:
+    def published(self, later: bool) -> None:
         self._rings = True
+        self._rings_all = self._rings_all or later
 
     def wakeup(self, connect: Callable[[], Any], node_id: int | None) -> Wakeup:
         self._lock_file()
-        return Bell(self.lock_path)
+        return NodeBell(self.lock_path)
 
     def tell(self, connection: Connection, statement: Any, values: Any, ended: bool, fixed: bool) -> int:
         changed = (
@@ -250,8 +255,7 @@ class Bell(Wakeup):
         return self._path.stat().st_mtime_ns
 
     def called(self) -> bool:
-        assert self._inotify is not None
-        return bool(self._inotify.read(timeout=0))
+        return self._inotify is None or bool(self._inotify.read(timeout=0))
 
     def wait(self, timeout: float) -> bool:
         if self._inotify is not None:
@@ -260,7 +264,7 @@ class Bell(Wakeup):
         while not super().wait(min(LOOK, deadline - monotonic())):
             last, self._last = self._last, self._stamp()
             if last != self._last:
-                return True
+                return self.called()
             if monotonic() >= deadline:
                 break
         return False
@@ -269,3 +273,22 @@ class Bell(Wakeup):
         super().close()
         if self._inotify is not None:
             self._inotify.close()
+
+
+class NodeBell(Bell):
+    """The bell of a node, which knows a call that is for all nodes."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._file = path.open("rb", buffering=0)
+        self._mark = os.pread(self._file.fileno(), MARK, 0)
+
+    def called(self) -> bool:
+        is_called = super().called()  # first: what is written from now on is a call of its own
+        last, self._mark = self._mark, os.pread(self._file.fileno(), MARK, 0)
+        self.called_all = last != self._mark
+        return is_called
+
+    def close(self) -> None:
+        super().close()
+        self._file.close()
