@@ -24,7 +24,7 @@ from kathikon_celery.storage import waits
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.errors import in_words, is_lost
 from kathikon_celery.storage.names import key
-from kathikon_celery.storage.wake import ENDED, Wakeup
+from kathikon_celery.storage.wake import ENDED, OUTCOME, Wakeup
 
 logger = logging.getLogger(__name__)
 
@@ -275,6 +275,13 @@ class Desk:
                 for wait in self._waits:
                     wait.called()
             for call in named:
+                if call[0] == OUTCOME:
+                    job = waits.told(call[1:])
+                    self._entered.discard(job.id)
+                    if waits.is_ready(job):
+                        self._hand_over(job)
+                        continue
+                    call = ENDED + job.id
                 name, is_end = call[1:], call[0] == ENDED
                 if is_end:
                     self._entered.discard(name)
@@ -314,12 +321,15 @@ class Desk:
         with self.lock:
             self._entered.difference_update(there)
             for job in found:
-                name = job.id
-                for wait in list(self._by_key.get(name, ())):
-                    if name in wait.open and wait.deliver(name, job):
-                        self._forget(name, wait)
+                self._hand_over(job)
             for wait in these:
                 wait.looked(now, monotonic() - now)
+
+    def _hand_over(self, job: Job) -> None:
+        """Give *job*, whose id is its key, to all who wait for it."""
+        for wait in list(self._by_key.get(job.id, ())):
+            if job.id in wait.open and wait.deliver(job.id, job):
+                self._forget(job.id, wait)
 
     def _bear(self, error: Exception) -> None:
         if not is_lost(error):

@@ -116,6 +116,10 @@ def state_in(states: Iterable[State]) -> ColumnElement[bool]:
     return jobs.c.state.in_([literal_column(f"'{state.value}'") for state in sorted(states)])
 
 
+#: What is to be known of a result; the message that led to it may be large.
+OUTCOME = tuple(jobs.c[name] for name in ("id", "state", "status", "result", "traceback", "meta", "reason", "ended_at"))
+
+
 def held_as(table: Table, owned: bool = True) -> ColumnElement[bool]:
     """The condition that a row of *table* is held as the values of `of_hold` say; its node counts if *owned*."""
     by_number = [table.c[name] == bindparam(f"hold_{name}") for name in ("seq", "fence")]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +16,7 @@ from kathikon_celery.storage import prepared, reading
 from kathikon_celery.storage.clock import now, seconds
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
-from kathikon_celery.storage.tables import jobs, state_in, waits
+from kathikon_celery.storage.tables import OUTCOME, jobs, state_in, waits
 
 #: Ids of one query.
 CHUNK = 1000
@@ -23,17 +25,15 @@ LONGEST = 3600.0
 #: Celery's words for what is ready.
 READY_WORDS = frozenset({"SUCCESS", "FAILURE", "REVOKED"})
 
-#: What is to be known of a result; the message that led to it may be large.
-_NAMES = ("id", "state", "status", "result", "traceback", "meta", "reason", "ended_at")
-_COLUMNS = [jobs.c[name] for name in _NAMES]
+_NAMES = [column.name for column in OUTCOME]
 _UNTOLD = and_(jobs.c.status.is_(None), state_in(TERMINAL))
 _CORRUPT = not_(state_in(State))
 _IS_READY_WORD = jobs.c.status.in_([literal_column(f"'{word}'") for word in sorted(READY_WORDS)])
 _READY = or_(_IS_READY_WORD, _UNTOLD, _CORRUPT)
-_ALL = select(*_COLUMNS).where(jobs.c.id.in_(bindparam("keys", expanding=True)))
+_ALL = select(*OUTCOME).where(jobs.c.id.in_(bindparam("keys", expanding=True)))
 _READY_ONES = _ALL.where(_READY)
 #: The same of one.
-_ONE = select(*_COLUMNS).where(jobs.c.id == bindparam("keys"))
+_ONE = select(*OUTCOME).where(jobs.c.id == bindparam("keys"))
 _READY_ONE = _ONE.where(_READY)
 _OLD = delete(waits).where(waits.c.entered_at < now(seconds("minus_age")))
 
@@ -92,6 +92,14 @@ def _chunks(keys: Sequence[str]) -> Iterator[list[str]]:
 
 def _executed(connection: Connection, query: Any, values: dict[str, Any]) -> Sequence[Any]:
     return connection.execute(query, values).all()
+
+
+def told(outcome: str) -> Job:
+    """The job of which a call said the *outcome*; it has its key as its id."""
+    values = json.loads(outcome)
+    if values["ended_at"] is not None:
+        values["ended_at"] = datetime.fromtimestamp(values["ended_at"], timezone.utc)
+    return Job(**{**values, "state": State(values["state"])})
 
 
 def _outcome(row: Any) -> Job:

@@ -6,8 +6,8 @@ import selectors
 import socket
 from contextlib import suppress
 
-#: What a call that names a job begins with: it has ended, or there is no more than news of it.
-ENDED, NEWS = "e", "n"
+#: What a call about a job begins with: its outcome follows, or its id, as it has ended, or there is news of it.
+OUTCOME, ENDED, NEWS = "o", "e", "n"
 
 
 class Wakeup:

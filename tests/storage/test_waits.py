@@ -11,7 +11,7 @@ from sqlalchemy import select
 
 from kathikon_celery.job import State
 from kathikon_celery.storage import Storage, results, tables, waits
-from kathikon_celery.storage.wake import Wakeup
+from kathikon_celery.storage.wake import ENDED, OUTCOME, Wakeup
 from tests.storage.actors import Worker, new_job
 
 LISTENER = 4711
@@ -30,9 +30,10 @@ def entered(storage: Storage) -> list[tuple[str, int]]:
 
 
 def heard(wakeup: Wakeup, timeout: float = 10.0) -> tuple[bool, list[str]]:
+    """Whether somebody called, and what was said: of an outcome the job's key, after the same sign."""
     called = wakeup.wait(timeout)
-    names, wakeup.named = wakeup.named, []
-    return called, names
+    said, wakeup.named = wakeup.named, []
+    return called, [OUTCOME + waits.told(call[1:]).id if call[0] == OUTCOME else call for call in said]
 
 
 def ended(storage: Storage, worker: Worker, how: str) -> None:
@@ -56,7 +57,7 @@ def test_whoever_waits_is_called(storage: Storage, worker: Worker, hearing: Wake
     assert waits.enter(storage.database, ["job", "other"], LISTENER) == []
     assert sorted(entered(storage)) == ([("job", LISTENER), ("other", LISTENER)] if by_name else [])
     ended(storage, worker, how)
-    assert heard(hearing) == (True, ["ejob"] if by_name else [])
+    assert heard(hearing) == (True, ["ojob"] if by_name else [])
     assert entered(storage) == ([("other", LISTENER)] if by_name else [])
     (job,) = waits.look(storage.database, ["job", "other"])
     assert waits.is_ready(job)
@@ -71,8 +72,32 @@ def test_nobody_is_called_for_what_others_wait_for(postgresql_storage: Storage) 
         assert worker.store(worker.claim_one())
         storage.insert(new_job())
         assert worker.store(worker.claim_one())
-        assert heard(two) == (True, ["ejob"])
+        assert heard(two) == (True, ["ojob"])
         assert heard(one, 0) == (False, [])
+
+
+@pytest.mark.postgresql
+@pytest.mark.parametrize("how", ["run", "alone", "told"])
+def test_a_call_says_what_a_look_would_find(postgresql_storage: Storage, how: str) -> None:
+    storage, worker = postgresql_storage, Worker(postgresql_storage)
+    with closing(storage.database.hearing(LISTENER)) as hearing:
+        waits.enter(storage.database, ["job"], LISTENER)
+        ended(storage, worker, how)
+        assert hearing.wait(10)
+        (call,) = hearing.named
+    assert [waits.told(call.removeprefix(OUTCOME))] == waits.look(storage.database, ["job"])
+
+
+@pytest.mark.postgresql
+@pytest.mark.parametrize(("result", "sign"), [("é" * 3800, OUTCOME), ("é" * 4000, ENDED), ("x" * 100_000, ENDED)])
+def test_a_result_that_fits_into_no_call(postgresql_storage: Storage, result: str, sign: str) -> None:
+    storage, worker = postgresql_storage, Worker(postgresql_storage)
+    with closing(storage.database.hearing(LISTENER)) as hearing:
+        storage.insert(new_job())
+        waits.enter(storage.database, ["job"], LISTENER)
+        assert worker.store(worker.claim_one(), result=result)
+        assert heard(hearing) == (True, [f"{sign}job"])
+    assert [job.result for job in waits.look(storage.database, ["job"])] == [result]
 
 
 def test_news_are_told_and_the_wait_goes_on(storage: Storage, worker: Worker, hearing: Wakeup) -> None:
@@ -86,7 +111,7 @@ def test_news_are_told_and_the_wait_goes_on(storage: Storage, worker: Worker, he
     (found,) = waits.look(storage.database, ["job"], ready=False)
     assert (found.state, found.status, found.result) == (State.CLAIMED, "PROGRESS", "{}")
     assert worker.store(job)
-    assert heard(hearing) == (True, ["ejob"] if by_name else [])
+    assert heard(hearing) == (True, ["ojob"] if by_name else [])
 
 
 def test_what_is_rolled_back_is_no_end(storage: Storage, worker: Worker) -> None:

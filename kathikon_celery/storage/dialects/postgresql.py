@@ -6,6 +6,7 @@ import selectors
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from itertools import chain
 from time import monotonic
 from typing import Any
 
@@ -13,12 +14,14 @@ from sqlalchemy import (
     URL,
     BigInteger,
     Connection,
+    Double,
     Executable,
     Integer,
     Table,
     and_,
     any_,
     bindparam,
+    case,
     cast,
     column,
     delete,
@@ -40,8 +43,9 @@ from kathikon_celery.storage import prepared
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.dialects.base import Dialect
 from kathikon_celery.storage.errors import Unavailable, UnknownDatabase, in_words
-from kathikon_celery.storage.tables import jobs, nodes, waits
+from kathikon_celery.storage.tables import OUTCOME, jobs, nodes, waits
 from kathikon_celery.storage.wake import ENDED, NEWS, Wakeup
+from kathikon_celery.storage.wake import OUTCOME as OUTCOME_CALL
 
 #: Every node listens to it: a message came, or a job is due soon.
 CHANNEL = "kathikon"
@@ -51,6 +55,8 @@ RESULTS_CHANNEL = CHANNEL + "_r_"
 LOCK_SPACE = 0x6B61
 #: Milliseconds after which a peer that acknowledges nothing of what was sent has vanished (keepalives are for silence).
 UNANSWERED = 25_000
+#: Bytes of what a call says, at most: PostgreSQL takes less than 8,000.
+LONGEST_CALL = 7900
 #: Seconds between two attempts to listen again after a lost connection.
 RECONNECT = 0.5
 
@@ -72,15 +78,26 @@ _WAKE = _woken(nodes.c.waiting.op("&&")(bindparam("queues", type_=ARRAY(TEXT))),
 _RING = select(func.pg_notify(CHANNEL, ""))
 
 
+def _outcome(rows: Any) -> ColumnElement[Any]:
+    """What `waits.told` reads."""
+    values = {column.name: rows.c[column.name] for column in OUTCOME}
+    values["ended_at"] = cast(func.extract("epoch", rows.c.ended_at), Double)
+    return func.json_build_object(*chain.from_iterable((literal_column(f"'{name}'"), values[name]) for name in values))
+
+
 def _telling(statement: Any, ended: bool) -> Executable:
-    changed = statement.returning(jobs.c.id).cte("changed")
+    changed = statement.returning(*(OUTCOME if ended else [jobs.c.id])).cte("changed")
     # An array is looked up in the index; nobody knows how many rows of this table are dead.
     of_them = waits.c.job == any_(func.array(select(changed.c.id).scalar_subquery()))
     channel = literal(RESULTS_CHANNEL).concat(cast(waits.c.listener, TEXT))
-    notify = func.pg_notify(channel, literal(ENDED if ended else NEWS).concat(waits.c.job))
     number = select(func.count()).select_from(changed)
     if ended:
-        return number.add_cte(delete(waits).where(of_them).returning(notify.label("told")).cte("told"))
+        said = literal(OUTCOME_CALL).concat(cast(_outcome(changed), TEXT))
+        fits = func.octet_length(said) <= LONGEST_CALL
+        notify = func.pg_notify(channel, case((fits, said), else_=literal(ENDED).concat(waits.c.job)))
+        left = delete(waits).where(of_them, waits.c.job == changed.c.id)
+        return number.add_cte(left.returning(notify.label("told")).cte("told"))
+    notify = func.pg_notify(channel, literal(NEWS).concat(waits.c.job))
     told = select(notify.label("told")).where(of_them).cte("told")
     return select(number.scalar_subquery(), select(func.count(told.c.told)).scalar_subquery())
 
