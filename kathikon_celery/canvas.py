@@ -65,10 +65,14 @@ class CanvasBackend(BaseBackend):
 
     # --- the end of a task
 
-    def mark_as_done(self, task_id: str, result: Any, request: Any = None, *args: Any, **kwargs: Any) -> None:
+    def mark_as_done(
+        self, task_id: str, result: Any, request: Any = None, store_result: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
         """Store the result, publish what follows the task, and count it in its chord, in one transaction."""
+        if not store_result and not (request and request.chord) and collecting.current(self.storage.database) is None:
+            return  # nothing of all that
         with self._ending(task_id, request, State.COMPLETED):
-            super().mark_as_done(task_id, result, request, *args, **kwargs)
+            super().mark_as_done(task_id, result, request, store_result, *args, **kwargs)
 
     def mark_as_failure(
         self, task_id: str, exc: Any, traceback: Any = None, request: Any = None, *args: Any, **kwargs: Any

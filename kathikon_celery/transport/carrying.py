@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,27 +15,27 @@ LONGEST = 100_000
 
 
 class Carrier:
-    """Takes at most one end: that of the job that is held under *hold*, where that *travels*."""
+    """Takes at most one end: that of the job that is held under *hold*, where that *travels*.
 
-    def __init__(self, hold: Hold | None, travels: bool) -> None:
+    Whoever runs a block with it as the context takes to the main process what there is of the end of the job.
+    """
+
+    def __init__(self, hold: Hold | None, travels: bool = True) -> None:
         self.hold = hold
         self.travels = travels
         self.end: End | None = None
         #: The job's row has got its end.
         self.is_written = False
 
+    def __enter__(self) -> Carrier:
+        self._token = _carrier.set(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _carrier.reset(self._token)
+
 
 _carrier: ContextVar[Carrier | None] = ContextVar("kathikon_carrier", default=None)
-
-
-@contextmanager
-def carrying(hold: Hold | None, travels: bool = True) -> Iterator[Carrier]:
-    """Whoever runs the block takes to the main process what there is of the end of the job."""
-    token = _carrier.set(carrier := Carrier(hold, travels))
-    try:
-        yield carrier
-    finally:
-        _carrier.reset(token)
 
 
 def carry(ending: Ending) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from kathikon_celery.job import Hold, Job, State
@@ -67,20 +67,18 @@ class Delivery:
     carried: bool = False
     #: What an acknowledgement means; the worker's request says when it means something else.
     outcome: Outcome = DONE
+    is_job: bool = field(init=False)
+    #: The delivery tag. Of a job it is all that the pool child needs in order to write its result.
+    tag: str = field(init=False)
 
-    @property
-    def is_job(self) -> bool:
-        return isinstance(self.item, Job)
+    def __post_init__(self) -> None:
+        item = self.item
+        self.is_job = isinstance(item, Job)
+        self.tag = f"{'job' if self.is_job else 'message'}.{item.seq}.{item.fence}.{item.node_id}"
 
     @property
     def hold(self) -> Hold:
         return self.item.hold
-
-    @property
-    def tag(self) -> str:
-        """The delivery tag. Of a job it is all that the pool child needs in order to write its result."""
-        item = self.item
-        return f"{'job' if self.is_job else 'message'}.{item.seq}.{item.fence}.{item.node_id}"
 
 
 def hold_of(tag: object) -> Hold | None:

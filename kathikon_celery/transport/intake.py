@@ -69,6 +69,8 @@ class Subscription:
     pace: Pace = field(default_factory=Pace)
     waiting: deque[Delivery] = field(default_factory=deque)
     in_hand: int = 0
+    #: How many more may be handed out before that is to be reckoned anew.
+    allowed: int = 0
     #: How many may be in hand when the next are handed out: a handful at once costs less than one by one.
     refill: int = UNLIMITED
 
@@ -235,6 +237,7 @@ class Intake:
             every = list(self._subscriptions.values())
         first = self._turn % len(every) if every else 0
         for subscription in every[first:] + every[:first]:
+            subscription.allowed = 0
             while handed != most and (delivery := self._next(subscription)) is not None:
                 handed += 1
                 subscription.deliver(delivery)
@@ -281,8 +284,9 @@ class Intake:
 
     def _next(self, subscription: Subscription) -> Delivery | None:
         with self._lock:
-            while subscription.waiting and self._may_hand_out(subscription):
+            while subscription.waiting and (subscription.allowed > 0 or self._may_hand_out(subscription)):
                 delivery = subscription.waiting.popleft()
+                subscription.allowed -= 1
                 subscription.in_hand += 1
                 if subscription.no_ack and not delivery.is_job:
                     subscription.in_hand -= 1
@@ -295,17 +299,20 @@ class Intake:
             return None
 
     def _may_hand_out(self, subscription: Subscription) -> bool:
-        if subscription.concurrency is not None and subscription.in_hand >= subscription.concurrency:
-            return False
+        limits = [UNLIMITED]
+        if subscription.concurrency is not None:
+            limits.append(subscription.concurrency - subscription.in_hand)
         limit, slots = subscription.prefetch(), 0
         if self.slots is not None and subscription.waiting[0].is_job:
             slots = self.slots()
             ahead = round(self._rate() * self.storage.settings.claim_horizon) if self.claims_ahead else 0
             limit = min(limit or UNLIMITED, slots + ahead)
-        if not limit or self._in_hand_beside(subscription) < limit:
-            return True
-        subscription.refill = max(slots, limit // 2, limit - HANDFUL)
-        return False
+        if limit:
+            limits.append(limit - self._in_hand_beside(subscription))
+            if limits[-1] <= 0:
+                subscription.refill = max(slots, limit // 2, limit - HANDFUL)
+        subscription.allowed = min(limits)
+        return subscription.allowed > 0
 
     def _in_hand_beside(self, subscription: Subscription) -> int:
         """What all consumers have in hand that share the prefetch limit of *subscription*."""

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from celery import bootsteps, signals
+from celery.concurrency import prefork
 from kombu.utils.imports import symbol_by_name
 
 from kathikon_celery.presence import Presence
@@ -108,6 +109,8 @@ def install(sender: Any, **kwargs: Any) -> None:
         collect_successors(task, storage)
         if storage.settings.retry_failed and not task.name.startswith("celery."):
             retry_failed(task, storage.settings.max_attempts)
+    if sender.pool_cls in ("prefork", "processes", prefork.TaskPool):
+        sender.pool_cls = "kathikon_celery.worker.prefork:TaskPool"
     Presence.of(storage).name = sender.hostname
     logging.getLogger("celery.worker").addFilter(_IN_WORDS)
     logging.getLogger("celery.worker.consumer.tasks").addFilter(_NOT_FOR_US)

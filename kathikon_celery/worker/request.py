@@ -26,6 +26,8 @@ def _ended(state: State, reason: str, traceback: str | None = None) -> Outcome:
 
 
 def _check_limits(limits: Any) -> None:
+    if limits == [None, None]:  # as most are
+        return
     is_pair = isinstance(limits, list | tuple) and len(limits) == 2
     if not is_pair or not all(isinstance(limit, int | float | None) for limit in limits):
         raise ValueError(f"timelimit is {limits!r}")

@@ -11,7 +11,7 @@ from kathikon_celery.backend import KathikonBackend
 from kathikon_celery.storage import Storage
 from kathikon_celery.storage.settle import Ending, settle
 from kathikon_celery.transport import collecting
-from kathikon_celery.transport.carrying import CARRIED, Carried, carrying
+from kathikon_celery.transport.carrying import CARRIED, Carried, Carrier
 from kathikon_celery.transport.delivery import hold_of
 
 
@@ -50,7 +50,7 @@ def carry_results(task: Any, storage: Storage) -> None:
         hold = hold_of(properties.get("delivery_tag"))
         if hold is None:
             return trace(uuid, args, kwargs, request)
-        with carrying(hold, bool(properties.get(CARRIED))) as carrier:
+        with Carrier(hold, bool(properties.get(CARRIED))) as carrier:
             try:
                 traced = trace(uuid, args, kwargs, request)
             except BaseException:

@@ -6,7 +6,7 @@ import pytest
 
 from kathikon_celery.job import Hold, Job, State
 from kathikon_celery.storage.settle import End, Ending
-from kathikon_celery.transport.carrying import LONGEST, Carried, carry, carrying, written
+from kathikon_celery.transport.carrying import LONGEST, Carried, Carrier, carry, written
 
 HOLD = Hold(1, 2, 3)
 
@@ -16,7 +16,7 @@ def ending(hold: Hold | None = HOLD, state: State = State.COMPLETED, result: str
 
 
 def test_an_end_travels_with_its_own_job() -> None:
-    with carrying(HOLD) as carrier:
+    with Carrier(HOLD) as carrier:
         assert carry(ending())
     assert carrier.end == ending().ends[0]
 
@@ -35,13 +35,13 @@ def test_an_end_travels_with_its_own_job() -> None:
     ],
 )
 def test_what_is_written_where_it_is(other: Ending) -> None:
-    with carrying(HOLD) as carrier:
+    with Carrier(HOLD) as carrier:
         assert not carry(other)
     assert carrier.end is None
 
 
 def test_without_hold_nothing_travels() -> None:
-    with carrying(None):
+    with Carrier(None):
         assert not carry(ending(hold=None))
 
 
@@ -50,7 +50,7 @@ def test_nothing_travels_outside() -> None:
 
 
 def test_what_does_not_travel_is_known_to_be_written() -> None:
-    with carrying(HOLD, travels=False) as carrier:
+    with Carrier(HOLD, travels=False) as carrier:
         assert not carry(ending())
         written(ending(hold=Hold(1, 2, 4)))
         assert not carrier.is_written
