@@ -195,7 +195,8 @@ class SQLite(Dialect):
         return func.json_extract(_HOLDS.c.value, literal_column(f"'$.{name}'"))
 
     def of_holds(self, holds: Mapping[Hold, Mapping[str, str | None]], values: dict[str, Any]) -> Any:
-        return {"holds": json.dumps([{**hold._asdict(), **texts} for hold, texts in holds.items()]), **values}
+        listed = [{**dict(zip(Hold._fields, hold, strict=True)), **texts} for hold, texts in holds.items()]
+        return {"holds": json.dumps(listed), **values}
 
     def publishing(self, insert: Any, queue: BindParameter[str] | None) -> Executable:
         return insert  # type: ignore[no-any-return]
