@@ -102,6 +102,23 @@ class ConfiguredQueues:
         return "ConfiguredQueues()"
 
 
+class ConfiguredQueue(Queue):
+    """A queue that is bound to a channel of ours once.
+
+    kombu does so for each task that is sent, since it declares the queue then; each time it copies queue and exchange.
+    """
+
+    def bind(self, channel: Any) -> Queue:
+        """This queue on *channel*."""
+        bound = getattr(channel, "bound", None)
+        if bound is None:
+            return super().bind(channel)
+        known = bound.get(self.name)
+        if known is None or known[0] is not self:
+            known = bound[self.name] = self, super().bind(channel)
+        return known[1]
+
+
 class TransportOptions(Mapping[str, Any]):
     """Celery's ``broker_transport_options``, which tell the transport the app that a connection is for.
 
@@ -186,8 +203,8 @@ def _names(app: Celery, settings: Settings) -> list[str]:
 def _queue(app: Celery, name: str) -> Queue:
     """Declare queue *name* as Celery does one that is not in ``task_queues``, so that all processes agree."""
     if name == app.conf.task_default_queue:
-        return Queue(name, app.amqp.default_exchange, app.conf.task_default_routing_key)
-    return Queue(name, Exchange(name), name)
+        return ConfiguredQueue(name, app.amqp.default_exchange, app.conf.task_default_routing_key)
+    return ConfiguredQueue(name, Exchange(name), name)
 
 
 def _make_route(app: Celery) -> Callable[[str], str | None]:

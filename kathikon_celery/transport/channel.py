@@ -89,6 +89,8 @@ class Channel(virtual.Channel):
         self._database = connection.storage.database
         self._intake = connection.intake
         self._limit = QoS(self)
+        #: By their names, queues and what they are when bound to this channel.
+        self.bound: dict[str, tuple[Any, Any]] = {}
         #: Tags of the deliveries that this channel has handed out.
         self.unacknowledged: set[str] = set()
         #: Queues that were declared here and go with their consumer, or when nobody has used them for some time.
