@@ -12,6 +12,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from time import monotonic
+from typing import TypeVar
 
 import psutil
 
@@ -19,9 +20,11 @@ from kathikon_celery.job import Hold
 from kathikon_celery.storage import Storage, nodes
 from kathikon_celery.storage.errors import in_words, is_lost
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks at the other nodes.
+#: Seconds between two looks at the other nodes, and at the lock.
 LOOK = 1.0
 
 _all: dict[tuple[int, Storage], Presence] = {}
@@ -74,6 +77,7 @@ class Presence:
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._renewed = 0.0
+        self._is_lost = False  # a renewal has found no row of ours
 
     @classmethod
     def of(cls, storage: Storage) -> Presence:
@@ -122,24 +126,42 @@ class Presence:
                 presence._users = 1
                 presence.leave()
 
+    def is_due(self, within: float = 0.0) -> bool:
+        """Whether the lease is to be renewed within so many seconds."""
+        return self._is_lost or monotonic() + within >= self._renewed + self.lease / 4
+
+    def renew_by(self, statement: Callable[[int, float], T | None]) -> T | None:
+        """Renew the lease by *statement*(id, seconds); its answer.
+
+        That is `None` when the node was taken for dead: the lease's thread then comes back as another one.
+        """
+        now = monotonic()
+        if now - self._renewed > self.lease:
+            self._since = now  # and not after the statement: by then others may have been looked at
+        answer = statement(self.id, self.lease)
+        self._is_lost = answer is None
+        if answer is not None:
+            self._renewed = now
+        return answer
+
     def _register(self) -> None:
         process = psutil.Process()
         database = self.storage.database
         self.id = nodes.register(database, self.name, machine(), process.pid, process.create_time(), self.lease)
         self._since = self._renewed = monotonic()
+        self._is_lost = False
 
     def _run(self) -> None:
         from kathikon_celery.watch import Watch  # it looks with the eyes of a presence
 
         holder, watch = nodes.Holder(self.storage.database), Watch(self.storage, self)
         complained = False
-        due = 0.0
         try:
             while not self._stopped.is_set():
                 try:
-                    if monotonic() >= due:
-                        self._renew(holder)
-                        due = monotonic() + self.lease / 4
+                    if complained or self.is_due():
+                        self._renew()
+                    holder.hold(self.id)
                     complained = False
                 except Exception as error:
                     holder.drop()
@@ -150,18 +172,15 @@ class Presence:
                         complained = True
                     self._stopped.wait(min(0.5, self.lease / 8))
                 else:
-                    self._stopped.wait(min(max(0.0, due - monotonic()), LOOK))
+                    self._stopped.wait(min(max(0.0, self._renewed + self.lease / 4 - monotonic()), LOOK))
                     if not self.is_watched and not self._stopped.is_set():
                         watch.try_to_look()
         finally:
             holder.drop()
 
-    def _renew(self, holder: nodes.Holder) -> None:
-        now = monotonic()
-        if now - self._renewed > self.lease:
-            self._since = now
-        if holder.renew(self.id, self.lease):
-            self._renewed = now
+    def _renew(self) -> None:
+        database = self.storage.database
+        if self.renew_by(lambda node_id, lease: nodes.renew(database, node_id, lease) or None):
             return
         old = self.id
         self._register()

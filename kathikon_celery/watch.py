@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from time import monotonic
+from typing import Any
 
 from kathikon_celery.presence import Presence, is_running, machine
 from kathikon_celery.storage import Storage, nodes, prune, topology
@@ -37,11 +38,22 @@ class Watch:
         self._prune_at = self._orphans_at = monotonic()
         #: Since when a node's lock is free, and the end of its lease then, both in monotonic time.
         self._unlocked: dict[int, tuple[float, float]] = {}
+        self._others: list[Node] = []
+
+    def asks(self) -> dict[str, Any]:
+        """The parameters of the question ``is_amiss`` (see `storage.outlook`)."""
+        known = [self.presence.id, *(node.id for node in self._others)]
+        return {"node": self.presence.id, "machine": machine(), "known": known}
+
+    def is_calm(self) -> bool:
+        """Whether there is nothing to look for, given that nothing is amiss."""
+        self._unlocked.clear()
+        return all(node.machine != machine() or is_running(node.pid, node.pid_started) for node in self._others)
 
     def look(self) -> None:
         """Look at all others once."""
         with self.storage.database.read() as connection:
-            others = nodes.others(connection, self.presence.id)
+            others = self._others = nodes.others(connection, self.presence.id)
             suspects = [node for node in others if node.machine != machine()]
             free = {node.id for node in suspects if nodes.is_lock_free(self.storage.database, connection, node.id)}
         for node in others:

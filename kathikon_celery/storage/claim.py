@@ -24,6 +24,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.sql.dml import Update
+from sqlalchemy.sql.expression import ColumnElement
 from sqlalchemy.types import NullType
 
 from kathikon_celery.job import Hold, Job, State
@@ -71,8 +72,8 @@ def _claim(dialect: Dialect) -> Any:
     return _taken(update(jobs).where(dialect.picked(ready, jobs))).returning(*_DELIVERY, _SINCE)
 
 
-@lru_cache(maxsize=64)
-def _is_anything_there(queues: int, with_messages: bool) -> Any:
+def is_anything_there(queues: int, with_messages: bool) -> ColumnElement[bool]:
+    """Whether a job is ready in one of so many queues, the keys ``queue_0`` and so on; or a message."""
     # In the order of the index: see `messages.first`.
     first = []
     for number in range(queues):
@@ -81,7 +82,7 @@ def _is_anything_there(queues: int, with_messages: bool) -> Any:
         first.append(job.order_by(desc(jobs.c.priority), jobs.c.available_at, jobs.c.seq))
         if with_messages:
             first.append(messages.first(queue))
-    return select(or_(false(), *(one.limit(1).scalar_subquery().is_not(None) for one in first)))
+    return or_(false(), *(one.limit(1).scalar_subquery().is_not(None) for one in first))
 
 
 def claim(database: Database, connection: Connection, queue: str, limit: int, node_id: int | None) -> list[Job]:
@@ -127,10 +128,3 @@ def claim_again(database: Database, connection: Connection, holds: Sequence[Hold
     """Repeat claims that gave *holds* and that the server has forgotten; the number of them."""
     before = [hold._replace(fence=hold.fence - 1) for hold in holds]
     return database.dialect.for_holds(connection, _claim_again(database.dialect), before, {"by_node": node_id})
-
-
-def is_anything_there(connection: Connection, queues: list[str], with_messages: bool = True) -> bool:
-    """Whether a job is ready in one of the *queues* (keys), or a message."""
-    values = {f"queue_{number}": queue for number, queue in enumerate(queues)}
-    ((is_there,),) = prepared.rows(connection, _is_anything_there(len(queues), with_messages), values)
-    return bool(is_there)

@@ -133,6 +133,8 @@ def replaced(database: Database, connection: Connection, holds: Sequence[Hold]) 
 
 
 _UNTOLD = select(jobs).where(UNTOLD).order_by(jobs.c.ended_at).limit(100)
+#: Whether a job is `untold`.
+IS_ANY_UNTOLD = select(jobs.c.seq).where(UNTOLD).order_by(jobs.c.ended_at).limit(1).scalar_subquery().is_not(None)
 
 
 def untold(connection: Connection) -> list[Job]:

@@ -11,20 +11,24 @@ from sqlalchemy import (
     Connection,
     Select,
     Table,
+    and_,
     bindparam,
     delete,
     func,
     insert,
     literal_column,
     null,
+    or_,
     select,
     union,
     update,
 )
+from sqlalchemy.sql.expression import ColumnElement
 
 from kathikon_celery.job import Hold, State
 from kathikon_celery.storage import prepared
 from kathikon_celery.storage.clock import now, seconds, seconds_until
+from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.finish import IS_HELD, note_crashes, returned
 from kathikon_celery.storage.tables import HELD, jobs, messages, nodes, queues
@@ -54,36 +58,35 @@ def register(database: Database, name: str, machine: str, pid: int, pid_started:
         return int(row.inserted_primary_key[0])
 
 
-_RENEW = update(nodes).where(nodes.c.id == bindparam("node")).values(lease_until=now(seconds("lease")))
+RENEW = update(nodes).where(nodes.c.id == bindparam("node")).values(lease_until=now(seconds("lease")))
 
 
 def renew(database: Database, node_id: int, lease: float) -> bool:
     """Make the lease last so many seconds from now; false when the node was taken for dead."""
     with database.once() as connection:
-        return connection.execute(_RENEW, {"node": node_id, "lease": lease}).rowcount > 0
+        return connection.execute(RENEW, {"node": node_id, "lease": lease}).rowcount > 0
 
 
 class Holder:
-    """Renews one node's lease on a connection of its own, and holds the lock that its death sets free."""
+    """Holds, on a connection of its own, the lock that a node's death sets free."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._lock: Any = None
         self._locked_for: int | None = None
 
-    def renew(self, node_id: int, lease: float) -> bool:
-        """Make the lease last *lease* seconds from now; false when the node was taken for dead."""
+    def hold(self, node_id: int) -> None:
+        """Take the node's lock, if it is to be had; raises the database's error when the one we had is lost."""
         dialect = self._database.dialect
         if self._lock is None or self._locked_for != node_id:
             self.drop()
             self._lock = dialect.hold(self._database.detached, node_id)
             self._locked_for = node_id
-        if self._lock is not None:
+        else:
             dialect.check_held(self._lock)
-        return renew(self._database, node_id, lease)
 
     def drop(self) -> None:
-        """Give the lock up; the next `renew` takes it again."""
+        """Give the lock up; the next `hold` takes it again."""
         lock, self._lock, self._locked_for = self._lock, None, None
         if lock is not None:
             with suppress(Exception):
@@ -113,6 +116,19 @@ _NODELESS = select(_UNKNOWN.c.id).where(_UNKNOWN.c.id.not_in(select(nodes.c.id))
 def orphans(connection: Connection) -> list[int]:
     """Ids under which rows are held although there is no such node."""
     return list(connection.execute(_NODELESS).scalars())
+
+
+def is_any_suspect(dialect: Dialect) -> ColumnElement[bool]:
+    """Whether a look at the `others` of ``node`` is worth while, or there are `orphans`.
+
+    One of them is not among the ``known``, its lease has run out, or it is on another ``machine`` and its lock is free.
+    """
+    other = nodes.alias("other")
+    is_elsewhere = other.c.machine != bindparam("machine")
+    is_unknown = other.c.id.not_in(bindparam("known", expanding=True))
+    is_suspect = or_(is_unknown, other.c.lease_until <= now(), and_(is_elsewhere, dialect.has_free_lock(other.c.id)))
+    suspects = select(other.c.id).where(other.c.id != bindparam("node"), is_suspect)
+    return or_(*(found.limit(1).scalar_subquery().is_not(None) for found in (suspects, _NODELESS)))
 
 
 def others(connection: Connection, node_id: int) -> list[Node]:

@@ -16,7 +16,7 @@ from kathikon_celery.storage.tables import DUE, EXPIRING, jobs
 #: Rows a transaction promotes: enough for a burst, few enough to hold no lock for long.
 CHUNK = 1000
 
-_NEXT = select(seconds_until(jobs.c.available_at)).where(DUE).order_by(jobs.c.available_at).limit(1)
+NEXT_DUE = select(seconds_until(jobs.c.available_at)).where(DUE).order_by(jobs.c.available_at).limit(1)
 
 
 @lru_cache(maxsize=8)
@@ -32,7 +32,7 @@ def _promote(dialect: Dialect) -> Any:
 
 def next_due(connection: Connection) -> float | None:
     """Seconds until the next waiting job is due (negative when it is overdue), or `None` when none waits."""
-    value = connection.execute(_NEXT).scalar()
+    value = connection.execute(NEXT_DUE).scalar()
     return None if value is None else float(value)
 
 

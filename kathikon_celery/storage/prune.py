@@ -6,16 +6,42 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Column, Connection, Integer, Select, bindparam, delete, literal_column, select
+from sqlalchemy import (
+    Column,
+    Connection,
+    Integer,
+    ScalarSelect,
+    Select,
+    bindparam,
+    delete,
+    func,
+    literal_column,
+    or_,
+    select,
+)
+from sqlalchemy.sql.expression import ColumnElement
 
-from kathikon_celery.job import State
+from kathikon_celery.job import TERMINAL, State
 from kathikon_celery.storage.clock import now, seconds
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
-from kathikon_celery.storage.tables import DUE, ENDED, FREE, READY, groups, jobs, messages
+from kathikon_celery.storage.tables import (
+    DUE,
+    ENDED,
+    EXPIRING,
+    FREE,
+    READY,
+    chords,
+    groups,
+    jobs,
+    messages,
+    waits,
+)
 
 #: Rows of one DELETE.
 CHUNK = 500
+#: Seconds after which nothing is old yet: the age of what is kept for ever.
+CENTURIES = 1e10
 
 
 def _old(column: Column[Any], state: State) -> Select[Any]:
@@ -61,6 +87,40 @@ def prune(database: Database, retention: Mapping[State, float | None], limit: in
 _DELETE = delete(jobs).where(jobs.c.id.in_(bindparam("keys", expanding=True)))
 _PURGE = [delete(jobs).where(jobs.c.queue == bindparam("from_queue"), waiting) for waiting in (READY, DUE)]
 _OLD_GROUPS = delete(groups).where(groups.c.inserted_at < now(seconds("minus_age")))
+
+
+def _first(column: Column[Any], *conditions: Any) -> ScalarSelect[Any]:
+    # A minimum is found at the end of an index, whether or not the planner has statistics.
+    return select(func.min(column)).where(*conditions).scalar_subquery()
+
+
+def _is_old(name: str, column: Column[Any], *conditions: Any) -> ColumnElement[bool]:
+    return _first(column, *conditions) < now(seconds(f"minus_age_{name}"))
+
+
+#: Whether the pruner may have something to do. The parameters are those of `ages`.
+IS_ANYTHING_OLD = or_(
+    *(
+        _is_old(state.value, jobs.c.ended_at, ENDED, jobs.c.state == literal_column(f"'{state.value}'"))
+        for state in sorted(TERMINAL)
+    ),
+    _first(jobs.c.expires_at, EXPIRING) <= now(),
+    _first(messages.c.expires_at) <= now(),
+    _is_old("group", groups.c.inserted_at),
+    _is_old("chord", chords.c.inserted_at),
+    _is_old("wait", waits.c.entered_at),
+)
+
+
+def ages(retention: Mapping[str, float | None], **others: float | None) -> dict[str, float]:
+    """The parameters of `IS_ANYTHING_OLD`.
+
+    Arguments:
+        retention: seconds by state; `None` keeps them.
+        others: the same of a ``group``, a ``chord`` and a ``wait``.
+    """
+    every = {**retention, **others}
+    return {f"minus_age_{name}": -(CENTURIES if age is None else age) for name, age in every.items()}
 
 
 def delete_keys(database: Database, keys: Sequence[str]) -> int:

@@ -132,14 +132,18 @@ def all_bindings(connection: Connection) -> list[tuple[str, str, str]]:
     return [(name_of(row[0]), name_of(row[1]), name_of(row[2])) for row in connection.execute(query)]
 
 
+_IDLE = and_(queues.c.expires.is_not(None), queues.c.node_id.is_(None))
+_UNUSED = select(queues.c.name).where(_IDLE, queues.c.used_at < now(-queues.c.expires))
+#: Whether there is a queue for `delete_unused`.
+IS_ANY_UNUSED = _UNUSED.limit(1).scalar_subquery().is_not(None)
+
+
 def delete_unused(database: Database) -> int:
     """Delete the queues that nobody has used for as long as their ``expires`` says; the number of them."""
-    idle = and_(queues.c.expires.is_not(None), queues.c.node_id.is_(None))
-    stale = select(queues.c.name).where(idle, queues.c.used_at < now(-queues.c.expires))
     with database.read() as connection:  # mostly there is none, and no need for a lock
-        if connection.execute(stale.limit(1)).first() is None:
+        if connection.execute(_UNUSED.limit(1)).first() is None:
             return 0
-    stale = stale.with_for_update(skip_locked=True)  # who uses one just now waits, and makes it anew
+    stale = _UNUSED.with_for_update(skip_locked=True)  # who uses one just now waits, and makes it anew
     with database.write() as connection:
         names = list(connection.execute(stale).scalars())
         for name in names:

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic, sleep
 from typing import Any
 
@@ -18,7 +19,7 @@ from sqlalchemy import Connection
 
 from kathikon_celery.job import Hold, State
 from kathikon_celery.presence import Presence
-from kathikon_celery.storage import Storage, claim, finish, messages, nodes, results
+from kathikon_celery.storage import Storage, claim, finish, messages, nodes, outlook, results
 from kathikon_celery.storage.errors import in_words, is_lost
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.wake import Wakeup
@@ -107,6 +108,8 @@ class Intake:
         self.withdraw: Callable[[Delivery], bool] = lambda delivery: False
         #: Called from this thread when another process calls all nodes: perhaps a job is due soon.
         self.on_call: Callable[[], None] = lambda: None
+        #: Whose questions to the database are asked with the look for work while nothing else is to be done.
+        self.askers: Sequence[outlook.Asker] = ()
         #: Called, in any thread, when there is something to deliver.
         self.on_ready: Callable[[], None] = lambda: None
         #: Monotonic time of the last transaction that went well.
@@ -539,12 +542,26 @@ class Intake:
         """Whether there is something to claim, or our row must say that we wait. Of a message everybody is called."""
         if not self._waits:
             return True  # we were called, or must say that we wait
-        with self.database.read() as connection:
-            there = claim.is_anything_there(connection, names, with_messages=called)
+        there = self._look_for(names, called)
         self._waits = not there
         if self._waits and self._doubts:
             self._look, self._look_from = True, monotonic() + self._doubts.pop(0)
         return there
+
+    def _look_for(self, names: list[str], with_messages: bool) -> bool:
+        """Whether there is work. With that statement the lease is renewed, or it asks what others will soon ask."""
+        soon = 2 * self.storage.settings.poll_interval
+        if self.presence.is_due(min(soon, self.presence.lease / 8)):
+            return bool(self.presence.renew_by(partial(outlook.renew, self.database, names, with_messages)))
+        asked = [(one, questions) for one in self.askers if (questions := one.asks(soon))]
+        with self.database.read() as connection:
+            try:
+                return outlook.look(self.database, connection, names, with_messages, asked)
+            except Exception as error:
+                if not asked or is_lost(error):
+                    raise
+                # A question that has no answer is the trouble of who asks it: he asks again by himself.
+                return outlook.look(self.database, connection, names, with_messages)
 
     def _mark(self, deliveries: list[Delivery]) -> None:
         """Write, on disk, that at-most-once tasks start; only then they are handed out."""

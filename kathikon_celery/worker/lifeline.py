@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from kathikon_celery.presence import Presence
 from kathikon_celery.storage import Storage
+from kathikon_celery.storage.outlook import Questions
 from kathikon_celery.watch import Watch
 from kathikon_celery.worker.service import Service
 
@@ -34,6 +36,12 @@ class Lifeline(Service):
     def stop(self) -> None:
         super().stop()
         self.presence.is_watched = False
+
+    def questions(self) -> Questions:
+        return {"is_amiss": self._watch.asks()}
+
+    def spare(self, answers: Mapping[str, Any]) -> float:
+        return self.interval if not answers["is_amiss"] and self._watch.is_calm() else 0.0
 
     def step(self) -> float:
         self._watch.look()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from time import monotonic, sleep
+from typing import Any
 
+from kathikon_celery.storage.outlook import Questions
 from kathikon_celery.storage.promote import CHUNK
 from kathikon_celery.worker.service import Service
 
@@ -17,6 +20,13 @@ class Promoter(Service):
     """Sleeps until the next job is due, at most ``kathikon_scheduler_interval`` seconds. Every worker has one."""
 
     _last = 0.0
+
+    def questions(self) -> Questions:
+        return {"next_due": {}}
+
+    def spare(self, answers: Mapping[str, Any]) -> float:
+        due: float | None = answers["next_due"]
+        return self.interval if due is None else min(self.interval, due)
 
     def step(self) -> float:
         too_early = self._last + GAP - monotonic()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from random import uniform
+from typing import Any
 
 from kathikon_celery.storage import chords, prune, waits
+from kathikon_celery.storage.outlook import Questions
 from kathikon_celery.worker.service import Service
 
 #: Seconds for which a chord may wait for a part that is not sent yet, as the last task of a chain is not, while none of
@@ -14,6 +17,15 @@ LONGEST_CHORD = 30 * 86400.0
 
 class Pruner(Service):
     """Deletes in chunks every ``kathikon_prune_interval`` seconds. Every worker has one, each at its own beat."""
+
+    def questions(self) -> Questions:
+        retention = self.storage.settings.retention_period
+        kept = retention["completed"]
+        longest_chord = None if kept is None else max(kept, LONGEST_CHORD)
+        return {"is_anything_old": prune.ages(retention, group=kept, chord=longest_chord, wait=waits.LONGEST)}
+
+    def spare(self, answers: Mapping[str, Any]) -> float:
+        return 0.0 if answers["is_anything_old"] else self._pause()
 
     def step(self) -> float:
         self.storage.discard_expired()
@@ -26,4 +38,7 @@ class Pruner(Service):
         if kept is not None:
             prune.old_groups(database, kept)
             chords.prune(database, max(kept, LONGEST_CHORD))
+        return self._pause()
+
+    def _pause(self) -> float:
         return self.interval * uniform(0.8, 1.2)

@@ -14,6 +14,7 @@ from kombu.utils.imports import symbol_by_name
 from kathikon_celery.job import Job, State
 from kathikon_celery.settings import SettingError, mask
 from kathikon_celery.storage import SchemaError
+from kathikon_celery.storage.sql import SQLBackend
 from kathikon_celery.transport.delivery import DONE, Delivery, Outcome, Verdict
 from kathikon_celery.transport.intake import UNLIMITED
 from kathikon_celery.worker.request import Request
@@ -59,6 +60,9 @@ class Supply(bootsteps.StartStopStep):
         promoter = getattr(c.controller, "kathikon_promoter", None)
         if promoter is not None:
             intake.on_call = promoter.nudge
+        services = [getattr(c.controller, f"kathikon_{name}", None) for name in ("promoter", "lifeline", "pruner")]
+        if type(intake.storage.backend) is SQLBackend:  # another one is asked by its methods
+            intake.askers = [service for service in services if service is not None]
 
     def stop(self, c: Any) -> None:
         """Give back at once what was claimed and not begun; the pool goes on with what it has."""

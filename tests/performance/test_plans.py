@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
 from sqlalchemy import Connection
 
-from kathikon_celery.job import Hold, State
-from kathikon_celery.storage import chords, claim, finish, insert, messages, nodes, promote, prune, results
+from kathikon_celery.job import TERMINAL, Hold, State
+from kathikon_celery.storage import chords, claim, finish, insert, messages, nodes, outlook, promote, prune, results
 from tests.performance.conftest import Plans
 from tests.storage.actors import new_job
 
@@ -21,6 +21,7 @@ READY = "kathikon_jobs_ready"
 DUE = "kathikon_jobs_due"
 HELD = "kathikon_jobs_held"
 ENDED = "kathikon_jobs_ended"
+UNTOLD = "kathikon_jobs_untold"
 ROOT = "kathikon_jobs_root"
 GROUP = "kathikon_jobs_group"
 CHORDS = "kathikon_chords_inserted"
@@ -52,6 +53,24 @@ def result(state: State | None) -> dict[str, Any]:
     return {"state": state, "status": "x", "result": "1", "traceback": None, "meta": None}
 
 
+#: All that an idle worker may ask at once.
+QUESTIONS: outlook.Questions = {
+    "next_due": {},
+    "is_amiss": {"node": 1, "machine": "elsewhere", "known": list(range(1, 21))},
+    "is_anything_old": prune.ages(dict.fromkeys(TERMINAL, 600000.0), group=1e6, chord=1e6, wait=1e6),
+}
+
+
+class Curious:
+    """Asks them."""
+
+    def asks(self, within: float) -> outlook.Questions:
+        return QUESTIONS
+
+    def hear(self, answers: Mapping[str, Any]) -> None:
+        assert set(answers) == set(QUESTIONS)
+
+
 #: For each function: how to call it, and for each table it reads the index and the words of what it is searched by.
 STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
     "publish by its own task": (
@@ -63,8 +82,26 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
         writing(lambda plans, conn: claim.claim(plans.database, conn, "queue-1", 10, plans.worker.id)),
         {READY: "queue", BY_SEQ: ""},
     ),
-    "is anything there": (
-        reading(lambda plans, conn: claim.is_anything_there(conn, ["queue-1", "queue-2"])),
+    "look": (
+        reading(lambda plans, conn: outlook.look(plans.database, conn, ["queue-1", "queue-2"])),
+        {READY: "queue", MESSAGES_READY: "queue"},
+    ),
+    "look for all that an idle worker asks": (
+        reading(lambda plans, conn: outlook.look(plans.database, conn, ["queue-1"], True, [(Curious(), QUESTIONS)])),
+        {
+            READY: "queue",
+            MESSAGES_READY: "queue",
+            DUE: "",
+            HELD: "",
+            MESSAGES_HELD: "",
+            UNTOLD: "",
+            ENDED: "state",
+            EXPIRING: "",
+            CHORDS: "",
+        },
+    ),
+    "look and renew": (
+        lambda plans: outlook.renew(plans.database, ["queue-1"], True, plans.worker.id, 20.0),
         {READY: "queue", MESSAGES_READY: "queue"},
     ),
     "started": (writing(lambda plans, conn: finish.started(plans.database, conn, HOLDS)), {BY_SEQ: ""}),
@@ -124,6 +161,9 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
 
 #: They take the first rows in the order of the index.
 IN_ORDER = {
+    "look",
+    "look for all that an idle worker asks",
+    "look and renew",
     "claim",
     "completed and claim",
     "promote",

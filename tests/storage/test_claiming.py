@@ -10,7 +10,7 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from kathikon_celery.job import State
-from kathikon_celery.storage import Storage, claim, messages, nodes
+from kathikon_celery.storage import Storage, claim, messages, nodes, outlook
 from tests.storage.actors import Worker, new_job, the_job
 
 PRIORITIES = [0, 2**62, -(2**62), 1, -1, 2**63 - 1, -(2**63), 10, 9, 255]
@@ -137,9 +137,9 @@ def test_is_anything_there(storage: Storage, worker: Worker, queue: str, expecte
     messages.put(storage.database, ["messages", "held"], "{}", "")
     worker.take(queue="held")
     with storage.database.read() as connection:
-        assert claim.is_anything_there(connection, [queue]) is expected
-        assert claim.is_anything_there(connection, ["nowhere", queue]) is expected
-        assert not claim.is_anything_there(connection, [])
+        assert outlook.look(storage.database, connection, [queue]) is expected
+        assert outlook.look(storage.database, connection, ["nowhere", queue]) is expected
+        assert not outlook.look(storage.database, connection, [])
 
 
 def test_a_claim_that_the_server_forgot_is_made_again(storage: Storage, set_row: Callable[..., None]) -> None:

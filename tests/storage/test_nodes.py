@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
+from sqlalchemy import text
 
 from kathikon_celery.job import State
 from kathikon_celery.storage import Storage, finish, messages, nodes, topology
+from kathikon_celery.storage.errors import Unavailable
 from kathikon_celery.storage.nodes import Holder
 from tests.storage.actors import Worker, new_job, the_job
+from tests.support.statements import counted
 from tests.support.waiting import wait_until
 
 
@@ -200,32 +204,52 @@ class TestLock:
 
         has_locks = database.dialect.name == "postgresql"
         assert is_free() is (True if has_locks else None)
-        assert holder.renew(worker.id, 30)
+        holder.hold(worker.id)
         assert is_free() is (False if has_locks else None)
         holder.drop()
         wait_until(
             lambda: is_free() is (True if has_locks else None), what="the server sees that the connection is gone"
         )
 
-    def test_a_lease_is_renewed_while_the_lock_is_not_to_be_had(self, storage: Storage, worker: Worker) -> None:
+    def test_it_is_taken_as_soon_as_it_is_to_be_had(self, storage: Storage, worker: Worker) -> None:
         """The server may see the connection that held it, long after that connection was lost."""
         lost, holder = Holder(storage.database), Holder(storage.database)
-        assert lost.renew(worker.id, 30)
-        assert holder.renew(worker.id, 30)
+        lost.hold(worker.id)
+        holder.hold(worker.id)
         lost.drop()
 
         def is_taken() -> bool:
-            assert holder.renew(worker.id, 30)
+            holder.hold(worker.id)
             with storage.database.read() as connection:
                 return not nodes.is_lock_free(storage.database, connection, worker.id)
 
         wait_until(is_taken, what="the server sees that the lost connection is gone")
         holder.drop()
 
+    def test_its_loss_is_noticed_without_a_statement(self, postgresql_storage: Storage) -> None:
+        database, worker = postgresql_storage.database, Worker(postgresql_storage)
+        holder = Holder(database)
+        holder.hold(worker.id)
+        holder.hold(worker.id)
+        with database.read() as connection:
+            terminate = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND objid = :id"
+            assert connection.execute(text(terminate), {"id": worker.id}).scalars().all() == [True]
+
+        def is_noticed() -> bool:
+            with suppress(Unavailable):
+                holder.hold(worker.id)
+                return False
+            return True
+
+        with counted() as statements:
+            wait_until(is_noticed)
+        assert not statements
+        holder.drop()
+
     def test_a_new_id_takes_a_new_lock(self, storage: Storage, worker: Worker, other: Worker) -> None:
         holder = Holder(storage.database)
-        assert holder.renew(worker.id, 30)
-        assert holder.renew(other.id, 30)
+        holder.hold(worker.id)
+        holder.hold(other.id)
         with storage.database.read() as connection:
             free = [nodes.is_lock_free(storage.database, connection, one.id) for one in (worker, other)]
         assert free == ([True, False] if storage.database.dialect.name == "postgresql" else [None, None])

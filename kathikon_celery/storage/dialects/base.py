@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from sqlalchemy import URL, Connection, Executable, Table
+from sqlalchemy import URL, Connection, Executable, Table, false
 from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
 
 from kathikon_celery.job import Hold
@@ -136,7 +136,11 @@ class Dialect(ABC):
         return None
 
     def check_held(self, lock: Any) -> None:
-        """Raise the database's error when the connection that holds the lock is gone."""
+        """Raise the database's error when the connection that holds the lock is gone. It asks the server nothing."""
+
+    def has_free_lock(self, node_id: ColumnElement[int]) -> ColumnElement[bool]:
+        """The condition that nobody holds the lock of the node that a statement's column names."""
+        return false()
 
     def is_lock_free(self, connection: Connection, node_id: int) -> bool | None:
         """Whether nobody holds the lock of that node; `None` where there are no such locks."""

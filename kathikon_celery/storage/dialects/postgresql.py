@@ -210,21 +210,24 @@ class PostgreSQL(Dialect):
 
     def check_held(self, lock: Any) -> None:
         try:
-            lock.execute("SELECT 1")
+            # A server that ends a connection says so, and of one that is silent `connect_args` has the system ask.
+            lock.pgconn.consume_input()  # its last words, if there are some
+            lock.pgconn.consume_input()  # and the end
         except Exception as error:
             raise Unavailable(f"the connection that holds the lease is gone: {in_words(error)}") from error
 
-    def is_lock_free(self, connection: Connection, node_id: int) -> bool | None:
+    def has_free_lock(self, node_id: ColumnElement[int]) -> ColumnElement[bool]:
         locks = table("pg_locks", column("locktype"), column("classid"), column("objid"), column("database"))
         here: Select[Any] = select(literal_column("oid")).select_from(table("pg_database"))
         here = here.where(literal_column("datname") == func.current_database())
-        held = exists().where(
-            locks.c.locktype == "advisory",
-            locks.c.classid == LOCK_SPACE,
-            locks.c.objid == node_id % 2**31,
-            locks.c.database == here.scalar_subquery(),
+        # The list of the held, and no EXISTS: a list is made once, whatever the number of nodes.
+        held = select(cast(locks.c.objid, BigInteger)).where(
+            locks.c.locktype == "advisory", locks.c.classid == LOCK_SPACE, locks.c.database == here.scalar_subquery()
         )
-        return not connection.execute(select(held)).scalar()
+        return (node_id % 2**31).not_in(held)
+
+    def is_lock_free(self, connection: Connection, node_id: int) -> bool | None:
+        return connection.execute(select(self.has_free_lock(literal(node_id, BigInteger)))).scalar()
 
     @contextmanager
     def migrating(self, connection: Connection) -> Iterator[None]:

@@ -1,0 +1,88 @@
+"""What an idle worker asks of the database, in one statement: whether there is work, and what others will soon ask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Protocol
+
+from sqlalchemy import Connection, or_, select
+
+from kathikon_celery.storage import claim, finish, nodes, prepared, promote, prune, topology
+from kathikon_celery.storage.dialects import Dialect
+from kathikon_celery.storage.engine import Database
+
+#: Questions by their names, with the values of their parameters.
+Questions = Mapping[str, Mapping[str, Any]]
+
+
+class Asker(Protocol):
+    """Somebody who would ask the database by himself, if nobody did it for him."""
+
+    def asks(self, within: float) -> Questions:
+        """What he will ask within so many seconds."""
+
+    def hear(self, answers: Mapping[str, Any]) -> None:
+        """The answers, by the names of the questions."""
+
+
+def _next_due(dialect: Dialect) -> Any:
+    """Seconds until the next waiting job is due, or `None`."""
+    return promote.NEXT_DUE.scalar_subquery()
+
+
+def _is_amiss(dialect: Dialect) -> Any:
+    """Whether a node may be dead, or new; a job has ended of which nobody was told; or a queue is no longer used."""
+    return or_(nodes.is_any_suspect(dialect), finish.IS_ANY_UNTOLD, topology.IS_ANY_UNUSED)
+
+
+def _is_anything_old(dialect: Dialect) -> Any:
+    """Whether there is something to prune."""
+    return prune.IS_ANYTHING_OLD
+
+
+_QUESTIONS = {"next_due": _next_due, "is_amiss": _is_amiss, "is_anything_old": _is_anything_old}
+
+
+@lru_cache(maxsize=64)
+def _look(dialect: Dialect, queues: int, with_messages: bool, questions: tuple[str, ...]) -> Any:
+    answers = [_QUESTIONS[name](dialect).label(name) for name in questions]
+    return select(claim.is_anything_there(queues, with_messages), *answers)
+
+
+@lru_cache(maxsize=64)
+def _renew(queues: int, with_messages: bool) -> Any:
+    return nodes.RENEW.returning(claim.is_anything_there(queues, with_messages))
+
+
+def _by_number(queues: Sequence[str]) -> dict[str, Any]:
+    return {f"queue_{number}": queue for number, queue in enumerate(queues)}
+
+
+def look(
+    database: Database,
+    connection: Connection,
+    queues: Sequence[str],
+    with_messages: bool = True,
+    asked: Sequence[tuple[Asker, Questions]] = (),
+) -> bool:
+    """Whether a job is ready in one of the *queues* (keys), or a message; the askers hear what they have *asked*."""
+    parameters = {name: values for _, questions in asked for name, values in questions.items()}
+    values = _by_number(queues)
+    for one in parameters.values():
+        values |= one
+    statement = _look(database.dialect, len(queues), with_messages, tuple(parameters))
+    # The text of a question may depend on its parameters.
+    (row,) = connection.execute(statement, values) if asked else prepared.rows(connection, statement, values)
+    answers = dict(zip(parameters, row[1:], strict=True))
+    for asker, questions in asked:
+        asker.hear({name: answers[name] for name in questions})
+    return bool(row[0])
+
+
+def renew(database: Database, queues: Sequence[str], with_messages: bool, node_id: int, lease: float) -> bool | None:
+    """Look for work, and with it renew the lease of a node (see `nodes.renew`); `None` when it was taken for dead."""
+    values = {**_by_number(queues), "node": node_id, "lease": lease}
+    with database.once() as connection:
+        found = prepared.rows(connection, _renew(len(queues), with_messages), values)
+    return bool(found[0][0]) if found else None

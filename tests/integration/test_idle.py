@@ -1,0 +1,85 @@
+"""What a worker sends to the database while there is nothing to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from kathikon_celery.job import State
+from tests.integration.conftest import Jobs, Workers
+from tests.support import apps
+from tests.support.waiting import wait_until
+
+#: So many looks are heard, after as many of a worker that has just begun.
+LOOKS = 20
+
+
+class Heard:
+    """The statements of a worker that sends no events and no gossip."""
+
+    def __init__(self, workers: Workers, path: Path, **conf: Any) -> None:
+        self._path = path
+        self.worker = workers(
+            app="tests.support.counted",
+            args=["--without-gossip", "--without-mingle", "--without-heartbeat"],
+            env={"KATHIKON_TEST_STATEMENTS": str(path)},
+            conf=conf,
+        )
+
+    def all(self) -> list[str]:
+        return apps.read_lines(self._path)
+
+    def looks(self) -> list[str]:
+        """Those that ask whether a job is ready."""
+        return [one for one in self.all() if "state = 'available' ORDER BY" in one]
+
+    def until(self, looks: int) -> None:
+        wait_until(lambda: len(self.looks()) >= looks, timeout=60, what=f"{looks} looks")
+
+
+@pytest.fixture
+def heard(workers: Workers, tmp_path: Path) -> Callable[..., Heard]:
+    """A worker all of whose services are due within the time of the test."""
+    conf = {"kathikon_lease": 4.0, "kathikon_prune_interval": 2.0}
+    return lambda: Heard(workers, tmp_path / "statements", **conf)
+
+
+def test_an_idle_worker_only_looks(client: Celery, heard: Callable[..., Heard]) -> None:
+    """With that, it renews its lease, promotes, prunes, and sees that the others live."""
+    one = heard()
+    one.until(LOOKS)
+    before = len(one.all())
+    one.until(len(one.looks()) + LOOKS)
+    sent = one.all()[before:]
+    others = [statement for statement in sent if "state = 'available' ORDER BY" not in statement]
+    # On a machine that is busy with other things the looks may come too late to spare a service its own.
+    assert len(others) <= LOOKS / 5, others
+    assert any("UPDATE kathikon_nodes SET lease_until" in statement for statement in sent)
+    assert any("is_amiss" in statement for statement in sent)
+    assert any("next_due" in statement for statement in sent)
+    assert any("is_anything_old" in statement for statement in sent)
+
+
+def test_it_still_sees_what_is_to_be_done(
+    client: Celery, jobs: Jobs, workers: Workers, heard: Callable[..., Heard]
+) -> None:
+    one = heard()
+    one.until(LOOKS)
+    later = apps.add.apply_async((1, 2), countdown=3)  # the promoter
+    expiring = apps.add.apply_async((1, 2), queue="nobody's", expires=1)  # the pruner, and who tells of its end
+    assert later.get(timeout=20) == 3
+    job = jobs.of(later)
+    assert job.scheduled_at is not None
+    assert job.claimed_at is not None
+    assert job.claimed_at >= job.scheduled_at
+    jobs.wait(expiring, State.DISCARDED)
+    wait_until(lambda: expiring.state == "REVOKED")
+    other = workers(args=["-Q", "others"])  # the lifeline, of one that came later
+    result = apps.sleep.apply_async((60,), queue="others")
+    jobs.wait(result, State.RUNNING)
+    other.kill9()
+    assert jobs.wait(result, State.AVAILABLE).crashes == 1

@@ -1,0 +1,188 @@
+"""What an idle worker asks in one statement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+
+from kathikon_celery.job import TERMINAL, State
+from kathikon_celery.storage import Storage, chords, messages, nodes, outlook, prune, results, topology
+from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.nodes import Holder
+from tests.storage.actors import Worker, new_job
+from tests.support.statements import counted
+from tests.support.waiting import wait_until
+
+AGE = 3600.0
+
+
+class Asker:
+    """Asks whatever it is told to."""
+
+    def __init__(self, questions: outlook.Questions) -> None:
+        self.questions = questions
+        self.answers: Mapping[str, Any] = {}
+
+    def asks(self, within: float) -> outlook.Questions:
+        return self.questions
+
+    def hear(self, answers: Mapping[str, Any]) -> None:
+        self.answers = answers
+
+
+def answer(storage: Storage, question: str, **parameters: Any) -> Any:
+    asker = Asker({question: parameters})
+    with storage.database.read() as connection:
+        assert not outlook.look(storage.database, connection, ["nowhere"], True, [(asker, asker.asks(1.0))])
+    (found,) = asker.answers.items()
+    assert found[0] == question
+    return found[1]
+
+
+def test_all_is_one_statement(storage: Storage, worker: Worker) -> None:
+    storage.insert(new_job())
+    ages = prune.ages(dict.fromkeys(TERMINAL, AGE), group=AGE, chord=AGE, wait=AGE)
+    is_amiss = {"node": worker.id, "machine": "machine", "known": [worker.id]}
+    askers = [Asker({"next_due": {}, "is_amiss": is_amiss}), Asker({}), Asker({"is_anything_old": ages})]
+    with storage.database.read() as connection, counted() as statements:
+        asked = [(asker, asker.asks(1.0)) for asker in askers]
+        assert outlook.look(storage.database, connection, ["default", "mails"], True, asked)
+    assert len(statements) == 1
+    assert [list(asker.answers) for asker in askers] == [["next_due", "is_amiss"], [], ["is_anything_old"]]
+    assert not any(value for asker in askers for value in asker.answers.values())
+
+
+def test_next_due(storage: Storage, set_row: Callable[..., None]) -> None:
+    assert answer(storage, "next_due") is None
+    storage.insert(new_job("2", scheduled_at=datetime.now(timezone.utc) + timedelta(hours=1)))
+    assert answer(storage, "next_due") == pytest.approx(3600, abs=60)
+    storage.insert(new_job("1", scheduled_at=datetime.now(timezone.utc) + timedelta(hours=1)))
+    set_row("1", available_at=datetime.now(timezone.utc) - timedelta(hours=1))
+    assert answer(storage, "next_due") == pytest.approx(-3600, abs=60)
+
+
+class TestIsAmiss:
+    @pytest.fixture(autouse=True)
+    def _as_seen_by(self, storage: Storage, worker: Worker) -> None:
+        self.storage, self.worker = storage, worker
+
+    def is_amiss(self, *known: Worker, machine: str = "machine") -> bool:
+        ids = [self.worker.id, *(one.id for one in known)]
+        return bool(answer(self.storage, "is_amiss", node=self.worker.id, machine=machine, known=ids))
+
+    def test_nothing(self) -> None:
+        assert not self.is_amiss()
+
+    def test_a_node_that_is_new(self) -> None:
+        other = Worker(self.storage)
+        assert self.is_amiss()
+        assert not self.is_amiss(other)
+        other.die()
+        assert not self.is_amiss(other)
+
+    def test_a_lease_that_has_run_out(self) -> None:
+        nodes.renew(self.storage.database, self.worker.id, -1)
+        assert not self.is_amiss()
+        assert self.is_amiss(Worker(self.storage, lease=-1))
+
+    def test_a_free_lock_on_another_machine(self) -> None:
+        other, holder = Worker(self.storage), Holder(self.storage.database)
+        assert not self.is_amiss(other)
+        assert self.is_amiss(other, machine="elsewhere") is (self.storage.database.dialect.name == "postgresql")
+        holder.hold(other.id)
+        assert not self.is_amiss(other, machine="elsewhere")
+        holder.drop()
+
+    def test_what_no_node_holds(self, set_row: Callable[..., None]) -> None:
+        self.storage.insert(new_job())
+        set_row(state="claimed", node_id=self.worker.id)
+        assert not self.is_amiss()
+        set_row(state="claimed", node_id=4711)
+        assert self.is_amiss()
+
+    def test_messages_that_no_node_holds(self) -> None:
+        messages.put(self.storage.database, ["queue"], "{}", "")
+        ghost = Worker(self.storage)
+        ghost.die()
+        assert ghost.take()
+        assert self.is_amiss()
+
+    @pytest.mark.parametrize("state", [State.DEAD, State.CANCELLED, State.DISCARDED])
+    def test_an_end_of_which_nobody_was_told(self, state: State) -> None:
+        self.storage.insert(new_job())
+        job = self.worker.claim_one()
+        assert not self.is_amiss()
+        self.worker.end(job, state)
+        assert self.is_amiss()
+
+    def test_a_queue_that_is_not_used(self) -> None:
+        topology.declare_queue(self.storage.database, "used", expires=3600.0)
+        assert not self.is_amiss()
+        topology.declare_queue(self.storage.database, "unused", expires=0.0)
+        wait_until(self.is_amiss)  # SQLite's clock counts in milliseconds
+
+
+class TestIsAnythingOld:
+    @pytest.fixture(autouse=True)
+    def _of(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def is_anything_old(self, group: float | None = AGE, **retention: float | None) -> bool:
+        kept = {state.value: retention.get(state.value, AGE) for state in TERMINAL}
+        return bool(answer(self.storage, "is_anything_old", **prune.ages(kept, group=group, chord=group, wait=AGE)))
+
+    @pytest.mark.parametrize("state", sorted(TERMINAL))
+    def test_a_job_that_ended_long_ago(self, state: State, set_row: Callable[..., None]) -> None:
+        self.storage.insert(new_job())
+        set_row(state=state.value, ended_at=datetime.now(timezone.utc) - timedelta(seconds=AGE - 60))
+        assert not self.is_anything_old()
+        set_row(state=state.value, ended_at=datetime.now(timezone.utc) - timedelta(seconds=AGE + 60))
+        assert self.is_anything_old()
+        assert not self.is_anything_old(**{state.value: None})
+        assert not self.is_anything_old(**{state.value: AGE + 120})
+
+    def test_a_job_that_has_expired(self) -> None:
+        self.storage.insert(new_job("1", expires_at=datetime.now(timezone.utc) + timedelta(seconds=60)))
+        assert not self.is_anything_old()
+        self.storage.insert(new_job("2", expires_at=datetime.now(timezone.utc) - timedelta(seconds=60)))
+        assert self.is_anything_old()
+
+    def test_a_message_that_has_expired(self, worker: Worker) -> None:
+        messages.put(self.storage.database, ["queue"], "{}", "", ttl=60)
+        assert not self.is_anything_old()
+        messages.put(self.storage.database, ["queue"], "{}", "", ttl=0)
+        wait_until(self.is_anything_old)
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda database: results.save_group(database, "group", "[]"),
+            lambda database: chords.open(database, "chord", [("part", 0)], None),
+        ],
+        ids=["group", "chord"],
+    )
+    def test_a_group_and_a_chord(self, make: Callable[[Database], None]) -> None:
+        assert not self.is_anything_old(group=-1)
+        make(self.storage.database)
+        assert not self.is_anything_old()
+        assert not self.is_anything_old(group=None)
+        assert self.is_anything_old(group=-1)
+
+
+class TestRenewal:
+    def test_it_is_a_look_as_well(self, storage: Storage, worker: Worker) -> None:
+        with counted() as statements:
+            assert outlook.renew(storage.database, ["default"], True, worker.id, 30) is False
+        assert len(statements) == 1
+        storage.insert(new_job())
+        assert outlook.renew(storage.database, ["default"], True, worker.id, 30) is True
+        with storage.database.read() as connection:
+            (node,) = nodes.others(connection, 0)
+        assert node.lease == pytest.approx(30, abs=5)
+
+    def test_who_was_taken_for_dead_learns_it(self, storage: Storage, worker: Worker) -> None:
+        worker.die()
+        assert outlook.renew(storage.database, ["default"], True, worker.id, 30) is None

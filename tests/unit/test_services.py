@@ -1,0 +1,131 @@
+"""What spares a service its step: the answers that somebody else has got for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kathikon_celery.presence import Presence
+from kathikon_celery.storage import Storage, nodes
+from kathikon_celery.worker.lifeline import Lifeline
+from kathikon_celery.worker.promoter import Promoter
+from kathikon_celery.worker.pruner import Pruner
+from kathikon_celery.worker.service import Service
+from tests.support.waiting import wait_until
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Iterator[Storage]:
+    with closing(Storage(f"sqlite:///{tmp_path / 'kathikon.db'}")) as storage:
+        storage.setup()
+        yield storage
+
+
+class Stepping(Service):
+    """Counts its steps; an answer spares them for the seconds that it says."""
+
+    steps = 0
+
+    def questions(self) -> Mapping[str, Mapping[str, Any]]:
+        return {"question": {"parameter": 1}}
+
+    def spare(self, answers: Mapping[str, Any]) -> float:
+        return float(answers["seconds"])
+
+    def step(self) -> float:
+        self.steps += 1
+        return self.interval
+
+
+@contextmanager
+def running(service: Stepping) -> Iterator[Callable[[int], int]]:
+    service.start()
+    try:
+        yield lambda number: wait_until(lambda: service.steps if service.steps >= number else 0)
+    finally:
+        service.stop()
+
+
+def test_it_asks_when_its_step_is_near(storage: Storage) -> None:
+    service = Stepping(storage=storage, interval=60.0)
+    with running(service) as until:
+        until(1)
+        wait_until(lambda: not service.asks(0.4))
+        assert not service.asks(20.0)
+        assert not service.asks(600.0)  # an answer would be old by then
+        service.nudge()
+        until(2)
+
+
+def test_it_asks_once_a_step(storage: Storage) -> None:
+    service = Stepping(storage=storage, interval=60.0)
+    assert service.asks(0.4) == {"question": {"parameter": 1}}
+    service.hear({"seconds": 60.0})
+    assert not service.asks(0.4)
+
+
+def test_an_answer_spares_the_step(storage: Storage) -> None:
+    service = Stepping(storage=storage, interval=60.0)
+    service.hear({"seconds": 60.0})
+    with running(service) as until:
+        wait_until(lambda: service.last_success)
+        assert service.steps == 0
+        service.nudge()
+        assert until(1) == 1
+
+
+def test_who_is_nudged_believes_no_older_answer(storage: Storage) -> None:
+    service = Stepping(storage=storage, interval=60.0)
+    service.hear({"seconds": 60.0})
+    service.nudge()
+    with running(service) as until:
+        until(1)
+
+
+def test_an_answer_that_is_too_old_spares_nothing(storage: Storage) -> None:
+    service = Stepping(storage=storage, interval=60.0)
+    service.hear({"seconds": 0.0})
+    with running(service) as until:
+        until(1)
+
+
+@pytest.mark.parametrize(
+    ("due", "seconds"), [(None, 1.0), (3600.0, 1.0), (0.25, 0.25), (0.0, 0.0), (-5.0, -5.0)], ids=str
+)
+def test_promoter(storage: Storage, due: float | None, seconds: float) -> None:
+    assert Promoter(storage=storage, interval=1.0).spare({"next_due": due}) == seconds
+
+
+def test_pruner(storage: Storage) -> None:
+    pruner = Pruner(storage=storage, interval=60.0)
+    assert pruner.spare({"is_anything_old": True}) == 0.0
+    for nothing in (False, None):
+        assert 48.0 <= pruner.spare({"is_anything_old": nothing}) <= 72.0
+
+
+def test_lifeline_sees_for_itself_that_its_neighbours_run(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    presence = Presence(storage, "me")
+    lifeline = Lifeline(storage=storage, presence=presence)
+    (question,) = lifeline.questions().values()
+    assert question["known"] == [presence.id]
+    other = nodes.register(storage.database, "other", "here", 1, 0.0, 60.0)
+    runs = True
+    monkeypatch.setattr("kathikon_celery.watch.machine", lambda: "here")
+    monkeypatch.setattr("kathikon_celery.watch.is_running", lambda pid, started: runs)
+    lifeline.step()
+    (question,) = lifeline.questions().values()
+    assert question["known"] == [presence.id, other]
+    assert lifeline.spare({"is_amiss": False}) == 1.0
+    assert lifeline.spare({"is_amiss": True}) == 0.0
+    runs = False
+    assert lifeline.spare({"is_amiss": False}) == 0.0
+    lifeline.step()
+    (question,) = lifeline.questions().values()
+    assert question["known"] == [presence.id, other]  # as it was when it was looked at
+    lifeline.step()
+    (question,) = lifeline.questions().values()
+    assert question["known"] == [presence.id]
