@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from operator import itemgetter
+from time import monotonic
 from typing import Any
 
 from sqlalchemy import (
@@ -29,10 +30,11 @@ from sqlalchemy.types import NullType
 
 from kathikon_celery.job import Hold, Job, State
 from kathikon_celery.storage import messages, prepared
-from kathikon_celery.storage.clock import now
+from kathikon_celery.storage.clock import Instant, now
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.finish import completing
+from kathikon_celery.storage.front import Front
 from kathikon_celery.storage.tables import READY, jobs, nodes
 
 #: What a worker must know of a job in order to run it. Nothing of it is converted: a corrupt row spoils no batch.
@@ -41,7 +43,7 @@ _DELIVERY = [
     for name in ("seq", "id", "queue", "task", "priority", "fence", "attempts", "crashes", "envelope", "body")
 ]
 _NAMES = [column.name for column in _DELIVERY]
-_SEQ, _PRIORITY = _NAMES.index("seq"), _NAMES.index("priority")
+_SEQ, _PRIORITY, _SINCE_WHEN = _NAMES.index("seq"), _NAMES.index("priority"), len(_NAMES)
 _SINCE = type_coerce(jobs.c.available_at, NullType()).label("since")
 # A node that was taken for dead, and does not know it yet, gets nothing.
 _IS_ALIVE = or_(
@@ -61,15 +63,34 @@ def _taken(rows: Update) -> Update:
     )
 
 
-@lru_cache(maxsize=8)
-def _claim(dialect: Dialect) -> Any:
+def _parts(marks: int) -> list[list[ColumnElement[bool]]]:
+    """The conditions of the parts of a queue, in their order, where so many of its priorities have a mark."""
+    parts: list[list[ColumnElement[bool]]] = []
+    below: list[ColumnElement[bool]] = []
+    for number in range(marks):
+        priority = bindparam(f"priority_{number}", type_=BigInteger())
+        parts.append([*below, jobs.c.priority > priority])
+        parts.append(
+            [jobs.c.priority == priority, jobs.c.available_at >= bindparam(f"since_{number}", type_=Instant())]
+        )
+        below = [jobs.c.priority < priority]
+    return [*parts, below]
+
+
+@lru_cache(maxsize=32)
+def _claim(dialect: Dialect, marks: int) -> Any:
     ready = (
         select(jobs.c.seq)
         .where(jobs.c.queue == bindparam("from_queue"), READY, _IS_ALIVE)
         .order_by(desc(jobs.c.priority), jobs.c.available_at, jobs.c.seq)
         .limit(bindparam("at_most", type_=Integer()))
     )
-    return _taken(update(jobs).where(dialect.picked(ready, jobs))).returning(*_DELIVERY, _SINCE)
+    picked = (
+        dialect.picked_in_turn([ready.where(*part) for part in _parts(marks)], jobs)
+        if marks
+        else dialect.picked(ready, jobs)
+    )
+    return _taken(update(jobs).where(picked)).returning(*_DELIVERY, _SINCE)
 
 
 def is_anything_there(queues: int, with_messages: bool) -> ColumnElement[bool]:
@@ -85,38 +106,68 @@ def is_anything_there(queues: int, with_messages: bool) -> ColumnElement[bool]:
     return or_(false(), *(one.limit(1).scalar_subquery().is_not(None) for one in first))
 
 
-def claim(database: Database, connection: Connection, queue: str, limit: int, node_id: int | None) -> list[Job]:
-    """Take up to *limit* ready jobs of the key *queue*: higher priority first, then longer ready."""
-    values = {"from_queue": queue, "at_most": limit, "by_node": node_id}
-    return _claimed(prepared.rows(connection, _claim(database.dialect), values), node_id)
+def claim(
+    database: Database, connection: Connection, queue: str, limit: int, node_id: int | None, front: Front | None = None
+) -> list[Job]:
+    """Take up to *limit* ready jobs of the key *queue*: higher priority first, then longer ready.
+
+    *front*: of this queue, from the claims before.
+    """
+    look = _Look(database, front)
+    values = {"from_queue": queue, "at_most": limit, "by_node": node_id} | look.values
+    rows = prepared.rows(connection, _claim(database.dialect, len(look.marks)), values)
+    return look.found(rows, node_id)
 
 
-def _claimed(rows: Sequence[Any], node_id: int | None) -> list[Job]:
-    """The jobs of *rows*, which have the columns of `_DELIVERY`, and then the moment since which they are ready."""
-    since = len(_DELIVERY)
+class _Look:
+    """Where a claim looks, and what it finds there."""
+
+    def __init__(self, database: Database, front: Front | None) -> None:
+        self._front = front if database.dialect.keeps_old_rows else None
+        self.marks = self._front.marks() if self._front is not None else []
+        self.values: dict[str, Any] = {}
+        for number, (priority, since) in enumerate(self.marks):
+            self.values |= {f"priority_{number}": priority, f"since_{number}": since}
+        self._started = monotonic()
+
+    def found(self, rows: Sequence[Any], node_id: int | None) -> list[Job]:
+        """The jobs of *rows*, which have the columns of `_DELIVERY`, and then the moment since which they are ready."""
+        took, rows = monotonic() - self._started, _in_order(rows)
+        if self._front is not None:
+            self._front.looked([(row[_PRIORITY], row[_SINCE_WHEN]) for row in rows], not self.marks, took)
+        return [Job(**dict(zip(_NAMES, row, strict=False)), state=State.CLAIMED, node_id=node_id) for row in rows]
+
+
+def _in_order(rows: Sequence[Any]) -> list[Any]:
     try:
-        rows = sorted(rows, key=lambda row: (-row[_PRIORITY], row[since], row[_SEQ]))
+        return sorted(rows, key=lambda row: (-row[_PRIORITY], row[_SINCE_WHEN], row[_SEQ]))
     except TypeError:  # one of them is corrupt; the others are not to wait for that
-        rows = sorted(rows, key=itemgetter(_SEQ))
-    return [Job(**dict(zip(_NAMES, row, strict=False)), state=State.CLAIMED, node_id=node_id) for row in rows]
+        return sorted(rows, key=itemgetter(_SEQ))
 
 
-@lru_cache(maxsize=8)
-def _complete_and_claim(dialect: Dialect) -> Any:
+@lru_cache(maxsize=32)
+def _complete_and_claim(dialect: Dialect, marks: int) -> Any:
     completed = completing(dialect).returning(jobs.c.seq).cte("completed")
-    claimed = _claim(dialect).cte("claimed")
+    claimed = _claim(dialect, marks).cte("claimed")
     number = select(func.count().label("completed")).select_from(completed).subquery()
     return select(claimed, number.c.completed).select_from(number.outerjoin(claimed, true()))
 
 
 def complete_and_claim(
-    database: Database, connection: Connection, holds: Sequence[Hold], queue: str, limit: int, node_id: int
+    database: Database,
+    connection: Connection,
+    holds: Sequence[Hold],
+    queue: str,
+    limit: int,
+    node_id: int,
+    front: Front | None = None,
 ) -> tuple[int, list[Job]]:
     """`finish.completed` and `claim` in one statement, where the dialect ``changes_in_ctes``; what both return."""
-    values = {"from_queue": queue, "at_most": limit, "by_node": node_id}
+    look = _Look(database, front)
+    values = {"from_queue": queue, "at_most": limit, "by_node": node_id} | look.values
     parameters = database.dialect.of_holds({hold: {} for hold in holds}, values)
-    rows = prepared.rows(connection, _complete_and_claim(database.dialect), parameters)
-    return rows[0][-1], _claimed([row for row in rows if row[_SEQ] is not None], node_id)
+    rows = prepared.rows(connection, _complete_and_claim(database.dialect, len(look.marks)), parameters)
+    return rows[0][-1], look.found([row for row in rows if row[_SEQ] is not None], node_id)
 
 
 @lru_cache(maxsize=8)

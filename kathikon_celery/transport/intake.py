@@ -21,6 +21,7 @@ from kathikon_celery.job import Hold, State
 from kathikon_celery.presence import Presence
 from kathikon_celery.storage import Storage, claim, finish, messages, nodes, outlook, results
 from kathikon_celery.storage.errors import in_words, is_lost
+from kathikon_celery.storage.front import Front
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.wake import Wakeup
 from kathikon_celery.transport.delivery import BACK, DONE, PASSED_ON, WRITTEN, Delivery, Outcome, Verdict
@@ -68,6 +69,7 @@ class Subscription:
     #: How many of its jobs may be in hand at once; `None` is no limit.
     concurrency: int | None = None
     pace: Pace = field(default_factory=Pace)
+    front: Front = field(default_factory=Front)
     waiting: deque[Delivery] = field(default_factory=deque)
     in_hand: int = 0
     #: How many more may be handed out before that is to be reckoned anew.
@@ -615,6 +617,9 @@ class Intake:
             self._complain(connection, crashed)
         if replaced:
             finish.replaced(database, connection, [one.hold for one in replaced])
+        for one in back + crashed:
+            if (consumed := self._subscriptions.get(one.queue)) is not None:
+                consumed.front.forget()
         if back or crashed:
             database.dialect.wake(connection, {one.queue for one in back + crashed}, len(back) + len(crashed))
         if gone:
@@ -663,13 +668,13 @@ class Intake:
             if done:
                 holds = [one.hold for one in done]
                 completed, jobs = claim.complete_and_claim(
-                    self.database, connection, holds, name, limit, self.presence.id
+                    self.database, connection, holds, name, limit, self.presence.id, subscription.front
                 )
                 if completed != len(done):
                     self._complain(connection, list(done))
                 done = ()
             else:
-                jobs = claim.claim(self.database, connection, name, limit, self.presence.id)
+                jobs = claim.claim(self.database, connection, name, limit, self.presence.id, subscription.front)
             now = monotonic()
             for job in jobs:
                 early, outcome = self.is_early(job.task), self.outcome_of(job.task)

@@ -11,6 +11,7 @@ from sqlalchemy import Connection
 
 from kathikon_celery.job import TERMINAL, Hold, State
 from kathikon_celery.storage import chords, claim, finish, insert, messages, nodes, outlook, promote, prune, results
+from kathikon_celery.storage.front import Front
 from tests.performance.conftest import Plans
 from tests.storage.actors import new_job
 
@@ -71,6 +72,15 @@ class Curious:
         assert set(answers) == set(QUESTIONS)
 
 
+def narrowed(plans: Plans) -> Front | None:
+    """A front that knows where to look; there is none where no old rows are kept."""
+    if not plans.database.dialect.keeps_old_rows:
+        return None
+    front = Front()
+    front.looked([(5, datetime.now(timezone.utc)), (0, datetime.now(timezone.utc))], True, 1000.0)
+    return front
+
+
 #: For each function: how to call it, and for each table it reads the index and the words of what it is searched by.
 STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
     "publish by its own task": (
@@ -80,6 +90,12 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
     "fetch": (lambda plans: plans.storage.fetch("id-77"), {BY_ID: "id"}),
     "claim": (
         writing(lambda plans, conn: claim.claim(plans.database, conn, "queue-1", 10, plans.worker.id)),
+        {READY: "queue", BY_SEQ: ""},
+    ),
+    "claim from the front on": (
+        writing(
+            lambda plans, conn: claim.claim(plans.database, conn, "queue-1", 10, plans.worker.id, narrowed(plans)),
+        ),
         {READY: "queue", BY_SEQ: ""},
     ),
     "look": (
@@ -191,5 +207,18 @@ def test_plan(plans: Plans, name: str) -> None:
         assert not (plan.sorts and name in IN_ORDER)
         for access in plan.accesses:
             assert access.index in expected or access.table != "kathikon_jobs"
+            if name == "claim from the front on" and plans.database.dialect.keeps_old_rows and access.index == READY:
+                assert (
+                    "priority" in access.condition
+                )  # each part begins where it begins, not at the queue's first entry
             # A partial index that is read from end to end is no better than a table.
             assert expected.get(access.index or "", "") in access.condition
+
+
+def test_a_claim_passes_over_what_is_before_the_front(plans: Plans) -> None:
+    with plans.of() as found:
+        STATEMENTS["claim from the front on"][0](plans)
+    for plan in found:
+        conditions = [access.condition for access in plan.accesses if access.index == READY]
+        at_their_fronts = [one for one in conditions if "available_at >=" in one and "priority =" in one]
+        assert (len(conditions), len(at_their_fronts)) == ((5, 2) if plans.database.dialect.keeps_old_rows else (1, 0))

@@ -8,6 +8,7 @@ from typing import Any
 
 from kathikon_celery.job import Job, State
 from kathikon_celery.storage import Storage, claim, finish, insert, messages, nodes, results
+from kathikon_celery.storage.front import Front
 from kathikon_celery.storage.messages import Message
 from kathikon_celery.storage.names import key
 
@@ -33,9 +34,9 @@ class Worker:
         self.database = storage.database
         self.id = nodes.register(self.database, "worker", "machine", 1, 0.0, lease)
 
-    def claim(self, limit: int = 1, queue: str = "default") -> list[Job]:
+    def claim(self, limit: int = 1, queue: str = "default", front: Front | None = None) -> list[Job]:
         with self.database.write() as connection:
-            return claim.claim(self.database, connection, key(queue), limit, self.id)
+            return claim.claim(self.database, connection, key(queue), limit, self.id, front)
 
     def claim_one(self, queue: str = "default") -> Job:
         (job,) = self.claim(1, queue)

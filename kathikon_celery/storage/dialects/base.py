@@ -25,6 +25,8 @@ class Dialect(ABC):
     wakes_by_name = False
     #: Whether who waits for a result enters that in a table and is called by name; otherwise everybody hears of each.
     enters_waits = False
+    #: Whether what was changed is kept, and met by whoever reads an index, until nobody can see it any more.
+    keeps_old_rows = False
     #: Whether one statement can change several sets of rows, each in a common table expression.
     changes_in_ctes = False
 
@@ -59,6 +61,10 @@ class Dialect(ABC):
     @abstractmethod
     def picked(self, select: Select[Any], table: Table) -> ColumnElement[bool]:
         """The condition that a row of *table* is among those that *select* (of ``seq``) picks, and nobody else's."""
+
+    def picked_in_turn(self, selects: Sequence[Select[Any]], table: Table) -> ColumnElement[bool]:
+        """As `picked`, of the first ``at_most`` rows of several *selects*, where old rows are kept."""
+        raise NotImplementedError(f"{self.name} keeps no old rows")
 
     @abstractmethod
     def held(self, table: Table, owned: bool = True, texts: Sequence[str] = ()) -> ColumnElement[bool]:

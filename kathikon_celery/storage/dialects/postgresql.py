@@ -32,6 +32,7 @@ from sqlalchemy import (
     literal_column,
     select,
     table,
+    union_all,
     update,
 )
 from sqlalchemy.dialects import postgresql
@@ -112,6 +113,7 @@ class PostgreSQL(Dialect):
     wakes_by_name = True
     enters_waits = True
     changes_in_ctes = True
+    keeps_old_rows = True
 
     def __init__(self, url: URL) -> None:
         super().__init__(url)
@@ -142,6 +144,13 @@ class PostgreSQL(Dialect):
     def picked(self, select: Select[Any], table: Table) -> ColumnElement[bool]:
         # An array is looked up in the index however long the planner thinks it is; a join may become a scan.
         rows = select.with_for_update(skip_locked=True).scalar_subquery()
+        return table.c.seq == any_(func.array(rows))
+
+    def picked_in_turn(self, selects: Sequence[Select[Any]], table: Table) -> ColumnElement[bool]:
+        # One after another: of what follows the last one that is needed, nothing is read and nothing locked.
+        parts = [one.with_for_update(skip_locked=True).subquery() for one in selects]
+        every = union_all(*(select(part.c.seq) for part in parts)).subquery()
+        rows = select(every.c.seq).limit(bindparam("at_most", type_=Integer())).scalar_subquery()
         return table.c.seq == any_(func.array(rows))
 
     def held(self, table: Table, owned: bool = True, texts: Sequence[str] = ()) -> ColumnElement[bool]:
