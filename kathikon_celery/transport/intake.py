@@ -21,7 +21,7 @@ from kathikon_celery.job import Hold, State
 from kathikon_celery.presence import Presence
 from kathikon_celery.storage import Storage, claim, finish, messages, nodes, outlook, results
 from kathikon_celery.storage.errors import in_words, is_lost
-from kathikon_celery.storage.front import Front
+from kathikon_celery.storage.front import REST, Front
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.wake import Wakeup
 from kathikon_celery.transport.delivery import BACK, DONE, PASSED_ON, WRITTEN, Delivery, Outcome, Verdict
@@ -133,6 +133,7 @@ class Intake:
         self._look = True  # look for jobs
         self._look_from = 0.0  # but not before this moment
         self._waits = False  # our row says that we wait
+        self._rest = 0.0  # seconds until the next look of which nobody called: it may take long, see front.py
         self._doubts: list[float] = []  # pauses until it is looked for what came while we said so
         self._unsure = True  # a commit may have happened of which we did not hear
         self._first = 0  # the queue that is served first this time
@@ -395,7 +396,7 @@ class Intake:
                     due_soon = False
                     self.on_call()
                 last = self.last_success = monotonic()
-                next_look = last + self.storage.settings.poll_interval
+                next_look = last + max(self.storage.settings.poll_interval, self._rest)
                 if pause:
                     logger.warning("Kathikon: the database %r is back", self.database)
                     pause = 0.0
@@ -544,7 +545,9 @@ class Intake:
         """Whether there is something to claim, or our row must say that we wait. Of a message everybody is called."""
         if not self._waits:
             return True  # we were called, or must say that we wait
+        began = monotonic()
         there = self._look_for(names, called)
+        self._rest = REST * (monotonic() - began)
         self._waits = not there
         if self._waits and self._doubts:
             self._look, self._look_from = True, monotonic() + self._doubts.pop(0)
