@@ -7,6 +7,7 @@ time, and their text must not depend on their parameters (no ``expanding`` ones)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -126,8 +127,9 @@ class _cursor:  # noqa: N801 (a context manager; as a generator it would cost as
             return
         lost = connection.dialect.is_disconnect(error, connection.connection, self.cursor)
         if lost:
+            with suppress(DBAPIError):  # so that SQLAlchemy learns of it, and drops what else is in its pool
+                connection.exec_driver_sql("SELECT 1")
             connection.invalidate(error)
-            connection.engine.dispose()  # most likely the others are lost as well
         raise DBAPIError.instance(
             self.text,
             None,

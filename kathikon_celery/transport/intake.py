@@ -535,7 +535,7 @@ class Intake:
         """Whether it takes one statement, which needs no transaction around it."""
         if filled or started or self._unsure or monotonic() < self._claims_from:
             return False
-        if any(outcome not in (DONE, WRITTEN, PASSED_ON) for _, outcome in reports):
+        if any(not one.is_job or outcome not in (DONE, WRITTEN, PASSED_ON) for one, outcome in reports):
             return False
         done = any(outcome is DONE for _, outcome in reports)
         at_once = done and bool(wanted) and self.database.dialect.changes_in_ctes

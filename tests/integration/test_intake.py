@@ -8,9 +8,10 @@ from time import monotonic
 
 import pytest
 from celery import Celery
-from sqlalchemy import Connection
+from sqlalchemy import Connection, select
 
 from kathikon_celery.job import State
+from kathikon_celery.storage.tables import messages
 from kathikon_celery.transport import intake as module
 from kathikon_celery.transport.delivery import Delivery
 from kathikon_celery.transport.intake import Intake
@@ -55,19 +56,20 @@ def test_a_claim_whose_commit_takes_long_is_handed_out(
     client: Celery, jobs: Jobs, intake: Intake, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     database = jobs.storage.database
-    write = database.write
+    once = database.once
 
     @contextmanager
     def slow(durable: bool = False) -> Iterator[Connection]:
-        with write(durable) as connection:
+        with once(durable) as connection:
             yield connection
         clock.ahead += 60
 
     result = apps.add.delay(1, 1)
-    monkeypatch.setattr(database, "write", slow)
+    monkeypatch.setattr(database, "once", slow)
     got: list[Delivery] = []
     intake.subscribe("default", False, got.append, lambda: 1)
     assert intake.wait(10)
+    assert clock.ahead
     assert intake.pump() == 1
     assert jobs.of(result).attempts == 1
 
@@ -89,3 +91,15 @@ def test_what_waits_for_long_is_given_back_when_the_pool_is_full(
         for _ in range(2):  # the look that is under way may have asked the clock before
             until_looked(intake, clock)
         assert (jobs.of(result).state, jobs.of(result).fence) == (State.CLAIMED, claimed.fence)
+
+
+def test_a_message_that_is_acknowledged_is_gone(client: Celery, jobs: Jobs, intake: Intake) -> None:
+    """Its report is none of a job, even where it is all that there is to write."""
+    got: list[Delivery] = []
+    with client.connection_for_write() as connection, connection.SimpleQueue("messages") as queue:
+        intake.subscribe("messages", False, got.append, lambda: 10)
+        queue.put("hello")
+        wait_until(lambda: intake.pump() or got)
+        intake.acknowledge(got[0].tag)
+        with jobs.storage.database.read() as reading:
+            wait_until(lambda: not reading.execute(select(messages.c.seq).where(messages.c.queue == "messages")).all())
