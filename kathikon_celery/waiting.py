@@ -23,6 +23,7 @@ from kathikon_celery.job import Job
 from kathikon_celery.storage import waits
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.errors import in_words, is_lost
+from kathikon_celery.storage.front import rest
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.wake import ENDED, OUTCOME, Wakeup
 
@@ -36,8 +37,6 @@ LINGER, LONGEST_LINGER = 0.0005, 0.1
 FEW = 4
 #: Longest time, in seconds, that a call is left unanswered after calls that were none for its hearer.
 VAIN = 0.008
-#: How many times as long as a look took nobody looks without having been called.
-REST = 20
 #: Seconds between two attempts to reach a database that is away.
 PAUSE = 0.2
 #: Seconds without the database after which whoever waits gives up with its error.
@@ -147,7 +146,7 @@ class Wait:
         """What was `wanted` has been looked for, and delivered."""
         self._vain = 0 if self._arrived or not self._is_known else self._vain + 1
         if self._all_due <= now:
-            self._all_due = now + max(self.interval, took * REST)
+            self._all_due = now + max(self.interval, rest(took))
             if not self._is_known and self.database.dialect.enters_waits:
                 self._all_due = min(self._all_due, now + took + SECOND_LOOK)
         self._named, self._named_due = set(), inf

@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -119,7 +119,7 @@ class Database:
             isolation_level="AUTOCOMMIT",  # BEGIN and COMMIT are sent by `write`; a single statement needs neither
             hide_parameters=True,  # payloads do not belong into error messages
             connect_args=self.dialect.connect_args(self.connect_timeout, on_disk),
-            pool_reset_on_return=None,  # a transaction that ends in no other way is rolled back by `transaction`
+            pool_reset_on_return=None,  # see `_connected`
             pool_recycle=1800,
             max_overflow=50,
         )
@@ -130,6 +130,17 @@ class Database:
     def _on_connect(self, connection: Any, on_disk: bool) -> None:
         self.opened += 1
         self.dialect.on_connect(connection, on_disk)
+
+    @contextmanager
+    def _connected(self, engine: Engine) -> Iterator[Connection]:
+        with engine.connect() as connection:
+            try:
+                yield connection
+            except BaseException as error:
+                # In the middle of something, as a time limit leaves it: nobody is to use it again.
+                if not (connection.invalidated or self.dialect.is_at_rest(connection.connection.driver_connection)):
+                    connection.invalidate(error)
+                raise
 
     @contextmanager
     def _in_words(self) -> Iterator[None]:
@@ -146,7 +157,7 @@ class Database:
         """A connection for reading, each statement on its own."""
         with self._gate.passing(), self._in_words():
             self.dialect.check_usable()
-            with self._relaxed.connect() as connection:
+            with self._connected(self._relaxed) as connection:
                 yield connection
 
     @contextmanager
@@ -156,7 +167,7 @@ class Database:
         with self._gate.passing(), self._in_words():
             with (
                 # Before the lock: who connects takes it for a moment, and a pool's first connection has one of its own.
-                (self._durable if durable else self._relaxed).connect() as connection,
+                self._connected(self._durable if durable else self._relaxed) as connection,
                 self.dialect.writing(),
             ):
                 yield connection
@@ -172,16 +183,14 @@ class Database:
     @contextmanager
     def transaction(self, connection: Connection) -> Iterator[None]:
         """A transaction on a *connection* of `once`."""
-        prepared.plain(connection, self.dialect.begin)
         try:
+            prepared.plain(connection, self.dialect.begin)
             yield
             prepared.plain(connection, "COMMIT")
         except BaseException:
             if not connection.invalidated:
-                try:
+                with suppress(DBAPIError):  # after some errors SQLite has done so by itself
                     prepared.plain(connection, "ROLLBACK")
-                except DBAPIError as failure:  # after some errors SQLite has done so by itself; after others, who knows
-                    connection.invalidate(failure)
             raise
 
     def patiently(self, call: Callable[[bool], T], patient: bool = True) -> T:

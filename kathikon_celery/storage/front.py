@@ -12,10 +12,15 @@ from time import monotonic
 
 #: A job's moment is that of its publication's statement; so much later it may become visible.
 SLACK = timedelta(seconds=1)
-#: How many times as long as it took to look everywhere nobody does so again.
-REST = 20
+#: How many times as long as it took to look everywhere nobody does so again; at most so many seconds.
+REST, LONGEST_REST = 20, 5.0
 #: Priorities whose beginnings are remembered.
 MOST = 8
+
+
+def rest(took: float) -> float:
+    """Seconds for which nobody looks so again, after a look that took *took* seconds."""
+    return min(REST * took, LONGEST_REST)
 
 
 class Front:
@@ -45,7 +50,7 @@ class Front:
         for priority, since in found:
             first.setdefault(priority, since)
         if everywhere:
-            self._everywhere_from = monotonic() + REST * took
+            self._everywhere_from = monotonic() + rest(took)
             if len(self._since) > MOST:
                 self._since.clear()
         self._since.update(first)

@@ -121,10 +121,11 @@ class _cursor:  # noqa: N801 (a context manager; as a generator it would cost as
             self.cursor.close()
             return
         connection, driver = self.connection, self.connection.dialect.loaded_dbapi.Error
-        if not isinstance(error, Exception):  # in the middle of a statement: nobody knows what the connection does now
+        if not isinstance(error, driver):  # such as a time limit, perhaps in the middle of the statement
             connection.invalidate(error)
-        if not isinstance(error, driver):
             return
+        with suppress(driver):
+            self.cursor.close()
         lost = connection.dialect.is_disconnect(error, connection.connection, self.cursor)
         if lost:
             with suppress(DBAPIError):  # so that SQLAlchemy learns of it, and drops what else is in its pool

@@ -21,7 +21,7 @@ from kathikon_celery.job import Hold, State
 from kathikon_celery.presence import Presence
 from kathikon_celery.storage import Storage, claim, finish, messages, nodes, outlook, results
 from kathikon_celery.storage.errors import in_words, is_lost
-from kathikon_celery.storage.front import REST, Front
+from kathikon_celery.storage.front import Front, rest
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.wake import Wakeup
 from kathikon_celery.transport.delivery import BACK, DONE, PASSED_ON, WRITTEN, Delivery, Outcome, Verdict
@@ -74,6 +74,8 @@ class Subscription:
     in_hand: int = 0
     #: How many more may be handed out before that is to be reckoned anew.
     allowed: int = 0
+    #: Whether that holds for jobs, which need slots, or for messages.
+    are_jobs: bool = True
     #: How many may be in hand when the next are handed out: a handful at once costs less than one by one.
     refill: int = UNLIMITED
 
@@ -290,7 +292,10 @@ class Intake:
 
     def _next(self, subscription: Subscription) -> Delivery | None:
         with self._lock:
-            while subscription.waiting and (subscription.allowed > 0 or self._may_hand_out(subscription)):
+            while subscription.waiting and (
+                (subscription.allowed > 0 and subscription.waiting[0].is_job is subscription.are_jobs)
+                or self._may_hand_out(subscription)
+            ):
                 delivery = subscription.waiting.popleft()
                 subscription.allowed -= 1
                 subscription.in_hand += 1
@@ -305,11 +310,11 @@ class Intake:
             return None
 
     def _may_hand_out(self, subscription: Subscription) -> bool:
-        limits = [UNLIMITED]
+        subscription.are_jobs, limits = subscription.waiting[0].is_job, [UNLIMITED]
         if subscription.concurrency is not None:
             limits.append(subscription.concurrency - subscription.in_hand)
         limit, slots = subscription.prefetch(), 0
-        if self.slots is not None and subscription.waiting[0].is_job:
+        if self.slots is not None and subscription.are_jobs:
             slots = self.slots()
             ahead = round(self._rate() * self.storage.settings.claim_horizon) if self.claims_ahead else 0
             limit = min(limit or UNLIMITED, slots + ahead)
@@ -382,8 +387,8 @@ class Intake:
                 timeout = max(0.0, due_at - now)
                 if self._wakeup.wait(min(timeout, self.storage.settings.poll_interval)):
                     self._look, self._look_from, self._waits = True, 0.0, False
-                    due_soon = self._wakeup.called_all
-                    self._called = self._called or due_soon
+                    due_soon = due_soon or self._wakeup.called_all
+                    self._called = self._called or self._wakeup.called_all
                 if timeout:
                     continue
                 if now >= next_look:
@@ -547,11 +552,18 @@ class Intake:
             return True  # we were called, or must say that we wait
         began = monotonic()
         there = self._look_for(names, called)
-        self._rest = REST * (monotonic() - began)
+        self._rest = rest(monotonic() - began)
+        if there:  # perhaps before the front: where that was found, the claim shall look as well
+            self._forget_fronts()
         self._waits = not there
         if self._waits and self._doubts:
             self._look, self._look_from = True, monotonic() + self._doubts.pop(0)
         return there
+
+    def _forget_fronts(self) -> None:
+        with self._lock:
+            for one in self._subscriptions.values():
+                one.front.forget()
 
     def _look_for(self, names: list[str], with_messages: bool) -> bool:
         """Whether there is work. With that statement the lease is renewed, or it asks what others will soon ask."""

@@ -45,25 +45,35 @@ class ResultHandler(asynpool.ResultHandler):
             messages = _taken_from(data)
             if not data:
                 break
-            for message in messages:
-                callback(message)
+            _tell(messages, callback)
             was_cut_off = True
             yield
         if was_cut_off:
             add_reader(fd, self.handle_event, fd)
-        for message in messages:
-            callback(message)
+        _tell(messages, callback)
 
 
-def _taken_from(data: bytearray) -> list[Any]:
+def _tell(messages: list[bytes], callback: Callable[[Any], Any]) -> None:
+    """Call *callback* with each message; an error is raised after the last one, as they are all out of the pipe."""
+    failure: Exception | None = None
+    for data in messages:
+        try:
+            if message := pickle.loads(data):
+                callback(message)
+        except Exception as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+
+
+def _taken_from(data: bytearray) -> list[bytes]:
     """The messages that are complete; what is left in *data* is cut off."""
     messages, start = [], 0
     while len(data) >= start + HEADER:
         end = start + HEADER + int.from_bytes(data[start : start + HEADER], "big")
         if len(data) < end:
             break
-        if message := pickle.loads(memoryview(data)[start + HEADER : end]):
-            messages.append(message)
+        messages.append(bytes(data[start + HEADER : end]))
         start = end
     del data[:start]
     return messages

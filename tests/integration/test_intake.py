@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
 from time import monotonic
 
 import pytest
@@ -38,7 +39,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
-def intake(client: Celery, jobs: Jobs) -> Iterator[Intake]:
+def intake(client: Celery, jobs: Jobs, clock: Clock) -> Iterator[Intake]:
     """The intake of a worker that has one slot."""
     intake = Intake(jobs.storage)
     intake.slots = lambda: 1
@@ -103,3 +104,18 @@ def test_a_message_that_is_acknowledged_is_gone(client: Celery, jobs: Jobs, inta
         intake.acknowledge(got[0].tag)
         with jobs.storage.database.read() as reading:
             wait_until(lambda: not reading.execute(select(messages.c.seq).where(messages.c.queue == "messages")).all())
+
+
+@pytest.mark.postgresql
+def test_a_job_before_the_front_is_found(client: Celery, jobs: Jobs, intake: Intake) -> None:
+    """What a look sees the claim gets, though it has learned to begin elsewhere."""
+    if not jobs.storage.database.dialect.keeps_old_rows:
+        pytest.skip("SQLite keeps no old rows: a queue has no front")
+    got: list[Delivery] = []
+    intake.subscribe("default", False, got.append, lambda: 10)
+    (subscription,) = intake._subscriptions.values()
+    wait_until(lambda: intake._waits)
+    ahead = datetime.now(timezone.utc) + timedelta(hours=1)
+    subscription.front.looked([(0, ahead)], True, 1e6)
+    apps.add.delay(1, 1)
+    wait_until(lambda: intake.pump() or got)

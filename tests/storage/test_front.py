@@ -44,12 +44,19 @@ class TestFront:
         clock = [1000.0]
         monkeypatch.setattr(front, "monotonic", lambda: clock[0])
         slow = Front()
-        slow.looked([(0, NOON)], True, 0.5)
-        clock[0] += 0.5 * front.REST - 0.001
+        slow.looked([(0, NOON)], True, 0.1)
+        clock[0] += 0.1 * front.REST - 0.001
         assert slow.marks()
         slow.looked([(0, NOON)], False, 10.0)  # how long the others take is of no interest
-        clock[0] += 0.001
+        clock[0] += 0.002
         assert slow.marks() == []
+
+    def test_and_after_some_seconds_whatever_it_costs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = [1000.0]
+        monkeypatch.setattr(front, "monotonic", lambda: clock[0])
+        stopped = narrow((0, NOON))
+        clock[0] += front.LONGEST_REST
+        assert stopped.marks() == []
 
     def test_jobs_that_are_given_back(self) -> None:
         forgetful = narrow((0, NOON))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, bindparam, event, insert, select, text, update
+from sqlalchemy import Connection, bindparam, event, func, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from kathikon_celery.storage import Storage, prepared
@@ -68,10 +69,13 @@ def test_who_listens_to_sqlalchemy_hears_them_as_well(storage: Storage, connecti
         heard.append(statement)
 
     event.listen(storage.database._relaxed, "before_cursor_execute", listener)
-    with storage.database.write() as other:
-        prepared.rows(other, _ALL, {})
-        prepared.count(other, _CHANGE, {"of_id": "1"})
-        prepared.many(other, _ADD, [{"new_id": "new", "new_result": "", "at": NOON}])
+    try:
+        with storage.database.write() as other:
+            prepared.rows(other, _ALL, {})
+            prepared.count(other, _CHANGE, {"of_id": "1"})
+            prepared.many(other, _ADD, [{"new_id": "new", "new_result": "", "at": NOON}])
+    finally:
+        event.remove(storage.database._relaxed, "before_cursor_execute", listener)
     assert [words.split()[0] for words in heard] == ["BEGIN", "SELECT", "UPDATE", "INSERT", "COMMIT"]
 
 
@@ -80,6 +84,57 @@ def test_what_interrupts_a_statement_ends_its_connection(storage: Storage, monke
         with pytest.raises(KeyboardInterrupt), prepared._cursor(connection, "SELECT 1"):
             raise KeyboardInterrupt
         assert connection.invalidated
+
+
+class TimeLimit(Exception):
+    """What a signal raises, wherever the program is."""
+
+
+@pytest.fixture
+def time_limit() -> Iterator[None]:
+    """In a moment there is one."""
+
+    def exceeded(*_: object) -> None:
+        raise TimeLimit
+
+    before = signal.signal(signal.SIGALRM, exceeded)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.postgresql
+@pytest.mark.parametrize("run", [prepared.rows, Connection.execute], ids=["prepared", "SQLAlchemy"])
+def test_a_time_limit_in_the_middle_of_a_statement(
+    postgresql_storage: Storage, time_limit: None, run: Callable[..., object]
+) -> None:
+    with pytest.raises(TimeLimit), postgresql_storage.database.once() as connection:
+        run(connection, select(func.pg_sleep(20)), {})
+    for _ in range(3):
+        postgresql_storage.insert(new_job())
+
+
+@pytest.mark.parametrize("words", ["BEGIN", "ROLLBACK"])
+def test_a_time_limit_around_a_transaction(storage: Storage, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    real = prepared.plain
+
+    def limited(connection: Connection, text: str) -> None:
+        if text.startswith(words) and words == "ROLLBACK":
+            raise TimeLimit
+        real(connection, text)
+        if text.startswith(words):
+            raise TimeLimit
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prepared, "plain", limited)
+        with pytest.raises(TimeLimit), storage.database.write():
+            raise TimeLimit
+    storage.insert(new_job())
+    others = Storage(storage.database.url.render_as_string(hide_password=False))
+    assert others.fetch("job") is not None  # it is committed, and nobody holds a lock
+    others.insert(new_job("another"))
+    others.close()
 
 
 @pytest.mark.postgresql

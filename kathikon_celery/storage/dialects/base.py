@@ -40,6 +40,10 @@ class Dialect(ABC):
     def on_connect(self, connection: Any, on_disk: bool) -> None:
         """Prepare a new connection of the driver."""
 
+    @abstractmethod
+    def is_at_rest(self, connection: Any) -> bool:
+        """Whether a connection of the driver is within no transaction and no statement."""
+
     def check_usable(self) -> None:
         """Raise `Unavailable` where a connection would only fail in a way that is hard to read."""
 

@@ -58,6 +58,8 @@ LOCK_SPACE = 0x6B61
 UNANSWERED = 25_000
 #: Bytes of what a call says, at most: PostgreSQL takes less than 8,000.
 LONGEST_CALL = 7900
+#: libpq's word for a connection that is within no transaction.
+IDLE = 0
 #: Seconds between two attempts to listen again after a lost connection.
 RECONNECT = 0.5
 
@@ -137,6 +139,9 @@ class PostgreSQL(Dialect):
             # What was sent and is not acknowledged by the peer's system counts as lost, where TCP itself takes minutes.
             "tcp_user_timeout": UNANSWERED,
         }
+
+    def is_at_rest(self, connection: Any) -> bool:
+        return connection.pgconn.transaction_status == IDLE  # type: ignore[no-any-return]
 
     def insert_or_update(self, table: Table) -> postgresql.Insert:
         return postgresql.insert(table)

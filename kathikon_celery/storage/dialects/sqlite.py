@@ -90,6 +90,9 @@ class SQLite(Dialect):
         cursor.execute("PRAGMA journal_size_limit=67108864")
         cursor.close()
 
+    def is_at_rest(self, connection: Any) -> bool:
+        return not connection.in_transaction
+
     def check_usable(self) -> None:
         folder = self.path.parent
         if not folder.is_dir():
