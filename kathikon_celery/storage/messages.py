@@ -111,6 +111,11 @@ def first(queue: Any) -> Select[Any]:
     )
 
 
+def by_number(queues: Sequence[str]) -> dict[str, str]:
+    """*queues* (keys) as the parameters ``queue_0`` and so on."""
+    return {f"queue_{number}": queue for number, queue in enumerate(queues)}
+
+
 @lru_cache(maxsize=64)
 def _there(queues: int) -> Any:
     firsts = [first(bindparam(f"queue_{number}")).limit(1) for number in range(queues)]
@@ -121,8 +126,7 @@ def there(connection: Connection, queues: Sequence[str]) -> list[str]:
     """Those of *queues* (keys) in which a message waits."""
     if not queues:
         return []
-    values = {f"queue_{number}": queue for number, queue in enumerate(queues)}
-    (found,) = prepared.rows(connection, _there(len(queues)), values)
+    (found,) = prepared.rows(connection, _there(len(queues)), by_number(queues))
     return [queue for queue, is_there in zip(queues, found, strict=True) if is_there]
 
 

@@ -11,6 +11,7 @@ from sqlalchemy import Connection, or_, select
 from kathikon_celery.storage import claim, finish, nodes, prepared, promote, prune, topology
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.messages import by_number
 
 #: Questions by their names, with the values of their parameters.
 Questions = Mapping[str, Mapping[str, Any]]
@@ -55,10 +56,6 @@ def _renew(queues: int, with_messages: bool) -> Any:
     return nodes.RENEW.returning(claim.is_anything_there(queues, with_messages))
 
 
-def _by_number(queues: Sequence[str]) -> dict[str, Any]:
-    return {f"queue_{number}": queue for number, queue in enumerate(queues)}
-
-
 def look(
     database: Database,
     connection: Connection,
@@ -68,7 +65,7 @@ def look(
 ) -> bool:
     """Whether a job is ready in one of the *queues* (keys), or a message; the askers hear what they have *asked*."""
     parameters = {name: values for _, questions in asked for name, values in questions.items()}
-    values = _by_number(queues)
+    values: dict[str, Any] = {**by_number(queues)}
     for one in parameters.values():
         values |= one
     statement = _look(database.dialect, len(queues), with_messages, tuple(parameters))
@@ -82,7 +79,7 @@ def look(
 
 def renew(database: Database, queues: Sequence[str], with_messages: bool, node_id: int, lease: float) -> bool | None:
     """Look for work, and with it renew the lease of a node (see `nodes.renew`); `None` when it was taken for dead."""
-    values = {**_by_number(queues), "node": node_id, "lease": lease}
+    values = {**by_number(queues), "node": node_id, "lease": lease}
     with database.once() as connection:
         found = prepared.rows(connection, _renew(len(queues), with_messages), values)
     return bool(found[0][0]) if found else None

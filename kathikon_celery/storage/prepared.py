@@ -113,7 +113,12 @@ class _cursor:  # noqa: N801 (a context manager; as a generator it would cost as
         self.connection, self.text = connection, text
 
     def __enter__(self) -> Any:
-        self.cursor: Any = self.connection.connection.cursor()
+        self.cursor: Any = None
+        try:
+            self.cursor = self.connection.connection.cursor()
+        except BaseException as error:  # psycopg has none for a connection that it knows to be lost
+            self.__exit__(type(error), error, None)
+            raise
         return self.cursor
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
@@ -124,8 +129,9 @@ class _cursor:  # noqa: N801 (a context manager; as a generator it would cost as
         if not isinstance(error, driver):  # such as a time limit, perhaps in the middle of the statement
             connection.invalidate(error)
             return
-        with suppress(driver):
-            self.cursor.close()
+        if self.cursor is not None:
+            with suppress(driver):
+                self.cursor.close()
         lost = connection.dialect.is_disconnect(error, connection.connection, self.cursor)
         if lost:
             with suppress(DBAPIError):  # so that SQLAlchemy learns of it, and drops what else is in its pool

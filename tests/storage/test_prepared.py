@@ -148,3 +148,15 @@ def test_a_lost_connection_is_said_to_be_lost(postgresql_storage: Storage) -> No
         assert raised.value.connection_invalidated
         assert connection.invalidated
     storage.insert(new_job())
+
+
+@pytest.mark.postgresql
+def test_so_is_one_that_the_driver_knows_to_be_closed(postgresql_storage: Storage) -> None:
+    with postgresql_storage.database.once() as connection:
+        driver_connection = connection.connection.driver_connection
+        assert driver_connection is not None
+        driver_connection.close()
+        with pytest.raises(DBAPIError) as raised:
+            prepared.rows(connection, _ALL, {})
+        assert raised.value.connection_invalidated
+    postgresql_storage.insert(new_job())
