@@ -12,13 +12,14 @@ from kombu.transport import virtual
 from kombu.utils.uuid import uuid
 
 from kathikon_celery.job import State, in_brief
-from kathikon_celery.storage import insert, messages, prune, topology
+from kathikon_celery.storage import Storage, messages, prune, topology
 from kathikon_celery.storage.names import key
-from kathikon_celery.transport import bulk, collecting, republishing
+from kathikon_celery.transport import collecting
 from kathikon_celery.transport.carrying import CARRIED
 from kathikon_celery.transport.delivery import BACK, Delivery, Outcome, Verdict
 from kathikon_celery.transport.envelope import check_call, fold, priority_of, task_of, to_job, unfold
 from kathikon_celery.transport.exchanges import TopicExchange
+from kathikon_celery.transport.publishing import publish
 
 if TYPE_CHECKING:
     from kathikon_celery.transport.intake import Intake
@@ -96,6 +97,11 @@ class Channel(virtual.Channel):
         #: Queues that were declared here and go with their consumer, or when nobody has used them for some time.
         self._auto_delete: set[str] = set()
         self._expiring: set[str] = set()
+
+    @property
+    def storage(self) -> Storage:
+        """The database."""
+        return self._storage
 
     @property
     def intake(self) -> Intake:
@@ -260,18 +266,8 @@ class Channel(virtual.Channel):
         if len(queues) > 1:  # one row an id: a task that several queues shall have is as many messages
             self._put_now(queues, message)  # before the end that it follows, so rather twice than never
             return
-        settings = self._storage.settings
-        job = to_job(message, task, queues[0], settings.max_attempts, self.connection.local_zone())
-        hold = republishing.hold_on(job.id)
-        ending = collecting.current(self._database)
-        if ending is not None and hold is None:
-            ending.jobs.append(job)
-            return
-        if (chunks := bulk.current()) is not None and hold is None:
-            chunks.add(self._storage, job)
-            return
-        if not insert.insert(self._database, job, hold, soon=republishing.is_soon(job, settings.scheduler_interval)):
-            republishing.refused(job.id)
+        attempts = self._storage.settings.max_attempts
+        publish(self._storage, to_job(message, task, queues[0], attempts, self.connection.local_zone()))
 
     def _put(self, queues: list[str], message: dict[str, Any], **kwargs: Any) -> None:
         if not queues:

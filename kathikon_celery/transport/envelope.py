@@ -18,7 +18,7 @@ LOWEST, HIGHEST = -(2**63), 2**63 - 1
 #: Keys of the JSON that is kept beside the body, and kombu's names for them.
 _HEADERS, _PROPERTIES, _TYPE, _ENCODING, _BASE64 = "headers", "properties", "content-type", "content-encoding", "base64"
 #: A property that is ours: see `to_job`.
-_PUBLICATION = "kathikon_publication"
+PUBLICATION = "kathikon_publication"
 
 
 def _dumps(value: Any) -> str:
@@ -88,7 +88,7 @@ def unfold(envelope: str, body: str, tag: str, redelivered: bool) -> dict[str, A
         if not isinstance(message.get(name), str | None):
             raise ValueError(f"corrupt row: its {name} is {message.get(name)!r}")
     properties["delivery_tag"] = tag
-    properties.pop(_PUBLICATION, None)
+    properties.pop(PUBLICATION, None)
     info["redelivered"] = redelivered
     # The row was ready when it was claimed: with its eta Celery would keep it in memory and wait once more.
     if headers.get("eta"):
@@ -148,7 +148,7 @@ def task_of(message: dict[str, Any]) -> dict[str, Any] | None:
 def to_job(message: dict[str, Any], task: dict[str, Any], queue: str, max_attempts: int, local: timezone) -> Job:
     """The job that a task message asks for. *local*: the zone of times that name none."""
     # It tells the same publication, which kombu sends again after a lost connection, from a new one of the same id.
-    publication = message[_PROPERTIES].setdefault(_PUBLICATION, getrandbits(63))
+    publication = message[_PROPERTIES].setdefault(PUBLICATION, getrandbits(63))
     envelope, body = fold(message)
     task_id, root = task["id"], task.get("root_id")
     return Job(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from datetime import datetime, timezone
 
-from celery import current_task
+from celery._state import get_current_task
 
 from kathikon_celery.job import Hold, Job
 from kathikon_celery.transport.delivery import hold_of
@@ -15,7 +15,8 @@ logger = logging.getLogger(__name__)
 
 def hold_on(job_id: str) -> Hold | None:
     """How the task that runs in this context holds *job_id*; `None` when it publishes another id."""
-    request = current_task.request if current_task else None
+    task = get_current_task()
+    request = task.request if task is not None else None
     if request is None or request.id != job_id or request.called_directly or request.is_eager:
         return None
     return hold_of((request.properties or {}).get("delivery_tag"))
@@ -23,7 +24,7 @@ def hold_on(job_id: str) -> Hold | None:
 
 def refused(job_id: str) -> None:
     """Say that the publication was refused: the job is somebody else's now, or cancelled."""
-    current_task.request.was_refused = True
+    get_current_task().request.was_refused = True
     logger.warning("Kathikon: job %s was cancelled or given to another worker; its retry from here was ignored", job_id)
 
 

@@ -18,6 +18,7 @@ from kathikon_celery.settings import Settings, broker_database, mask
 from kathikon_celery.storage import Storage, topology
 from kathikon_celery.storage.errors import LOST, in_words, is_lost
 from kathikon_celery.storage.names import key
+from kathikon_celery.transport import sending
 from kathikon_celery.transport.channel import Channel
 from kathikon_celery.transport.delivery import Delivery
 from kathikon_celery.transport.intake import Intake
@@ -134,6 +135,8 @@ class Transport(virtual.Transport):
     def establish_connection(self) -> Transport:
         """Reach the database, and make its tables where need be."""
         self.storage.setup()
+        if (app := app_named((self.client.transport_options or {}).get(APP_OPTION))) is not None:
+            sending.install(app)
         return cast("Transport", super().establish_connection())
 
     def verify_connection(self, connection: Any) -> bool:

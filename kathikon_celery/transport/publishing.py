@@ -1,0 +1,22 @@
+"""Where a job goes that is published: into its row, with the end of the task that sends it, or to an open `bulk`."""
+
+from __future__ import annotations
+
+from kathikon_celery.job import Job
+from kathikon_celery.storage import Storage, insert
+from kathikon_celery.transport import bulk, collecting, republishing
+
+
+def publish(storage: Storage, job: Job) -> None:
+    """Publish *job*. It is on disk when this returns, unless something is open that it shall be written with."""
+    hold = republishing.hold_on(job.id)
+    if hold is None:
+        if (ending := collecting.current(storage.database)) is not None:
+            ending.jobs.append(job)
+            return
+        if (chunks := bulk.current()) is not None:
+            chunks.add(storage, job)
+            return
+    soon = job.scheduled_at is None or republishing.is_soon(job, storage.settings.scheduler_interval)
+    if not insert.insert(storage.database, job, hold, soon=soon):
+        republishing.refused(job.id)

@@ -1,0 +1,271 @@
+"""Sends an app's plain tasks in fewer steps than Celery; whatever is not plain, Celery sends.
+
+Plain is what most calls are: a task of the app, outside of a task, with no more options than `_PLAIN`, and nobody has
+hooked in where Celery and kombu let one. What Celery finds out anew for each of them (settings, route, connection, that
+its queue is declared) is remembered here, as long as that holds of which it was found out. The rows are the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from celery import Celery, signals
+from celery.app.amqp import AMQP
+from celery.app.routes import MapRoute
+from celery.backends.base import Backend
+from celery.utils.nodenames import anon_nodename
+from celery.utils.saferepr import saferepr
+from kombu import Producer, Queue
+from kombu.common import Broadcast
+from kombu.entity import maybe_delivery_mode
+from kombu.pools import ProducerPool
+from kombu.serialization import dumps
+from kombu.utils.uuid import uuid
+from sqlalchemy.exc import DBAPIError
+
+from kathikon_celery.routing import Router
+from kathikon_celery.storage import Storage
+from kathikon_celery.storage.errors import LOST
+from kathikon_celery.transport.envelope import PUBLICATION, to_job
+from kathikon_celery.transport.publishing import publish
+
+#: Options of a plain call; any other one is none, unless it says nothing.
+_PLAIN = {
+    *("task_id", "task_type", "result_cls", "ignore_result", "queue", "priority", "serializer", "shadow", "producer"),
+    *("time_limit", "soft_time_limit", "add_to_parent", "group_id", "group_index", "root_id", "parent_id"),
+}
+#: Routes that are remembered.
+_MEMO = 4096
+#: Types whose `str` is what `saferepr` makes of them.
+_SIMPLE = frozenset({int, float, bool, type(None)})
+
+
+def _is_own(owner: type, name: str, module: str) -> bool:
+    """Whether nobody has put something of his own in the place of a method, as tracing libraries do."""
+    return getattr(getattr(owner, name), "__globals__", {}).get("__name__") == module
+
+
+#: What is not called for plain tasks. Who replaces one of them wants it called.
+_LEFT_OUT = [
+    (Celery, "send_task", "celery.app.base"),
+    (AMQP, "as_task_v2", "celery.app.amqp"),
+    (Producer, "publish", "kombu.messaging"),
+]
+_ORIGINALS = [(owner, name, getattr(owner, name)) for owner, name, module in _LEFT_OUT]
+_SIGNALS = (signals.before_task_publish, signals.after_task_publish, signals.task_sent)
+
+
+class _Way(NamedTuple):
+    """Where a task goes that is called without more than a queue's name."""
+
+    queue: str
+    delivery_mode: int
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What was found out, and what it depends on."""
+
+    pool: Any
+    conf: Any
+    changes: dict[str, Any]
+    storage: Storage
+    zone: Any
+    serializer: str
+    reprs: tuple[int, int, int]
+    #: Whether the backend does something for each call whose result is kept.
+    calls_backend: bool
+    #: By a task's name and the queue that the call names.
+    ways: dict[tuple[str, str | None], _Way] = field(default_factory=dict)
+
+
+class Sender:
+    """``app.send_task``: the same arguments, the same result, the same row."""
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+        self._known: _Known | None = None
+
+    def __call__(self, name: str, args: Any = None, kwargs: Any = None, *more: Any, **options: Any) -> Any:
+        """Send the task called *name*; see `celery.Celery.send_task`."""
+        app = self._app
+        if more or not _is_plain(args, kwargs, options) or app.current_worker_task is not None:
+            return type(app).send_task(app, name, args, kwargs, *more, **options)
+        known = self._known
+        if known is not None and not self._holds(known):
+            known = self._known = None
+        way = known.ways.get((name, options.get("queue"))) if known is not None else None
+        if known is None or way is None or (known.calls_backend and not options.get("ignore_result")):
+            result = type(app).send_task(app, name, args, kwargs, **options)
+            self._learn(name, args, kwargs, options)
+            return result
+        producer = options.get("producer")
+        if producer is not None and not _is_for(producer, known.storage):
+            return type(app).send_task(app, name, args, kwargs, **options)
+        task_id = options.get("task_id") or uuid()
+        message = self._message(known, way, task_id, name, args or (), kwargs or {}, options)
+        settings = known.storage.settings
+        job = to_job(message, message["headers"], way.queue, settings.max_attempts, known.zone)
+        try:
+            publish(known.storage, job)
+        except (*LOST, DBAPIError):  # kombu knows how often to try again, and what to raise
+            options |= {"task_id": task_id, PUBLICATION: job.publication}
+            return type(app).send_task(app, name, args, kwargs, **options)
+        result = (options.get("result_cls") or app.AsyncResult)(task_id)
+        result.ignored = options.get("ignore_result")
+        return result
+
+    def _message(
+        self, known: _Known, way: _Way, task_id: str, name: str, args: Any, kwargs: Any, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The message as Celery and kombu would make it."""
+        given = options.get
+        of_args, of_kwargs, levels = known.reprs
+        call = args, kwargs, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+        content_type, encoding, body = dumps(call, given("serializer") or known.serializer)
+        return {
+            "body": body,
+            "headers": {
+                "lang": "py",
+                "task": name,
+                "id": task_id,
+                "shadow": given("shadow"),
+                "eta": None,
+                "expires": None,
+                "group": given("group_id"),
+                "group_index": given("group_index"),
+                "retries": 0,
+                "timelimit": [given("time_limit"), given("soft_time_limit")],
+                "root_id": given("root_id") or task_id,
+                "parent_id": given("parent_id"),
+                "argsrepr": _simple_repr(args, of_args) or saferepr(args, of_args, maxlevels=levels),
+                "kwargsrepr": "{}" if not kwargs else saferepr(kwargs, of_kwargs, maxlevels=levels),
+                "origin": anon_nodename(),
+                "ignore_result": given("ignore_result"),
+                "replaced_task_nesting": 0,
+                "stamped_headers": None,
+                "stamps": {},
+            },
+            "properties": {
+                "correlation_id": task_id,
+                "reply_to": self._app.thread_oid,
+                "delivery_mode": way.delivery_mode,
+                "delivery_info": {"exchange": "", "routing_key": way.queue},
+                "priority": given("priority") or 0,
+            },
+            "content-type": content_type,
+            "content-encoding": encoding,
+        }
+
+    def _holds(self, known: _Known) -> bool:
+        """Whether *known* is still true."""
+        return (
+            self._app.amqp._producer_pool is known.pool
+            and self._app.conf is known.conf
+            and known.conf.changes == known.changes
+            and not any(one.receivers for one in _SIGNALS)
+            and all(getattr(owner, name) is original for owner, name, original in _ORIGINALS)
+        )
+
+    def _learn(self, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> None:
+        """Find out what a call that Celery has sent, and so declared its queue, tells of the next one like it."""
+        known = self._known or self._found_out()
+        way = self._way(name, args, kwargs, options) if known is not None else None
+        if known is not None and way is not None:
+            if len(known.ways) >= _MEMO:
+                known.ways.clear()
+            known.ways[name, options.get("queue")] = way
+            self._known = known
+
+    def _found_out(self) -> _Known | None:
+        app = self._app
+        amqp, conf = app.amqp, app.conf
+        pool = amqp.producer_pool
+        storage = getattr(pool.connections.connection.transport, "storage", None)
+        if (
+            not isinstance(storage, Storage)
+            or type(amqp) is not AMQP
+            or type(pool) is not ProducerPool
+            or conf.task_protocol != 2
+            or conf.task_send_sent_event
+            or conf.task_compression
+            or not all(_is_own(*method) for method in _LEFT_OUT)
+        ):
+            return None
+        known = _Known(
+            pool=pool,
+            conf=conf,
+            changes=dict(conf.changes),
+            storage=storage,
+            zone=app.timezone,
+            serializer=conf.task_serializer,
+            reprs=(amqp.argsrepr_maxsize, amqp.kwargsrepr_maxsize, conf.task_repr_maxlevels),
+            calls_backend=type(app.backend).on_task_call is not Backend.on_task_call,
+        )
+        return known if self._holds(known) else None
+
+    def _way(self, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> _Way | None:
+        """Where such a call goes; `None` where that may be another queue the next time, or takes an exchange."""
+        router = self._app.amqp.router
+        if not all(isinstance(one, Router | MapRoute) for one in router.routes):
+            return None
+        route = router.route({"queue": options.get("queue")}, name, args, kwargs, options["task_type"])
+        queue = route.pop("queue", None)
+        if (
+            not isinstance(queue, Queue)
+            or isinstance(queue, Broadcast)
+            or any(value is not None for value in route.values())
+        ):
+            return None
+        if queue.exchange.type != "direct":
+            return None
+        mode = queue.exchange.delivery_mode or self._app.conf.task_default_delivery_mode
+        return _Way(queue.name, maybe_delivery_mode(mode))
+
+
+def _is_plain(args: Any, kwargs: Any, options: dict[str, Any]) -> bool:
+    """Whether a call is one that is sent here, once it is known where it goes."""
+    for name, value in options.items():
+        if value is not None and name not in _PLAIN:
+            return False
+    queue = options.get("queue")
+    return (
+        options.get("task_type") is not None
+        and (queue is None or type(queue) is str)
+        and (args is None or type(args) in (tuple, list))
+        and (kwargs is None or type(kwargs) is dict)
+    )
+
+
+def _is_for(producer: Any, storage: Storage) -> bool:
+    """Whether *producer*, which the caller of the task gave, does nothing else than to publish to *storage*."""
+    return (
+        type(producer) is Producer
+        and getattr(producer._batch_local, "current", None) is None
+        and getattr(producer.channel, "storage", None) is storage
+    )
+
+
+def _simple_repr(args: Any, longest: int) -> str | None:
+    """What `saferepr` makes of few and simple arguments; `None` if they are not so."""
+    parts = []
+    for value in args:
+        if type(value) in _SIMPLE:
+            parts.append(str(value))
+        elif type(value) is str and len(value) < longest:
+            parts.append("'" + value.replace("'", "\\'") + "'")
+        else:
+            return None
+    joined = ", ".join(parts)
+    if len(joined) + 3 > longest:
+        return None
+    if type(args) is list:
+        return f"[{joined}]"
+    return f"({joined},)" if len(parts) == 1 else f"({joined})"
+
+
+def install(app: Celery) -> None:
+    """Make *app* send by a `Sender`, unless its class sends in a way of its own."""
+    if type(app).send_task is Celery.send_task and "send_task" not in vars(app):
+        app.send_task = Sender(app)

@@ -1,0 +1,251 @@
+"""Which calls `Sender` leaves to Celery, and when it forgets what it knew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import kombu
+import pytest
+from celery import Celery, Task, signals
+from kombu import Exchange, Queue
+from kombu.exceptions import EncodeError, OperationalError
+
+from kathikon_celery.storage import Storage
+from kathikon_celery.storage.errors import Unavailable
+from kathikon_celery.transport import sending
+from tests.support import apps
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Iterator[Celery]:
+    """An app with one task, ``plain``, and a way for it that is known."""
+    app = make(tmp_path / "k.db")
+    yield app
+    Storage.for_app(app).close()
+
+
+def make(path: Path, **conf: Any) -> Celery:
+    app = apps.create_app("sending", kathikon_database_url=f"sqlite:///{path}", **conf)
+
+    @app.task(name="plain", shared=False)
+    def plain(x: int = 0) -> None:
+        pass
+
+    plain.delay()  # makes the connection, and so the sender
+    plain.delay()  # tells it the way
+    Storage.for_app(app).clear_jobs()
+    return app
+
+
+@pytest.fixture
+def plain(app: Celery) -> Task:
+    return app.tasks["plain"]
+
+
+@pytest.fixture
+def ours(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ids of what was sent without Celery."""
+    ids: list[str] = []
+    publish = sending.publish
+
+    def noted(storage: Storage, job: Any) -> None:
+        ids.append(job.id)
+        publish(storage, job)
+
+    monkeypatch.setattr(sending, "publish", noted)
+    return ids
+
+
+def queues(app: Celery) -> list[str | None]:
+    return [job.queue for job in Storage.for_app(app).all()]
+
+
+def test_the_first_call_to_a_queue_is_celerys_and_the_next_is_not(app: Celery, plain: Task, ours: list[str]) -> None:
+    assert ours == [plain.delay(1).id]
+    plain.apply_async((1,), queue="other")
+    assert len(ours) == 1
+    second = plain.apply_async((1,), queue="other")
+    assert ours[1:] == [second.id]
+    assert queues(app) == ["default", "other", "other"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"countdown": 5},
+        {"expires": 60},
+        {"link": Celery().signature("plain")},
+        {"headers": {"x": 1}},
+        {"retries": 1},
+        {"compression": "zlib"},
+        {"queue": Queue("default", Exchange("default"), "default")},
+        {"routing_key": "default", "exchange": "default"},
+        {"reply_to": "me"},
+        {"retry": False},
+        {"stamped_headers": ["stamp"], "stamp": "1"},
+        {"correlation_id": "7"},
+    ],
+    ids=lambda options: next(iter(options)),
+)  # fmt: skip
+def test_what_is_not_plain_is_celerys(app: Celery, plain: Task, ours: list[str], options: dict[str, Any]) -> None:
+    sent = plain.apply_async((1,), **options)
+    assert ours == []
+    assert Storage.for_app(app).fetch(sent.id) is not None
+
+
+def test_a_task_that_is_only_named_is_celerys(app: Celery, ours: list[str]) -> None:
+    app.send_task("plain", (1,))
+    app.send_task("unknown", (1,), {}, 0)
+    assert ours == []
+    assert queues(app) == ["default"] * 2
+
+
+@pytest.mark.parametrize("signal", ["before_task_publish", "after_task_publish"])
+def test_signals_are_sent_to_who_listens(plain: Task, ours: list[str], signal: str) -> None:
+    heard = []
+
+    def hear(sender: str, headers: dict[str, Any], **_: Any) -> None:
+        heard.append(headers["id"])
+
+    with mock.patch.object(getattr(signals, signal), "receivers", []):
+        getattr(signals, signal).connect(hear)
+        sent = plain.delay(1)
+    assert heard == [sent.id]
+    assert ours == []
+    plain.delay(1)  # learns anew
+    assert ours == []
+    assert [plain.delay(1).id] == ours
+
+
+@pytest.mark.parametrize(("owner", "method"), [(Celery, "send_task"), (kombu.Producer, "publish")])
+def test_who_replaces_a_method_of_celerys_sees_the_call(plain: Task, ours: list[str], owner: type, method: str) -> None:
+    with mock.patch.object(owner, method, autospec=True) as replaced:
+        plain.delay(1)
+    assert replaced.call_count == 1
+    assert ours == []
+
+
+def test_who_replaces_the_apps_own_send_task_sees_the_call(app: Celery, plain: Task, ours: list[str]) -> None:
+    with mock.patch.object(app, "send_task") as replaced:
+        plain.delay(1)
+    assert replaced.call_count == 1
+    assert ours == [plain.delay(1).id]
+
+
+def test_a_class_that_sends_by_itself_goes_on_to_do_so(tmp_path: Path, ours: list[str]) -> None:
+    sent = []
+
+    class Own(Celery):
+        def send_task(self, *args: Any, **options: Any) -> Any:
+            sent.append(args)
+            return super().send_task(*args, **options)
+
+    app = Own("own", set_as_current=False)
+    app.config_from_object("kathikon_celery.config")
+    app.conf.kathikon_database_url = f"sqlite:///{tmp_path}/own.db"
+
+    @app.task(name="plain", shared=False)
+    def task(x: int) -> None:
+        pass
+
+    for number in range(3):
+        task.delay(number)
+    assert sent == [("plain", (number,), {}) for number in range(3)]
+    assert ours == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda app: app.conf.update(task_send_sent_event=True),
+        lambda app: app.conf.update(task_compression="zlib"),
+        lambda app: app.conf.update(task_protocol=1),
+    ],
+    ids=["events", "compression", "protocol"],
+)
+def test_a_setting_that_changes_is_respected(
+    app: Celery, plain: Task, ours: list[str], change: Callable[[Celery], None]
+) -> None:
+    change(app)
+    for _ in range(2):
+        plain.delay(1)
+    assert ours == []
+    assert queues(app) == ["default"] * 2
+
+
+def test_a_route_that_changes_is_respected(app: Celery, plain: Task, ours: list[str]) -> None:
+    app.conf.update(task_routes={"plain": {"queue": "new"}})
+    for _ in range(2):
+        plain.delay(1)
+    assert queues(app) == ["new", "new"]
+    assert len(ours) == 1
+
+
+def test_a_router_that_may_decide_otherwise_the_next_time_is_asked_each_time(tmp_path: Path, ours: list[str]) -> None:
+    def router(name: str, args: tuple[int, ...], *_: Any, **__: Any) -> dict[str, str]:
+        return {"queue": f"q{args[0] if args else ''}"}
+
+    app = make(tmp_path / "k.db", task_routes=(router,))
+    for number in (1, 2, 1):
+        app.tasks["plain"].delay(number)
+    assert queues(app) == ["q1", "q2", "q1"]
+    assert ours == []
+
+
+def test_arguments_that_cannot_be_sent_are_celerys_error(app: Celery, plain: Task) -> None:
+    with pytest.raises(EncodeError, match="not JSON serializable"):
+        plain.delay(object())
+    with pytest.raises(TypeError, match="args must be a list or tuple"):
+        plain.apply_async({1})
+    with pytest.raises(TypeError):
+        plain.delay(1, 2)
+    assert queues(app) == []
+
+
+def test_a_lost_database_is_left_to_kombu_and_the_job_is_sent_once(app: Celery, plain: Task, ours: list[str]) -> None:
+    publish = sending.publish
+
+    def committed_but_unheard(storage: Storage, job: Any) -> None:
+        publish(storage, job)
+        raise Unavailable("the answer was lost")
+
+    with mock.patch.object(sending, "publish", committed_but_unheard):
+        sent = plain.delay(1)
+    assert [job.id for job in Storage.for_app(app).all()] == [sent.id]
+    job = Storage.for_app(app).fetch(sent.id)
+    assert job is not None
+    assert job.fence == 0
+
+
+def test_a_database_that_stays_away_is_celerys_error(app: Celery, plain: Task, tmp_path: Path) -> None:
+    Storage.for_app(app).close()
+    (tmp_path / "k.db").chmod(0)
+    (tmp_path / "k.db").unlink()
+    tmp_path.joinpath("k.db").mkdir()
+    with pytest.raises(OperationalError, match="cannot be opened"):
+        plain.apply_async((1,), retry_policy={"max_retries": 0})
+    with pytest.raises(OperationalError, match="cannot be opened"):
+        plain.delay(1)
+
+
+def test_an_app_that_was_closed_sends_again(app: Celery, plain: Task) -> None:
+    app.close()
+    for _ in range(2):
+        plain.delay(1)
+    assert queues(app) == ["default"] * 2
+
+
+def test_a_producer_of_another_database_is_used(app: Celery, plain: Task, ours: list[str], tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/other.db"
+    with kombu.Connection(f"kathikon+{url}") as connection:
+        sent = plain.apply_async((1,), producer=app.amqp.Producer(connection, auto_declare=False))
+        with connection.channel() as channel:
+            assert channel.storage.fetch(sent.id) is not None
+    assert ours == []
+    assert queues(app) == []
+    with app.producer_pool.acquire() as producer:
+        sent = plain.apply_async((1,), producer=producer)
+    assert ours == [sent.id]

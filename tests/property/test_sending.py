@@ -1,0 +1,111 @@
+"""What `Sender` writes is what Celery would have written, to the last field."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery, Task
+from celery.utils.saferepr import saferepr
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kathikon_celery.job import Job
+from kathikon_celery.routing import Router
+from kathikon_celery.storage import Storage
+from kathikon_celery.transport import sending
+from kathikon_celery.transport.envelope import PUBLICATION
+from kathikon_celery.transport.sending import _simple_repr
+from tests.property.test_envelope import json_values
+from tests.support import apps
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+#: Long enough, some of them, for `saferepr` to cut.
+scalars = (
+    st.none() | st.booleans() | st.integers() | st.floats() | text | st.text("ab'\\\n", min_size=900, max_size=1100)
+)
+arguments = st.lists(json_values | scalars, max_size=4)
+ids = st.none() | st.uuids().map(str)
+calls = st.fixed_dictionaries(
+    {
+        "args": arguments.map(tuple) | arguments | st.none(),
+        "kwargs": st.none() | st.dictionaries(text, json_values, max_size=3),
+    },
+    optional={
+        "task_id": ids,
+        "queue": st.sampled_from([None, "default", "urgent", "other"]),
+        "priority": st.none() | st.integers(-3, 10),
+        "serializer": st.sampled_from([None, "json", "pickle", "yaml"]),
+        "time_limit": st.none() | st.integers(1, 9),
+        "soft_time_limit": st.none() | st.integers(1, 9),
+        "ignore_result": st.none() | st.booleans(),
+        "shadow": st.none() | text,
+        "group_id": ids,
+        "group_index": st.none() | st.integers(0, 9),
+        "root_id": ids,
+        "parent_id": ids,
+        "add_to_parent": st.booleans(),
+    },
+)
+
+
+NAMES = ["plain", "routed", "mapped", "ignored"]
+
+
+def do_nothing(*args: Any, **kwargs: Any) -> None:
+    """All that the tasks do."""
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Celery]:
+    """An app that has sent each of its tasks to each of its queues."""
+    folder: Path = tmp_path_factory.mktemp("sending")
+    queues = {"default": {}, "urgent": {"tasks": ["routed"]}, "other": {}}
+    conf = {"kathikon_queues": queues, "task_routes": [{"mapped": {"queue": "other"}}, Router()]}
+    app = apps.create_app("sending", kathikon_database_url=f"sqlite:///{folder}/k.db", **conf)
+    for name in NAMES:
+        app.task(name=name, ignore_result=name == "ignored", typing=False, shared=False)(do_nothing)
+    for task in NAMES:
+        for queue in (None, "default", "urgent", "other"):
+            for _ in range(2):  # the first of all makes the connection
+                app.tasks[task].apply_async(queue=queue)
+    yield app
+    Storage.for_app(app).close()
+
+
+def sent_job(app: Celery, send: Callable[..., Any], task: Task, call: dict[str, Any]) -> Job:
+    storage = Storage.for_app(app)
+    storage.clear_jobs()
+    options = dict(call)
+    result = send(task.name, options.pop("args"), options.pop("kwargs"), task_type=task, **options)
+    assert result.ignored == call.get("ignore_result")
+    (job,) = storage.all()
+    assert result.id == job.id
+    envelope = json.loads(job.envelope)
+    assert envelope["properties"].pop(PUBLICATION) == job.publication
+    return replace(job, seq=0, inserted_at=None, available_at=None, envelope=envelope)
+
+
+@given(calls, st.sampled_from(NAMES))
+def test_the_row_is_celerys(app: Celery, call: dict[str, Any], name: str) -> None:
+    task = app.tasks[name]
+    call["task_id"] = call.get("task_id") or "one"
+    publications = []
+    publish = sending.publish
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sending, "publish", lambda *args: publications.append(args) or publish(*args))
+        ours = sent_job(app, app.send_task, task, call)
+    assert len(publications) == 1  # it was not left to Celery
+    celerys = sent_job(app, lambda *args, **options: Celery.send_task(app, *args, **options), task, call)
+    assert ours == celerys
+
+
+@given(st.lists(scalars, max_size=5), st.integers(1, 40) | st.just(1024), st.booleans())
+def test_the_short_way_of_showing_arguments_is_celerys(values: list[Any], longest: int, as_tuple: bool) -> None:
+    args = tuple(values) if as_tuple else values
+    shown = _simple_repr(args, longest)
+    assert shown is None or shown == saferepr(args, longest)
