@@ -35,6 +35,7 @@ from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.finish import completing
 from kathikon_celery.storage.front import Front
+from kathikon_celery.storage.nodes import WAIT
 from kathikon_celery.storage.tables import READY, jobs, nodes
 
 #: What a worker must know of a job in order to run it. Nothing of it is converted: a corrupt row spoils no batch.
@@ -77,8 +78,8 @@ def _parts(marks: int) -> list[list[ColumnElement[bool]]]:
     return [*parts, below]
 
 
-@lru_cache(maxsize=32)
-def _claim(dialect: Dialect, marks: int) -> Any:
+@lru_cache(maxsize=64)
+def _claim(dialect: Dialect, marks: int, waits: bool) -> Any:
     ready = (
         select(jobs.c.seq)
         .where(jobs.c.queue == bindparam("from_queue"), READY, _IS_ALIVE)
@@ -90,7 +91,8 @@ def _claim(dialect: Dialect, marks: int) -> Any:
         if marks
         else dialect.picked(ready, jobs)
     )
-    return _taken(update(jobs).where(picked)).returning(*_DELIVERY, _SINCE)
+    claim = _taken(update(jobs).where(picked)).returning(*_DELIVERY, _SINCE)
+    return claim.add_cte(WAIT.cte("waits")) if waits else claim
 
 
 def is_anything_there(queues: int, with_messages: bool) -> ColumnElement[bool]:
@@ -107,16 +109,48 @@ def is_anything_there(queues: int, with_messages: bool) -> ColumnElement[bool]:
 
 
 def claim(
-    database: Database, connection: Connection, queue: str, limit: int, node_id: int | None, front: Front | None = None
+    database: Database,
+    connection: Connection,
+    queue: str,
+    limit: int,
+    node_id: int | None,
+    front: Front | None = None,
+    waits_for: list[str] | None = None,
 ) -> list[Job]:
     """Take up to *limit* ready jobs of the key *queue*: higher priority first, then longer ready.
 
-    *front*: of this queue, from the claims before.
+    Arguments:
+        front: of this queue, from the claims before.
+        waits_for: say as well that the node waits for these queues (see `nodes.wait_for`), where the dialect
+            ``changes_in_ctes``.
     """
     look = _Look(database, front)
-    values = {"from_queue": queue, "at_most": limit, "by_node": node_id} | look.values
-    rows = prepared.rows(connection, _claim(database.dialect, len(look.marks)), values)
+    values = {"from_queue": queue, "at_most": limit, "by_node": node_id, **look.values}
+    if waits_for:
+        values |= {"node": node_id, "queues": waits_for}
+    rows = prepared.rows(connection, _claim(database.dialect, len(look.marks), bool(waits_for)), values)
     return look.found(rows, node_id)
+
+
+@lru_cache(maxsize=2)
+def _claim_told(dialect: Dialect) -> Any:
+    # The queue as an expression: else PostgreSQL, before its first statistics, reads all that is ready in it.
+    told = (jobs.c.seq == bindparam("told"), jobs.c.queue.concat("") == bindparam("from_queue"))
+    claim = _taken(update(jobs).where(*told, READY, _IS_ALIVE)).returning(*_DELIVERY)
+    return claim.add_cte(WAIT.cte("waits"))
+
+
+def claim_told(
+    database: Database, connection: Connection, queue: str, seq: int, node_id: int, waits_for: list[str]
+) -> list[Job]:
+    """`claim` of the one job that the node was called for, where it still waits: a third of the other's time."""
+    values = {"from_queue": queue, "told": seq, "by_node": node_id, "node": node_id, "queues": waits_for}
+    rows = prepared.rows(connection, _claim_told(database.dialect), values)
+    return [_job(row, node_id) for row in rows]
+
+
+def _job(row: Sequence[Any], node_id: int | None) -> Job:
+    return Job(**dict(zip(_NAMES, row, strict=False)), state=State.CLAIMED, node_id=node_id)
 
 
 class _Look:
@@ -135,7 +169,7 @@ class _Look:
         took, rows = monotonic() - self._started, _in_order(rows)
         if self._front is not None:
             self._front.looked([(row[_PRIORITY], row[_SINCE_WHEN]) for row in rows], not self.marks, took)
-        return [Job(**dict(zip(_NAMES, row, strict=False)), state=State.CLAIMED, node_id=node_id) for row in rows]
+        return [_job(row, node_id) for row in rows]
 
 
 def _in_order(rows: Sequence[Any]) -> list[Any]:
@@ -145,10 +179,10 @@ def _in_order(rows: Sequence[Any]) -> list[Any]:
         return sorted(rows, key=itemgetter(_SEQ))
 
 
-@lru_cache(maxsize=32)
-def _complete_and_claim(dialect: Dialect, marks: int) -> Any:
+@lru_cache(maxsize=64)
+def _complete_and_claim(dialect: Dialect, marks: int, waits: bool) -> Any:
     completed = completing(dialect).returning(jobs.c.seq).cte("completed")
-    claimed = _claim(dialect, marks).cte("claimed")
+    claimed = _claim(dialect, marks, waits).cte("claimed")
     number = select(func.count().label("completed")).select_from(completed).subquery()
     return select(claimed, number.c.completed).select_from(number.outerjoin(claimed, true()))
 
@@ -161,12 +195,17 @@ def complete_and_claim(
     limit: int,
     node_id: int,
     front: Front | None = None,
+    waits_for: list[str] | None = None,
 ) -> tuple[int, list[Job]]:
     """`finish.completed` and `claim` in one statement, where the dialect ``changes_in_ctes``; what both return."""
     look = _Look(database, front)
-    values = {"from_queue": queue, "at_most": limit, "by_node": node_id} | look.values
+    values = {"from_queue": queue, "at_most": limit, "by_node": node_id, **look.values}
+    if waits_for:
+        values |= {"node": node_id, "queues": waits_for}
     parameters = database.dialect.of_holds({hold: {} for hold in holds}, values)
-    rows = prepared.rows(connection, _complete_and_claim(database.dialect, len(look.marks)), parameters)
+    rows = prepared.rows(
+        connection, _complete_and_claim(database.dialect, len(look.marks), bool(waits_for)), parameters
+    )
     return rows[0][-1], look.found([row for row in rows if row[_SEQ] is not None], node_id)
 
 

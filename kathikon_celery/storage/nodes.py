@@ -143,14 +143,15 @@ def newest(connection: Connection) -> int:
     return int(connection.execute(select(func.coalesce(func.max(nodes.c.id), 0))).scalar_one())
 
 
-_WAIT = (
+#: The *node* waits for the *queues*.
+WAIT = (
     update(nodes).where(nodes.c.id == bindparam("node")).values(waiting=bindparam("queues", type_=nodes.c.waiting.type))
 )
 
 
 def wait_for(connection: Connection, node_id: int, names: list[str] | None) -> None:
     """Say which queues the idle node waits for, so that whoever publishes to them wakes it; `None`: it is busy."""
-    prepared.count(connection, _WAIT, {"node": node_id, "queues": names})
+    prepared.count(connection, WAIT, {"node": node_id, "queues": names})
 
 
 @lru_cache(maxsize=1)

@@ -8,6 +8,8 @@ from contextlib import suppress
 
 #: What a call about a job begins with: its outcome follows, or its id, as it has ended, or there is news of it.
 OUTCOME, ENDED, NEWS = "o", "e", "n"
+#: What a call about a job that was published begins with: the number of its row follows, a space and its queue's key.
+PUBLISHED = "p"
 
 
 class Wakeup:
@@ -47,6 +49,12 @@ class Wakeup:
     def called(self) -> bool:
         """Read the call that another process made; false when it was none for us."""
         return False
+
+    def jobs(self) -> dict[str, int]:
+        """The rows of the jobs that the last calls were about, by their queues' keys."""
+        named, self.named = self.named, []
+        calls = (call[len(PUBLISHED) :].partition(" ") for call in named if call.startswith(PUBLISHED))
+        return {queue: int(seq) for seq, _, queue in calls}
 
     def close(self) -> None:
         """Stop listening."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from kathikon_celery.job import Hold, State
+from kathikon_celery.job import Hold, Job, State
 from kathikon_celery.presence import Presence
 from kathikon_celery.storage import Storage, claim, finish, messages, nodes, outlook, results
 from kathikon_celery.storage.errors import in_words, is_lost
@@ -38,7 +38,7 @@ LONGEST_GAP = 0.010
 #: Seconds until it is made sure that nothing came after a claim that got all there was.
 LOOK_AGAIN = 0.003
 #: Pauses between the looks for what was being published while our row began to say that we wait: nobody called us.
-DOUBTS = (0.0015, 0.01, 0.05)
+DOUBTS = (0.002, 0.02)
 #: Jobs a second from which on there is much to do.
 BUSY = 150.0
 #: The same while the pool has room: a caller who sends a task each time he has got the last result is not much.
@@ -135,6 +135,7 @@ class Intake:
         self._look = True  # look for jobs
         self._look_from = 0.0  # but not before this moment
         self._waits = False  # our row says that we wait
+        self._told: dict[str, int] = {}  # for which jobs we were called, by their queues' keys
         self._rest = 0.0  # seconds until the next look of which nobody called: it may take long, see front.py
         self._doubts: list[float] = []  # pauses until it is looked for what came while we said so
         self._unsure = True  # a commit may have happened of which we did not hear
@@ -355,9 +356,11 @@ class Intake:
 
     def _has_room(self) -> bool:
         """Whether one more job could start at once."""
+        return self._in_hand_at_all() < (self.slots() if self.slots is not None else 1)
+
+    def _in_hand_at_all(self) -> int:
         with self._lock:
-            outstanding = sum(one.outstanding for one in self._subscriptions.values())
-        return outstanding < (self.slots() if self.slots is not None else 1)
+            return sum(one.outstanding for one in self._subscriptions.values())
 
     def _rate(self) -> float:
         return sum(one.pace.rate() for one in self._subscriptions.values())
@@ -387,6 +390,7 @@ class Intake:
                 timeout = max(0.0, due_at - now)
                 if self._wakeup.wait(min(timeout, self.storage.settings.poll_interval)):
                     self._look, self._look_from, self._waits = True, 0.0, False
+                    self._told = self._wakeup.jobs()
                     due_soon = due_soon or self._wakeup.called_all
                     self._called = self._called or self._wakeup.called_all
                 if timeout:
@@ -676,20 +680,33 @@ class Intake:
         room = max((limit for _, limit in wanted), default=0)
         slots = self.slots() if self.slots is not None else UNLIMITED
         hungry = False
+        by_name = self.database.dialect.wakes_by_name
+        # With a slot to spare whatever is claimed, it is said at once that we wait: nothing is asked when a job ends.
+        stays = by_name and not self._waits and self._rate() <= RUSH and self._in_hand_at_all() + 1 < slots
+        waits_for = names if stays else None
+        told, self._told = self._told, {}
         for subscription, limit in wanted:
             name, limit = key(subscription.queue), min(limit, room)
             if limit <= 0:
                 break
+            jobs: list[Job] = []
+            if waits_for and not done and (seq := told.get(name)) is not None:
+                jobs = claim.claim_told(self.database, connection, name, seq, self.presence.id, waits_for)
             if done:
                 holds = [one.hold for one in done]
                 completed, jobs = claim.complete_and_claim(
-                    self.database, connection, holds, name, limit, self.presence.id, subscription.front
+                    self.database, connection, holds, name, limit, self.presence.id, subscription.front, waits_for
                 )
                 if completed != len(done):
                     self._complain(connection, list(done))
                 done = ()
-            else:
-                jobs = claim.claim(self.database, connection, name, limit, self.presence.id, subscription.front)
+            elif not jobs:
+                jobs = claim.claim(
+                    self.database, connection, name, limit, self.presence.id, subscription.front, waits_for
+                )
+            if waits_for:
+                self._says_that_we_wait()
+                waits_for = None
             now = monotonic()
             for job in jobs:
                 early, outcome = self.is_early(job.task), self.outcome_of(job.task)
@@ -698,19 +715,23 @@ class Intake:
             room -= len(jobs)
             hungry = hungry or len(jobs) < limit
         # Idle and hungry: whoever publishes shall wake us. Busy and hungry: look again soon, which costs less.
-        by_name = self.database.dialect.wakes_by_name
-        busy = bool(claimed) or self._rate() > (RUSH if self._has_room() else BUSY)
+        has_room = self._in_hand_at_all() + len(claimed) < slots
+        busy = (claimed and not has_room) or self._rate() > (RUSH if has_room else BUSY)
         waits = hungry and not (by_name and busy)
         if waits != self._waits and by_name and wanted:
             nodes.wait_for(connection, self.presence.id, names if waits else None)
+            if waits:
+                self._says_that_we_wait()
         if wanted:
-            if waits and by_name and not self._waits:
-                self._doubts = list(DOUBTS)
-                self._look, self._look_from = True, monotonic() + self._doubts.pop(0)
             self._waits = waits
             if hungry and not waits:
                 self._look, self._look_from = True, monotonic() + LOOK_AGAIN
         return claimed
+
+    def _says_that_we_wait(self) -> None:
+        """Our row says so from now on: who publishes at this moment does not see it yet."""
+        self._waits, self._doubts = True, list(DOUBTS)
+        self._look, self._look_from = True, monotonic() + self._doubts.pop(0)
 
     def _say_again(self, connection: Connection) -> None:
         """Claim and report anew what a server that crashed has forgotten, since it had not yet written it to disk."""

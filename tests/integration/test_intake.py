@@ -12,7 +12,7 @@ from celery import Celery
 from sqlalchemy import Connection, select
 
 from kathikon_celery.job import State
-from kathikon_celery.storage.tables import messages
+from kathikon_celery.storage.tables import messages, nodes
 from kathikon_celery.transport import intake as module
 from kathikon_celery.transport.delivery import Delivery
 from kathikon_celery.transport.intake import Intake
@@ -119,3 +119,28 @@ def test_a_job_before_the_front_is_found(client: Celery, jobs: Jobs, intake: Int
     subscription.front.looked([(0, ahead)], True, 1e6)
     apps.add.delay(1, 1)
     wait_until(lambda: intake.pump() or got)
+
+
+@pytest.mark.postgresql
+def test_a_worker_with_a_slot_to_spare_is_called_while_it_works(client: Celery, jobs: Jobs, intake: Intake) -> None:
+    """Its row says so from its claim on; when it has no slot left, it does not."""
+    database = jobs.storage.database
+    if not database.dialect.wakes_by_name:
+        pytest.skip("SQLite calls whoever sleeps")
+    got: list[Delivery] = []
+    intake.slots = lambda: 2
+    intake.subscribe("default", False, got.append, lambda: 10)
+
+    def waiting() -> object:
+        with database.read() as connection:
+            return connection.execute(select(nodes.c.waiting).where(nodes.c.id == intake.presence.id)).scalar_one()
+
+    wait_until(lambda: intake._waits)
+    for number, waits_for in enumerate([["default"], None], 1):
+        apps.add.delay(1, 1)
+        wait_until(lambda number=number: intake.pump() or len(got) == number)
+        wait_until(lambda waits_for=waits_for: waiting() == waits_for)
+    intake.acknowledge(got[0].tag)
+    wait_until(lambda: waiting() == ["default"])
+    apps.add.delay(1, 1)
+    wait_until(lambda: intake.pump() or len(got) == 3)

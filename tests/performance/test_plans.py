@@ -98,6 +98,16 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
         ),
         {READY: "queue", BY_SEQ: ""},
     ),
+    "claim what was told": (
+        writing(
+            lambda plans, conn: (
+                claim.claim_told(plans.database, conn, "queue-1", 9, plans.worker.id, ["queue-1"])
+                if plans.database.dialect.changes_in_ctes
+                else finish.completed(plans.database, conn, HOLDS)
+            )
+        ),
+        {BY_SEQ: ""},
+    ),
     "look": (
         reading(lambda plans, conn: outlook.look(plans.database, conn, ["queue-1", "queue-2"])),
         {READY: "queue", MESSAGES_READY: "queue"},

@@ -38,6 +38,11 @@ class Worker:
         with self.database.write() as connection:
             return claim.claim(self.database, connection, key(queue), limit, self.id, front)
 
+    def claim_told(self, job: Job, queue: str = "default") -> list[Job]:
+        """The job that this node was called for, by the number of its row."""
+        with self.database.once() as connection:
+            return claim.claim_told(self.database, connection, key(queue), job.seq, self.id, [queue])
+
     def claim_one(self, queue: str = "default") -> Job:
         (job,) = self.claim(1, queue)
         return job

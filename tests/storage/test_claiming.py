@@ -12,6 +12,7 @@ import pytest
 from kathikon_celery.job import State
 from kathikon_celery.storage import Storage, claim, messages, nodes, outlook
 from tests.storage.actors import Worker, new_job, the_job
+from tests.support.waiting import wait_until
 
 PRIORITIES = [0, 2**62, -(2**62), 1, -1, 2**63 - 1, -(2**63), 10, 9, 255]
 
@@ -164,6 +165,9 @@ def test_a_publication_calls_one_idle_node_that_waits_for_its_queue(postgresql_s
     assert all(wakeup.wait(10) for wakeup in wakeups)  # they listen now
     storage.insert(new_job())
     assert wakeups[1].wait(10)
+    (job,) = storage.all()
+    assert wakeups[1].jobs() == {"default": job.seq}
+    assert wakeups[1].jobs() == {}
     assert not wakeups[0].wait(0)
     storage.insert(new_job("2"))  # nobody waits for it any more
     assert not wakeups[1].wait(0.05)
@@ -171,6 +175,48 @@ def test_a_publication_calls_one_idle_node_that_waits_for_its_queue(postgresql_s
     assert wakeups[0].wait(10)
     for wakeup in wakeups:
         wakeup.close()
+
+
+@pytest.mark.postgresql
+def test_the_job_that_a_node_was_called_for_is_claimed_as_any_other(postgresql_storage: Storage) -> None:
+    storage = postgresql_storage
+    worker, other = Worker(storage), Worker(storage)
+    for name in ("1", "2"):
+        storage.insert(new_job(name))
+    one, two = storage.all()
+    assert worker.claim_told(one, "mails") == []
+    claimed = worker.claim_told(one)
+    assert [(job.id, job.state, job.node_id, job.attempts) for job in claimed] == [("1", State.CLAIMED, worker.id, 1)]
+    assert other.claim_told(one) == []
+    assert worker.complete(*claimed) == 1
+    nodes.remove(storage.database, other.id)
+    assert other.claim_told(two) == []
+    assert [job.id for job in worker.claim(5)] == ["2"]
+
+
+@pytest.mark.postgresql
+@pytest.mark.parametrize("way", ["claim", "told", "complete"])
+def test_a_claim_says_that_the_node_waits(postgresql_storage: Storage, way: str) -> None:
+    storage, database = postgresql_storage, postgresql_storage.database
+    worker = Worker(storage)
+    wakeup = database.wakeup(worker.id)
+    storage.insert_many([new_job("1"), new_job("2")])
+    first = worker.claim_one()
+    wait_until(lambda: not wakeup.wait(0.05))  # it listens, and nobody calls
+    with database.once() as connection:
+        if way == "claim":
+            claimed = claim.claim(database, connection, "default", 1, worker.id, None, ["default"])
+        elif way == "told":
+            claimed = claim.claim_told(database, connection, "default", storage.all()[1].seq, worker.id, ["default"])
+        else:
+            holds = [first.hold]
+            _, claimed = claim.complete_and_claim(
+                database, connection, holds, "default", 1, worker.id, None, ["default"]
+            )
+    assert [job.id for job in claimed] == ["2"]
+    storage.insert(new_job("3"))
+    assert wakeup.wait(10)
+    wakeup.close()
 
 
 def test_a_publication_is_heard(storage: Storage) -> None:

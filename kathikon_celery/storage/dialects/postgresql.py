@@ -45,7 +45,7 @@ from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.dialects.base import Dialect
 from kathikon_celery.storage.errors import Unavailable, UnknownDatabase, in_words
 from kathikon_celery.storage.tables import OUTCOME, jobs, nodes, waits
-from kathikon_celery.storage.wake import ENDED, NEWS, Wakeup
+from kathikon_celery.storage.wake import ENDED, NEWS, PUBLISHED, Wakeup
 from kathikon_celery.storage.wake import OUTCOME as OUTCOME_CALL
 
 #: Every node listens to it: a message came, or a job is due soon.
@@ -66,14 +66,14 @@ RECONNECT = 0.5
 _channel_of_node = literal(CHANNEL + "_").concat(cast(nodes.c.id, TEXT))
 
 
-def _woken(queue: Any, count: Any) -> Any:
+def _woken(queue: Any, count: Any, said: Any = "") -> Any:
     """Take up to *count* nodes that wait for *queue* out of their sleep, and call each by its name."""
     sleepers = select(nodes.c.id).where(queue).limit(count).with_for_update(skip_locked=True).scalar_subquery()
     return (
         update(nodes)
         .where(nodes.c.id.in_(sleepers))
         .values(waiting=None)
-        .returning(func.pg_notify(_channel_of_node, "").label("called"))
+        .returning(func.pg_notify(_channel_of_node, said).label("called"))
     )
 
 
@@ -179,7 +179,8 @@ class PostgreSQL(Dialect):
         inserted = insert.returning(insert.table.c.seq).cte("inserted")
         if queue is None:
             return select(func.pg_notify(CHANNEL, "")).select_from(inserted)
-        woken = _woken(queue == any_(nodes.c.waiting), 1).cte("woken")
+        job = literal(PUBLISHED).concat(cast(inserted.c.seq, TEXT)).concat(" ").concat(queue)
+        woken = _woken(queue == any_(nodes.c.waiting), 1, select(job).scalar_subquery()).cte("woken")
         return select(func.count()).select_from(woken).add_cte(inserted)
 
     def wake(self, connection: Connection, queues: Iterable[str], count: int) -> None:
