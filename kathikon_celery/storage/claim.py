@@ -125,9 +125,7 @@ def claim(
             ``changes_in_ctes``.
     """
     look = _Look(database, front)
-    values = {"from_queue": queue, "at_most": limit, "by_node": node_id, **look.values}
-    if waits_for:
-        values |= {"node": node_id, "queues": waits_for}
+    values = look.parameters(queue, limit, node_id, waits_for)
     rows = prepared.rows(connection, _claim(database.dialect, len(look.marks), bool(waits_for)), values)
     return look.found(rows, node_id)
 
@@ -143,7 +141,7 @@ def _claim_told(dialect: Dialect) -> Any:
 def claim_told(
     database: Database, connection: Connection, queue: str, seq: int, node_id: int, waits_for: list[str]
 ) -> list[Job]:
-    """`claim` of the one job that the node was called for, where it still waits: a third of the other's time."""
+    """`claim` of the one job that the node was called for, where it still waits: in half of the other's time."""
     values = {"from_queue": queue, "told": seq, "by_node": node_id, "node": node_id, "queues": waits_for}
     rows = prepared.rows(connection, _claim_told(database.dialect), values)
     return [_job(row, node_id) for row in rows]
@@ -163,6 +161,11 @@ class _Look:
         for number, (priority, since) in enumerate(self.marks):
             self.values |= {f"priority_{number}": priority, f"since_{number}": since}
         self._started = monotonic()
+
+    def parameters(self, queue: str, limit: int, node_id: int | None, waits_for: list[str] | None) -> dict[str, Any]:
+        """The parameters of `_claim`."""
+        values = {"from_queue": queue, "at_most": limit, "by_node": node_id, **self.values}
+        return {**values, "node": node_id, "queues": waits_for} if waits_for else values
 
     def found(self, rows: Sequence[Any], node_id: int | None) -> list[Job]:
         """The jobs of *rows*, which have the columns of `_DELIVERY`, and then the moment since which they are ready."""
@@ -199,9 +202,7 @@ def complete_and_claim(
 ) -> tuple[int, list[Job]]:
     """`finish.completed` and `claim` in one statement, where the dialect ``changes_in_ctes``; what both return."""
     look = _Look(database, front)
-    values = {"from_queue": queue, "at_most": limit, "by_node": node_id, **look.values}
-    if waits_for:
-        values |= {"node": node_id, "queues": waits_for}
+    values = look.parameters(queue, limit, node_id, waits_for)
     parameters = database.dialect.of_holds({hold: {} for hold in holds}, values)
     rows = prepared.rows(
         connection, _complete_and_claim(database.dialect, len(look.marks), bool(waits_for)), parameters

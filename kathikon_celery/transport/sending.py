@@ -56,6 +56,13 @@ _ORIGINALS = [(owner, name, getattr(owner, name)) for owner, name, module in _LE
 _SIGNALS = (signals.before_task_publish, signals.after_task_publish, signals.task_sent)
 
 
+def _is_hooked() -> bool:
+    """Whether somebody listens to the signals of publishing, or has replaced a method that is left out."""
+    return any(one.receivers for one in _SIGNALS) or any(
+        getattr(owner, name) is not original for owner, name, original in _ORIGINALS
+    )
+
+
 class _Way(NamedTuple):
     """Where a task goes that is called without more than a queue's name."""
 
@@ -164,19 +171,18 @@ class Sender:
             self._app.amqp._producer_pool is known.pool
             and self._app.conf is known.conf
             and known.conf.changes == known.changes
-            and not any(one.receivers for one in _SIGNALS)
-            and all(getattr(owner, name) is original for owner, name, original in _ORIGINALS)
+            and not _is_hooked()
         )
 
     def _learn(self, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> None:
         """Find out what a call that Celery has sent, and so declared its queue, tells of the next one like it."""
-        known = self._known or self._found_out()
-        way = self._way(name, args, kwargs, options) if known is not None else None
-        if known is not None and way is not None:
+        if self._known is None and not _is_hooked():
+            self._known = self._found_out()
+        known = self._known
+        if known is not None and (way := self._way(name, args, kwargs, options)) is not None:
             if len(known.ways) >= _MEMO:
                 known.ways.clear()
             known.ways[name, options.get("queue")] = way
-            self._known = known
 
     def _found_out(self) -> _Known | None:
         app = self._app
