@@ -245,6 +245,7 @@ class TestForgetting:
     def test_a_failure_is_not_told_twice(self, app: Celery, jobs: Jobs, journal: Journal) -> None:
         result = fail.apply_async(link_error=apps.append.si(journal.path, "errback"))
         journal.wait(1)
+        jobs.wait(result, State.DEAD)  # such an errback is called before the end is committed
         result.forget()
         later = add.apply_async((1, 1), expires=-1)  # what the lifeline tells of, after all that is older
         assert isinstance(later.get(timeout=30, propagate=False), TaskRevokedError)
