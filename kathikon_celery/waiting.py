@@ -29,8 +29,8 @@ from kathikon_celery.storage.wake import ENDED, OUTCOME, Wakeup
 
 logger = logging.getLogger(__name__)
 
-#: Seconds until a second look for what was entered while it ended, and nobody was called.
-SECOND_LOOK = 0.02
+#: Pauses between the first looks, in seconds: nobody was called for what ended while it was entered.
+DOUBTS = (0.02, 0.2, 1.0)
 #: Seconds that a call is left unanswered for each of the results that its hearer still waits for, and the longest such.
 LINGER, LONGEST_LINGER = 0.0005, 0.1
 #: Results up to which no call is left unanswered.
@@ -68,6 +68,7 @@ class Wait:
         self._event = threading.Event()
         self._sleeps = False
         self._is_known = False  # somebody has looked
+        self._doubts: list[float] = []
         self._looked = 0.0
         self._vain = 0
         self._all_due = 0.0
@@ -112,6 +113,7 @@ class Wait:
         desk = _desk_of(self.database)
         if desk is not self._desk:
             self._desk, self._is_known, self._all_due = desk, False, 0.0
+            self._doubts = list(DOUBTS) if self.database.dialect.enters_waits else []
             desk.join(self)
         return desk
 
@@ -147,8 +149,8 @@ class Wait:
         self._vain = 0 if self._arrived or not self._is_known else self._vain + 1
         if self._all_due <= now:
             self._all_due = now + max(self.interval, rest(took))
-            if not self._is_known and self.database.dialect.enters_waits:
-                self._all_due = min(self._all_due, now + took + SECOND_LOOK)
+            if self._doubts:
+                self._all_due = min(self._all_due, now + took + self._doubts.pop(0))
         self._named, self._named_due = set(), inf
         self._looked, self._is_known = now, True
 

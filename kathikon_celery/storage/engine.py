@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -39,8 +39,7 @@ class Gate:
         self._shut = 0  # by how many: two threads may fork at once
         self._mine = threading.local()
 
-    @contextmanager
-    def passing(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         """Use the database; waits while the gate is shut. May be nested in one thread."""
         depth: int = getattr(self._mine, "depth", 0)
         with self._changed:
@@ -48,12 +47,12 @@ class Gate:
                 self._changed.wait()
             self._users += 1
         self._mine.depth = depth + 1
-        try:
-            yield
-        finally:
-            self._mine.depth = depth
-            with self._changed:
-                self._users -= 1
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._mine.depth -= 1
+        with self._changed:
+            self._users -= 1
+            if self._shut:
                 self._changed.notify_all()
 
     def shut(self) -> None:
@@ -69,6 +68,55 @@ class Gate:
         with self._changed:
             self._shut = max(0, self._shut - 1)
             self._changed.notify_all()
+
+
+class _Use:
+    """A connection while it is used. It is no generator since that would cost as much as some statements do."""
+
+    __slots__ = ("_connection", "_database", "_durable", "_gate", "_turn", "_writes")
+
+    def __init__(self, database: Database, writes: bool, durable: bool) -> None:
+        self._database, self._writes, self._durable = database, writes, durable
+        self._connection: Connection | None = None
+        self._turn: AbstractContextManager[None] | None = None
+
+    def __enter__(self) -> Connection:
+        database = self._database
+        # The gate comes first: who waits at it holds no lock that a fork would copy.
+        self._gate = database._gate
+        self._gate.__enter__()
+        try:
+            if not self._writes:
+                database.dialect.check_usable()
+            # Before the turn: who connects takes it for a moment, and a pool's first connection has a lock of its own.
+            self._connection = (database._durable if self._durable else database._relaxed).connect()
+            if self._writes:
+                turn = database.dialect.writing()
+                turn.__enter__()
+                self._turn = turn
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self._connection
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        database, connection = self._database, self._connection
+        try:
+            if self._turn is not None:
+                self._turn.__exit__(None, None, None)
+            if connection is not None:
+                # In the middle of something, as a time limit leaves it: nobody is to use it again.
+                if error is not None and not (
+                    connection.invalidated or database.dialect.is_at_rest(connection.connection.driver_connection)
+                ):
+                    connection.invalidate(error)
+                connection.close()
+            if error is None and self._writes and database._on_disk[self._durable]:
+                database.dialect.flush()
+        finally:
+            self._gate.__exit__()
+        if isinstance(error, DBAPIError) and (explained := database.dialect.explain(error)) is not error:
+            raise explained from error
 
 
 class Database:
@@ -119,7 +167,7 @@ class Database:
             isolation_level="AUTOCOMMIT",  # BEGIN and COMMIT are sent by `write`; a single statement needs neither
             hide_parameters=True,  # payloads do not belong into error messages
             connect_args=self.dialect.connect_args(self.connect_timeout, on_disk),
-            pool_reset_on_return=None,  # see `_connected`
+            pool_reset_on_return=None,  # see `_Use`
             pool_recycle=1800,
             max_overflow=50,
         )
@@ -131,48 +179,13 @@ class Database:
         self.opened += 1
         self.dialect.on_connect(connection, on_disk)
 
-    @contextmanager
-    def _connected(self, engine: Engine) -> Iterator[Connection]:
-        with engine.connect() as connection:
-            try:
-                yield connection
-            except BaseException as error:
-                # In the middle of something, as a time limit leaves it: nobody is to use it again.
-                if not (connection.invalidated or self.dialect.is_at_rest(connection.connection.driver_connection)):
-                    connection.invalidate(error)
-                raise
-
-    @contextmanager
-    def _in_words(self) -> Iterator[None]:
-        try:
-            yield
-        except DBAPIError as error:
-            explained = self.dialect.explain(error)
-            if explained is error:
-                raise
-            raise explained from error
-
-    @contextmanager
-    def read(self) -> Iterator[Connection]:
+    def read(self) -> _Use:
         """A connection for reading, each statement on its own."""
-        with self._gate.passing(), self._in_words():
-            self.dialect.check_usable()
-            with self._connected(self._relaxed) as connection:
-                yield connection
+        return _Use(self, writes=False, durable=False)
 
-    @contextmanager
-    def once(self, durable: bool = False) -> Iterator[Connection]:
+    def once(self, durable: bool = False) -> _Use:
         """A connection for one writing statement, committed by itself."""
-        # The gate comes first: who waits at it holds no lock that a fork would copy.
-        with self._gate.passing(), self._in_words():
-            with (
-                # Before the lock: who connects takes it for a moment, and a pool's first connection has one of its own.
-                self._connected(self._durable if durable else self._relaxed) as connection,
-                self.dialect.writing(),
-            ):
-                yield connection
-            if self._on_disk[durable]:
-                self.dialect.flush()
+        return _Use(self, writes=True, durable=durable)
 
     @contextmanager
     def write(self, durable: bool = False) -> Iterator[Connection]:

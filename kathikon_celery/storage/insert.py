@@ -44,7 +44,7 @@ def _statement(dialect: Dialect, later: bool, own: bool, again: bool, bare: bool
         columns |= {"scheduled_at": null(), "available_at": now(), "state": State.AVAILABLE.value}
     insert = dialect.insert_or_update(jobs).values(
         id=bindparam("new_id", type_=jobs.c.id.type),
-        fence=0,
+        fence=dialect.first_fence,
         attempts=0,
         crashes=0,
         acked=false(),
@@ -69,10 +69,9 @@ def _statement(dialect: Dialect, later: bool, own: bool, again: bool, bare: bool
 
 _OWN = (
     select(jobs.c.seq)
-    .where(jobs.c.id == bindparam("job_id"), jobs.c.fence == bindparam("fence"))
-    .where(
-        or_(jobs.c.node_id == bindparam("node_id"), jobs.c.node_id.is_(None))
-    )  # a task may set its own end, and retry
+    .where(jobs.c.seq == bindparam("number"), jobs.c.fence == bindparam("held_fence"))
+    # a task may set its own end, and retry
+    .where(or_(jobs.c.node_id == bindparam("holder"), jobs.c.node_id.is_(None)))
     .where(jobs.c.state != State.CANCELLED.value)
     .with_for_update()
 )
@@ -122,7 +121,7 @@ def insert(database: Database, job: Job, hold: Hold | None = None, soon: bool = 
     values = _values(job)
 
     own = hold is not None
-    claim = {"job_id": values["new_id"], "fence": hold.fence, "node_id": hold.node_id} if hold else {}
+    claim = {"number": hold.seq, "held_fence": hold.fence, "holder": hold.node_id} if hold else {}
 
     def publish(again: bool) -> bool:
         if own or (job.scheduled_at is not None and not soon):

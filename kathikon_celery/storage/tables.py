@@ -77,7 +77,6 @@ jobs = Table(
     Column("reason", Long),
     Column("errors", Long),
     UniqueConstraint("id", name="kathikon_jobs_id"),
-    sqlite_autoincrement=True,  # a number is never given twice, so that an old fence fits no other job
 )
 
 # Each index holds only the rows that its reader wants: what has ended costs a claim nothing. A query names the

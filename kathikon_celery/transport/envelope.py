@@ -17,13 +17,21 @@ LOWEST, HIGHEST = -(2**63), 2**63 - 1
 
 #: Keys of the JSON that is kept beside the body, and kombu's names for them.
 _HEADERS, _PROPERTIES, _TYPE, _ENCODING, _BASE64 = "headers", "properties", "content-type", "content-encoding", "base64"
+#: Its mark of a task of which only what differs from `_usual` is written: most of a message is the same for all.
+_BRIEF = "brief"
 #: A property that is ours: see `to_job`.
 PUBLICATION = "kathikon_publication"
 
 
+#: The usual kind of a body.
+_JSON = {_TYPE: "application/json", _ENCODING: "utf-8"}
+
+_compact = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def _dumps(value: Any) -> str:
     try:
-        return json.dumps(value, separators=(",", ":"))
+        return _compact(value)
     except TypeError:
         return kombu_json.dumps(value)  # type: ignore[no-any-return]
 
@@ -45,16 +53,63 @@ def _as_text(body: Any) -> tuple[str, bool]:
     return b64encode(data).decode(), True
 
 
+def _usual(task_id: str) -> dict[str, dict[str, Any]]:
+    """What is said of most tasks, when Celery sends them by its second protocol and their caller asks for nothing."""
+    headers: dict[str, Any] = {
+        "lang": "py",
+        "shadow": None,
+        "eta": None,
+        "expires": None,
+        "group": None,
+        "group_index": None,
+        "retries": 0,
+        "timelimit": [None, None],
+        "root_id": task_id,
+        "parent_id": None,
+        "kwargsrepr": "{}",
+        "ignore_result": False,
+        "replaced_task_nesting": 0,
+        "stamped_headers": None,
+        "stamps": {},
+    }
+    return {_HEADERS: headers, _PROPERTIES: {"correlation_id": task_id, "delivery_mode": 2, "priority": 0}}
+
+
+def _unusual(given: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any] | None:
+    """What of *given* differs from *usual*; `None` where it lacks something of it."""
+    if not given.keys() >= usual.keys():
+        return None
+    nothing = object()
+    return {
+        name: value
+        for name, value in given.items()
+        if value is not (same := usual.get(name, nothing)) and (type(value) is not type(same) or value != same)
+    }
+
+
+def _brief(headers: dict[str, Any], properties: dict[str, Any]) -> dict[str, Any] | None:
+    """The envelope of a task without what is usual; `None` where it is another kind of message."""
+    task_id = headers.get("id")
+    if type(task_id) is not str:
+        return None
+    usual = _usual(task_id)
+    of_headers = _unusual(headers, usual[_HEADERS])
+    of_properties = _unusual(properties, usual[_PROPERTIES])
+    if of_headers is None or of_properties is None:
+        return None
+    return {_BRIEF: 1, _HEADERS: of_headers, _PROPERTIES: of_properties}
+
+
 def fold(message: dict[str, Any]) -> tuple[str, str]:
     """Envelope and body of a message as `kombu.transport.virtual` prepares it."""
     body, encoded = _as_text(message["body"])
+    headers = message[_HEADERS]
     properties = {name: value for name, value in message[_PROPERTIES].items() if value not in (None, "")}
-    envelope = {
-        _HEADERS: message[_HEADERS],
-        _PROPERTIES: properties,
-        _TYPE: message.get(_TYPE),
-        _ENCODING: message.get(_ENCODING),
-    }
+    properties.pop(PUBLICATION, None)
+    envelope = _brief(headers, properties) or {_HEADERS: headers, _PROPERTIES: properties}
+    kind = {_TYPE: message.get(_TYPE), _ENCODING: message.get(_ENCODING)}
+    if _BRIEF not in envelope or kind != _JSON:
+        envelope |= kind
     if encoded:
         envelope[_BASE64] = True
     return _dumps(envelope), body
@@ -72,6 +127,12 @@ def unfold(envelope: str, body: str, tag: str, redelivered: bool) -> dict[str, A
         if not isinstance(message.get(name), dict):
             raise ValueError(f"corrupt row: its {name} are no mapping: {message.get(name)!r}")
     headers, properties = message[_HEADERS], message[_PROPERTIES]
+    if _BRIEF in message:
+        if message[_BRIEF] != 1:
+            raise ValueError(f"corrupt row: its envelope is brief in an unknown way: {message[_BRIEF]!r}")
+        usual = _usual(headers.get("id"))
+        message = {**_JSON, **message}
+        headers, properties = {**usual[_HEADERS], **headers}, {**usual[_PROPERTIES], **properties}
     if "task" in headers:
         for name in ("task", "id"):
             if not isinstance(headers.get(name), str):

@@ -38,7 +38,7 @@ LONGEST_GAP = 0.010
 #: Seconds until it is made sure that nothing came after a claim that got all there was.
 LOOK_AGAIN = 0.003
 #: Pauses between the looks for what was being published while our row began to say that we wait: nobody called us.
-DOUBTS = (0.002, 0.02)
+DOUBTS = (0.002, 0.02, 0.2, 1.0)
 #: Jobs a second from which on there is much to do.
 BUSY = 150.0
 #: The same while the pool has room: a caller who sends a task each time he has got the last result is not much.

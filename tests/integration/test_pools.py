@@ -11,6 +11,7 @@ import pytest
 from celery import Celery
 from celery.exceptions import Ignore, NotRegistered
 
+from kathikon_celery import bulk
 from kathikon_celery.job import State
 from tests.integration.conftest import Jobs, Journal, Workers
 from tests.support import apps
@@ -44,9 +45,9 @@ def test_tasks_run_and_return(app: Celery, jobs: Jobs) -> None:
 
 
 def test_results_of_many_are_written_together(app: Celery, jobs: Jobs) -> None:
-    at_once = datetime.now(timezone.utc) + timedelta(seconds=1)
-    sent = [apps.add.apply_async((number, 1), eta=at_once) for number in range(300)]
-    failing = apps.fail.apply_async(("broken among many",), eta=at_once)
+    with bulk():
+        sent = [apps.add.delay(number, 1) for number in range(300)]
+        failing = apps.fail.delay("broken among many")
     assert [result.get(timeout=30) for result in sent] == [number + 1 for number in range(300)]
     with pytest.raises(ValueError, match="broken among many"):
         failing.get(timeout=15)

@@ -85,7 +85,7 @@ def narrowed(plans: Plans) -> Front | None:
 STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
     "publish by its own task": (
         lambda plans: insert.insert(plans.database, new_job("id-9"), hold=Hold(9, 7, 1)),
-        {BY_ID: "id"},
+        {BY_SEQ: ""},
     ),
     "fetch": (lambda plans: plans.storage.fetch("id-77"), {BY_ID: "id"}),
     "claim": (

@@ -8,11 +8,11 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kathikon_celery.job import State
-from kathikon_celery.transport.envelope import HIGHEST, LOWEST, fold, priority_of, task_of, to_job, unfold
+from kathikon_celery.transport.envelope import HIGHEST, LOWEST, _usual, fold, priority_of, task_of, to_job, unfold
 
 UTC = timezone.utc
 text = st.text(st.characters(), max_size=20)
@@ -60,6 +60,34 @@ def test_fold_and_unfold(message: dict[str, Any], tag: str, redelivered: bool) -
         assert back[name] == before[name]
     ours = {"delivery_tag": tag, "delivery_info": {"redelivered": redelivered}}
     assert back["properties"] == before["properties"] | ours
+
+
+#: What is easily taken for what is usual: most of it is equal to something that is.
+LIKE_THE_USUAL = [None, 0, 0.0, -0.0, False, True, 1, 2, 2.0, "", "py", "{}", {}, [], [None], [None, None], "one"]
+usual = st.builds(_usual, st.just("one"))
+changes = st.dictionaries(st.sampled_from([*_usual("")["headers"], "task", "more"]), st.sampled_from(LIKE_THE_USUAL))
+of_properties = st.dictionaries(
+    st.sampled_from([*_usual("")["properties"], "reply_to", "delivery_info"]), st.sampled_from(LIKE_THE_USUAL[1:-1])
+)
+
+
+@given(usual, changes, of_properties, st.sets(st.sampled_from([*_usual("")["headers"]]), max_size=1), st.booleans())
+def test_what_is_usual_comes_back_as_it_was(
+    message: dict[str, Any], headers: dict[str, Any], properties: dict[str, Any], lacking: set[str], is_json: bool
+) -> None:
+    message["headers"] |= {"id": "one", "task": "proj.add", **headers, "eta": None}
+    message["headers"] = {name: value for name, value in message["headers"].items() if name not in lacking}
+    message["properties"] |= {name: value for name, value in properties.items() if value != ""}
+    message["properties"]["delivery_info"] = {"exchange": "", "routing_key": "default"}
+    kind = {"content-type": "application/json" if is_json else None, "content-encoding": "utf-8"}
+    message |= {"body": "[]", **kind}
+    assume(isinstance(message["headers"]["task"], str))
+    envelope, body = fold(message)
+    back = unfold(envelope, body, "tag", False)
+    del back["properties"]["delivery_tag"], back["properties"]["delivery_info"]["redelivered"]
+    assert json.dumps(back, sort_keys=True) == json.dumps(message, sort_keys=True)  # True is not 1, nor 0 0.0
+    if not lacking and not headers and not properties and is_json:
+        assert len(envelope) < 150
 
 
 @given(text | st.from_regex(r"\{.{0,20}\}"), text)

@@ -20,7 +20,7 @@ from sqlalchemy import update
 from kathikon_celery.job import HELD, TERMINAL, TRANSITIONS, WAITING, Job, State, TransitionError
 from kathikon_celery.storage import MovedOn, Storage
 from kathikon_celery.storage.tables import jobs as table
-from tests.storage.actors import Worker, new_job
+from tests.storage.actors import Worker, new_job, the_job
 
 IDS = ["a", "b", "c", "d", "e"]
 QUEUES = ["default", "other"]
@@ -106,7 +106,13 @@ class StorageMachine(RuleBasedStateMachine):
     def _publish(self, job: Job, waits: State | None) -> None:
         self.storage.insert(job)
         self.published.append(job)
+        self._note(job, waits)
+
+    def _note(self, job: Job, waits: State | None) -> None:
+        is_new = job.id not in self.model.rows
         self.model.publish(job, waits)
+        if is_new:  # a new row begins with any fence
+            self.model.rows[job.id].fence = the_job(self.storage, job.id).fence
 
     # --- publishers
 
@@ -126,7 +132,7 @@ class StorageMachine(RuleBasedStateMachine):
         if row is not None and row.publication == job.publication and row.state in TERMINAL:
             return
         self.storage.insert(job)
-        self.model.publish(job, job.state if job.scheduled_at else None)
+        self._note(job, job.state if job.scheduled_at else None)
 
     # --- workers
 

@@ -59,8 +59,8 @@ def test_no_more_than_asked_for_and_of_the_queue_asked_for(storage: Storage, wor
 
 def test_what_a_claim_tells_and_writes(storage: Storage, worker: Worker) -> None:
     storage.insert(new_job(task="proj.task", priority=4, envelope='{"headers":{}}', body="[]"))
-    job, row = worker.claim_one(), the_job(storage)
-    assert (row.state, row.node_id, row.attempts, row.fence) == (State.CLAIMED, worker.id, 1, 1)
+    before, job, row = the_job(storage), worker.claim_one(), the_job(storage)
+    assert (row.state, row.node_id, row.attempts, row.fence) == (State.CLAIMED, worker.id, 1, before.fence + 1)
     for name in ("seq", "id", "queue", "task", "state", "priority", "fence", "attempts", "crashes", "envelope", "body"):
         assert getattr(job, name) == getattr(row, name)
 
@@ -147,7 +147,7 @@ def test_a_claim_that_the_server_forgot_is_made_again(storage: Storage, set_row:
     storage.insert_many([new_job("1"), new_job("2")])
     worker = Worker(storage)
     jobs = worker.claim(2)
-    set_row("1", state="available", node_id=None, fence=0, attempts=0)  # as after a crash of the server
+    set_row("1", state="available", node_id=None, fence=jobs[0].fence - 1, attempts=0)  # as after a crash of the server
     holds = [job.hold for job in jobs]
     with storage.database.write() as connection:
         assert claim.claim_again(storage.database, connection, holds, worker.id) == 1

@@ -33,10 +33,10 @@ class TestGate:
         gate, inside, leave, order = Gate(), threading.Event(), threading.Event(), []
 
         def use() -> None:
-            with gate.passing(), gate.passing():
+            with gate, gate:
                 inside.set()
                 leave.wait(10)
-                with gate.passing():  # who is inside already may go on
+                with gate:  # who is inside already may go on
                     order.append("left")
 
         thread = started(use)
@@ -51,7 +51,7 @@ class TestGate:
         gate, passed = Gate(), threading.Event()
 
         def use() -> None:
-            with gate.passing():
+            with gate:
                 passed.set()
 
         gate.shut()
@@ -68,7 +68,7 @@ class TestGate:
 
     def test_a_fork_inside_does_not_wait_for_itself(self) -> None:
         gate = Gate()
-        with gate.passing():
+        with gate:
             gate.shut()
             gate.open()
 

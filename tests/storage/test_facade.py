@@ -156,7 +156,7 @@ def test_update_of_a_job_that_has_moved_on_changes_nothing(storage: Storage, wor
     worker.claim_one()
     before = the_job(storage)
     stale.state = State.CANCELLED
-    with pytest.raises(MovedOn, match="fence 0 and has 1 now; fetch it again"):
+    with pytest.raises(MovedOn, match=f"fence {before.fence - 1} and has {before.fence} now; fetch it again"):
         storage.update(stale)
     assert the_job(storage) == before
 

@@ -81,12 +81,25 @@ def test_a_fence_that_a_crashed_server_gave_twice_is_the_second_nodes(
 ) -> None:
     storage.insert(new_job())
     job = worker.claim_one()
-    set_row(node_id=None, state="available", fence=0, attempts=0)  # the server has forgotten the claim
+    set_row(node_id=None, state="available", fence=job.fence - 1, attempts=0)  # the server has forgotten the claim
     again = other.claim_one()
     assert (again.seq, again.fence) == (job.seq, job.fence)
     before = the_job(storage)
     assert not REPORTS[report](worker, job)
     assert the_job(storage) == before
+
+
+@pytest.mark.parametrize("report", REPORTS)
+def test_a_number_that_is_given_anew_fits_no_old_claim(storage: Storage, worker: Worker, report: str) -> None:
+    """SQLite gives the number of a row that was deleted, if it was the highest, to the next one."""
+    storage.insert(new_job())
+    job = worker.claim_one()
+    assert storage.delete(job.id) == 1
+    storage.insert(new_job())
+    again = worker.claim_one()
+    assert again.hold != job.hold
+    assert not REPORTS[report](worker, job)
+    assert the_job(storage).hold == again.hold
 
 
 @pytest.mark.parametrize(("first", "second"), list(permutations(sorted(ENDS), 2)))

@@ -6,8 +6,8 @@ import json
 import os
 import selectors
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -51,6 +51,9 @@ class SQLite(Dialect):
 
     name = "sqlite"
     begin = "BEGIN IMMEDIATE"
+    # The number of a row that was deleted is given anew, as never doing so costs one page more for each job: an old
+    # fence must not fit the new row.
+    first_fence: ColumnElement[int] = literal_column("abs(random() % 1073741824)")
 
     def __init__(self, url: URL) -> None:
         super().__init__(url)
@@ -65,6 +68,7 @@ class SQLite(Dialect):
         self.lock_path = self.path.with_name(self.path.name + "-lock")
         #: SQLite's log. It is no file that SQLite locks: one may open and close it.
         self.wal_path = self.path.with_name(self.path.name + "-wal")
+        self._turn = _Turn(self)
         self._lock = threading.RLock()
         self._depth = 0
         self._descriptor: int | None = None
@@ -107,28 +111,36 @@ class SQLite(Dialect):
     def _read_only(self) -> Unavailable:
         return Unavailable(f"the SQLite file {str(self.path)!r} is read-only; give its owner the right to write")
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        with self._lock:
-            self._depth += 1
+    def writing(self) -> AbstractContextManager[None]:
+        return self._turn
+
+    def _take_turn(self) -> None:
+        self._lock.acquire()
+        self._depth += 1
+        if self._depth == 1 and fcntl is not None:
             try:
-                if self._depth == 1 and fcntl is not None:
-                    fcntl.flock(self._lock_file(), fcntl.LOCK_EX)
-                yield
-            finally:
-                self._depth -= 1
-                if self._depth == 0:
-                    if fcntl is not None and self._descriptor is not None:
-                        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-                    if self._rings and self._descriptor is not None:
-                        call = (os.urandom(MARK), 0) if self._rings_all else (b"\0", MARK)
-                        self._rings = self._rings_all = False
-                        with suppress(OSError):  # what was written is written; the others look by themselves
-                            os.pwrite(self._descriptor, *call)
-                    if self._tells:
-                        self._tells = False
-                        with suppress(OSError, Unavailable):
-                            os.pwrite(self._results_file(), b"\0", 0)
+                fcntl.flock(self._lock_file(), fcntl.LOCK_EX)
+            except BaseException:
+                self._end_turn()
+                raise
+
+    def _end_turn(self) -> None:
+        try:
+            self._depth -= 1
+            if self._depth == 0:
+                if fcntl is not None and self._descriptor is not None:
+                    fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+                if self._rings and self._descriptor is not None:
+                    call = (os.urandom(MARK), 0) if self._rings_all else (b"\0", MARK)
+                    self._rings = self._rings_all = False
+                    with suppress(OSError):  # what was written is written; the others look by themselves
+                        os.pwrite(self._descriptor, *call)
+                if self._tells:
+                    self._tells = False
+                    with suppress(OSError, Unavailable):
+                        os.pwrite(self._results_file(), b"\0", 0)
+        finally:
+            self._lock.release()
 
     def flush(self) -> None:
         if not FLUSHES:
@@ -241,6 +253,21 @@ class SQLite(Dialect):
                 if self._results is not None:
                     os.close(self._results)
                     self._results = None
+
+
+class _Turn:
+    """The turn of one writer among all: the threads of this process, by a lock, and others, by the lock file."""
+
+    __slots__ = ("_dialect",)
+
+    def __init__(self, dialect: SQLite) -> None:
+        self._dialect = dialect
+
+    def __enter__(self) -> None:
+        self._dialect._take_turn()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._dialect._end_turn()
 
 
 class Bell(Wakeup):

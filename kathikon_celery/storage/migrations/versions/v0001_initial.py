@@ -61,7 +61,6 @@ def upgrade() -> None:
         sa.Column("reason", Long),
         sa.Column("errors", Long),
         sa.UniqueConstraint("id", name="kathikon_jobs_id"),
-        sqlite_autoincrement=True,
     )
     ready: list[Any] = ["queue", sa.text("priority DESC"), "available_at", "seq"]
     op.create_index("kathikon_jobs_ready", "kathikon_jobs", ready, **partial("state = 'available'"))
