@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
+from time import monotonic
 from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event
@@ -24,6 +25,9 @@ from kathikon_celery.storage.wake import Wakeup
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+#: Connections that are kept at hand, beside the pool's, and the seconds for which they are.
+MOST_IDLE, LONGEST_IDLE = 5, 60.0
 
 _databases: weakref.WeakSet[Database] = weakref.WeakSet()
 #: The parent's connections in a process that was forked: they are neither used here nor closed.
@@ -89,7 +93,7 @@ class _Use:
             if not self._writes:
                 database.dialect.check_usable()
             # Before the turn: who connects takes it for a moment, and a pool's first connection has a lock of its own.
-            self._connection = (database._durable if self._durable else database._relaxed).connect()
+            self._connection = database._connect(self._durable)
             if self._writes:
                 turn = database.dialect.writing()
                 turn.__enter__()
@@ -104,12 +108,14 @@ class _Use:
         try:
             if self._turn is not None:
                 self._turn.__exit__(None, None, None)
-            if connection is not None:
+            if connection is not None and error is None:
+                database._keep(self._durable, connection)
+            elif connection is not None:
                 # In the middle of something, as a time limit leaves it: nobody is to use it again.
-                if error is not None and not (
-                    connection.invalidated or database.dialect.is_at_rest(connection.connection.driver_connection)
-                ):
+                if not (connection.invalidated or database.dialect.is_at_rest(connection.connection.driver_connection)):
                     connection.invalidate(error)
+                if connection.invalidated:  # perhaps all are lost: the pool knows when it made them
+                    database._give_back()
                 connection.close()
             if error is None and self._writes and database._on_disk[self._durable]:
                 database.dialect.flush()
@@ -148,6 +154,7 @@ class Database:
         self.on_close: list[Callable[[], None]] = []
         self._on_disk = {True: publish_durability == "disk", False: worker_durability == "disk"}
         self._gate = Gate()
+        self._idle: dict[bool, list[tuple[float, Connection]]] = {True: [], False: []}
         _databases.add(self)
 
     def __repr__(self) -> str:
@@ -178,6 +185,29 @@ class Database:
     def _on_connect(self, connection: Any, on_disk: bool) -> None:
         self.opened += 1
         self.dialect.on_connect(connection, on_disk)
+
+    def _connect(self, durable: bool) -> Connection:
+        """A connection for one use: one that was used lately, which costs much less than to ask the pool for one."""
+        idle = self._idle[durable]
+        while idle:
+            try:
+                since, connection = idle.pop()
+            except IndexError:  # another thread was quicker
+                break
+            if monotonic() - since < LONGEST_IDLE:
+                return connection
+            connection.close()
+        return (self._durable if durable else self._relaxed).connect()
+
+    def _keep(self, durable: bool, connection: Connection) -> None:
+        """Keep *connection* for the next use, or give it back to the pool."""
+        idle = self._idle[durable]
+        if connection.in_transaction():  # SQLAlchemy's notion of one: here each statement commits itself
+            connection.rollback()
+        if connection.invalidated or len(idle) >= MOST_IDLE:
+            connection.close()
+        else:
+            idle.append((monotonic(), connection))
 
     def read(self) -> _Use:
         """A connection for reading, each statement on its own."""
@@ -260,7 +290,15 @@ class Database:
             callback()
         self._dispose()
 
+    def _give_back(self) -> None:
+        """Give what is kept at hand back to the pool."""
+        for idle in self._idle.values():
+            while idle:
+                with suppress(IndexError):
+                    idle.pop()[1].close()
+
     def _dispose(self) -> None:
+        self._give_back()
         for name in ("_durable", "_relaxed"):
             engine: Engine | None = self.__dict__.pop(name, None)
             if engine is not None:
@@ -274,6 +312,8 @@ class Database:
             self._dispose()
 
     def _after_fork_in_child(self) -> None:
+        _inherited.extend(self._idle.values())
+        self._idle = {True: [], False: []}
         for name in ("_durable", "_relaxed"):
             engine: Engine | None = self.__dict__.pop(name, None)
             if engine is not None:
