@@ -102,17 +102,27 @@ def _brief(headers: dict[str, Any], properties: dict[str, Any]) -> dict[str, Any
 
 def fold(message: dict[str, Any]) -> tuple[str, str]:
     """Envelope and body of a message as `kombu.transport.virtual` prepares it."""
-    body, encoded = _as_text(message["body"])
     headers = message[_HEADERS]
     properties = {name: value for name, value in message[_PROPERTIES].items() if value not in (None, "")}
     properties.pop(PUBLICATION, None)
     envelope = _brief(headers, properties) or {_HEADERS: headers, _PROPERTIES: properties}
-    kind = {_TYPE: message.get(_TYPE), _ENCODING: message.get(_ENCODING)}
-    if _BRIEF not in envelope or kind != _JSON:
-        envelope |= kind
+    return _folded(envelope, message["body"], message.get(_TYPE), message.get(_ENCODING))
+
+
+def fold_usual(
+    headers: dict[str, Any], properties: dict[str, Any], body: Any, content_type: str, content_encoding: str
+) -> tuple[str, str]:
+    """As `fold`, of a task of which only those *headers* and *properties* are given that differ from the usual."""
+    return _folded({_BRIEF: 1, _HEADERS: headers, _PROPERTIES: properties}, body, content_type, content_encoding)
+
+
+def _folded(envelope: dict[str, Any], body: Any, content_type: str | None, encoding: str | None) -> tuple[str, str]:
+    if _BRIEF not in envelope or content_type != _JSON[_TYPE] or encoding != _JSON[_ENCODING]:
+        envelope |= {_TYPE: content_type, _ENCODING: encoding}
+    text, encoded = _as_text(body)
     if encoded:
         envelope[_BASE64] = True
-    return _dumps(envelope), body
+    return _dumps(envelope), text
 
 
 def unfold(envelope: str, body: str, tag: str, redelivered: bool) -> dict[str, Any]:
@@ -184,7 +194,11 @@ def check_call(headers: dict[str, Any], payload: Any) -> None:
 
 def priority_of(message: dict[str, Any]) -> int:
     """The message's priority. Raises `ValueError` where it is no whole number that fits."""
-    value = message[_PROPERTIES].get("priority") or 0
+    return checked_priority(message[_PROPERTIES].get("priority") or 0)
+
+
+def checked_priority(value: Any) -> int:
+    """*value* as a whole number. Raises `ValueError` where it is none that fits."""
     try:
         priority = int(value)
     except (TypeError, ValueError):

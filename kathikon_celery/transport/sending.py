@@ -24,10 +24,11 @@ from kombu.serialization import dumps
 from kombu.utils.uuid import uuid
 from sqlalchemy.exc import DBAPIError
 
+from kathikon_celery.job import Job
 from kathikon_celery.routing import Router
 from kathikon_celery.storage import Storage
 from kathikon_celery.storage.errors import LOST
-from kathikon_celery.transport.envelope import PUBLICATION, to_job
+from kathikon_celery.transport.envelope import PUBLICATION, checked_priority, fold_usual
 from kathikon_celery.transport.publishing import publish
 
 #: Options of a plain call; any other one is none, unless it says nothing.
@@ -78,7 +79,6 @@ class _Known:
     conf: Any
     changes: dict[str, Any]
     storage: Storage
-    zone: Any
     serializer: str
     reprs: tuple[int, int, int]
     #: Whether the backend does something for each call whose result is kept.
@@ -111,9 +111,7 @@ class Sender:
         if producer is not None and not _is_for(producer, known.storage):
             return type(app).send_task(app, name, args, kwargs, **options)
         task_id = options.get("task_id") or uuid()
-        message = self._message(known, way, task_id, name, args or (), kwargs or {}, options)
-        settings = known.storage.settings
-        job = to_job(message, message["headers"], way.queue, settings.max_attempts, known.zone)
+        job = self._job(known, way, task_id, name, args or (), kwargs or {}, options)
         try:
             publish(known.storage, job)
         except (*LOST, DBAPIError):  # kombu knows how often to try again, and what to raise
@@ -123,47 +121,53 @@ class Sender:
         result.ignored = options.get("ignore_result")
         return result
 
-    def _message(
+    def _job(
         self, known: _Known, way: _Way, task_id: str, name: str, args: Any, kwargs: Any, options: dict[str, Any]
-    ) -> dict[str, Any]:
-        """The message as Celery and kombu would make it."""
+    ) -> Job:
+        """The job that Celery and kombu would make of the call."""
         given = options.get
+        root, group, parent = given("root_id"), given("group_id"), given("parent_id")
+        root = root if root != task_id else None
         of_args, of_kwargs, levels = known.reprs
+        headers: dict[str, Any] = {
+            "task": name,
+            "id": task_id,
+            "argsrepr": _simple_repr(args, of_args) or saferepr(args, of_args, maxlevels=levels),
+            "origin": anon_nodename(),
+        }
+        if kwargs:
+            headers["kwargsrepr"] = saferepr(kwargs, of_kwargs, maxlevels=levels)
+        if (ignored := given("ignore_result")) is not False:
+            headers["ignore_result"] = ignored
+        limits = [given("time_limit"), given("soft_time_limit")]
+        if limits != [None, None]:
+            headers["timelimit"] = limits
+        of_workflow = {"root_id": root, "parent_id": parent, "group": group, "group_index": given("group_index")}
+        more = {**of_workflow, "shadow": given("shadow")}
+        headers |= {header: value for header, value in more.items() if value is not None}
+        properties = {
+            "reply_to": self._app.thread_oid,
+            "delivery_info": {"exchange": "", "routing_key": way.queue},
+        }
+        if way.delivery_mode != 2:
+            properties["delivery_mode"] = way.delivery_mode
+        if (priority := given("priority") or 0) != 0:
+            properties["priority"] = priority
         call = args, kwargs, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
         content_type, encoding, body = dumps(call, given("serializer") or known.serializer)
-        return {
-            "body": body,
-            "headers": {
-                "lang": "py",
-                "task": name,
-                "id": task_id,
-                "shadow": given("shadow"),
-                "eta": None,
-                "expires": None,
-                "group": given("group_id"),
-                "group_index": given("group_index"),
-                "retries": 0,
-                "timelimit": [given("time_limit"), given("soft_time_limit")],
-                "root_id": given("root_id") or task_id,
-                "parent_id": given("parent_id"),
-                "argsrepr": _simple_repr(args, of_args) or saferepr(args, of_args, maxlevels=levels),
-                "kwargsrepr": "{}" if not kwargs else saferepr(kwargs, of_kwargs, maxlevels=levels),
-                "origin": anon_nodename(),
-                "ignore_result": given("ignore_result"),
-                "replaced_task_nesting": 0,
-                "stamped_headers": None,
-                "stamps": {},
-            },
-            "properties": {
-                "correlation_id": task_id,
-                "reply_to": self._app.thread_oid,
-                "delivery_mode": way.delivery_mode,
-                "delivery_info": {"exchange": "", "routing_key": way.queue},
-                "priority": given("priority") or 0,
-            },
-            "content-type": content_type,
-            "content-encoding": encoding,
-        }
+        envelope, body = fold_usual(headers, properties, body, content_type, encoding)
+        return Job(
+            id=task_id,
+            queue=way.queue,
+            task=name,
+            priority=checked_priority(priority),
+            envelope=envelope,
+            body=body,
+            max_attempts=known.storage.settings.max_attempts,
+            root_id=root,
+            parent_id=parent,
+            group_id=group,
+        )
 
     def _holds(self, known: _Known) -> bool:
         """Whether *known* is still true."""
@@ -204,7 +208,6 @@ class Sender:
             conf=conf,
             changes=dict(conf.changes),
             storage=storage,
-            zone=app.timezone,
             serializer=conf.task_serializer,
             reprs=(amqp.argsrepr_maxsize, amqp.kwargsrepr_maxsize, conf.task_repr_maxlevels),
             calls_backend=type(app.backend).on_task_call is not Backend.on_task_call,
