@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property
 from time import monotonic
 from typing import Any, TypeVar
@@ -120,7 +120,7 @@ class _Use:
             if error is None and self._writes and database._on_disk[self._durable]:
                 database.dialect.flush()
         finally:
-            self._gate.__exit__()
+            self._gate.__exit__(None, None, None)
         if isinstance(error, DBAPIError) and (explained := database.dialect.explain(error)) is not error:
             raise explained from error
 
@@ -153,7 +153,7 @@ class Database:
         #: Called before the connections are closed, by those who keep some for themselves.
         self.on_close: list[Callable[[], None]] = []
         self._on_disk = {True: publish_durability == "disk", False: worker_durability == "disk"}
-        self._gate = Gate()
+        self._gate = self._new_gate()
         self._idle: dict[bool, list[tuple[float, Connection]]] = {True: [], False: []}
         _databases.add(self)
 
@@ -305,9 +305,12 @@ class Database:
                 engine.dispose()
         self.dialect.close()
 
-    def _before_fork(self) -> None:
+    def _new_gate(self) -> Gate | AbstractContextManager[None]:
         """SQLite's locks belong to the process and its memory is not made for two: no connection crosses a fork."""
-        if self.dialect.name == "sqlite":
+        return Gate() if self.dialect.name == "sqlite" else nullcontext()
+
+    def _before_fork(self) -> None:
+        if isinstance(self._gate, Gate):
             self._gate.shut()
             self._dispose()
 
@@ -319,8 +322,8 @@ class Database:
             if engine is not None:
                 _inherited.append(engine.pool)
                 engine.dispose(close=False)  # the sockets are the parent's
-        self._gate = Gate()
         self.dialect = dialect_for(self.url)
+        self._gate = self._new_gate()
 
 
 def _before_fork() -> None:
@@ -330,7 +333,8 @@ def _before_fork() -> None:
 
 def _after_fork_in_parent() -> None:
     for database in list(_databases):
-        database._gate.open()
+        if isinstance(database._gate, Gate):
+            database._gate.open()
 
 
 def _after_fork_in_child() -> None:

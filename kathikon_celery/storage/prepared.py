@@ -13,23 +13,41 @@ from typing import Any
 
 from sqlalchemy import Connection, Dialect
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.sql.expression import BindParameter
+
+
+@lru_cache(maxsize=8)
+def _compiler(dialect: Dialect) -> Any:
+    """The dialect's, but constants are words of the statement: as parameters they were converted and sent each time."""
+    usual: Any = dialect.statement_compiler
+
+    class Compiler(usual):
+        def visit_bindparam(self, bindparam: BindParameter[Any], *args: Any, **options: Any) -> Any:
+            if bindparam.required or bindparam.callable or type(bindparam.value) not in (int, str):
+                return super().visit_bindparam(bindparam, *args, **options)
+            return self.render_literal_value(bindparam.value, bindparam.type)
+
+    return Compiler
 
 
 class _Prepared:
     """A statement in the words of one driver."""
 
     def __init__(self, statement: Any, dialect: Dialect) -> None:
-        compiled = statement.compile(dialect=dialect)
+        compiled: Any = _compiler(dialect)(dialect, statement)
         if compiled.post_compile_params:
             raise TypeError(f"a statement whose text depends on its parameters cannot be prepared: {compiled}")
         self.text = str(compiled)
         self._names: list[str] = list(compiled.positiontup or compiled.params)
         self._is_positional: bool = compiled.positional
-        self._constants = {name: bind.value for bind, name in compiled.bind_names.items() if not bind.required}
-        binds = {
-            name: bind.type.dialect_impl(dialect).bind_processor(dialect) for bind, name in compiled.bind_names.items()
-        }
-        self._of_values = {name: processor for name, processor in binds.items() if processor is not None}
+        self._constants: dict[str, Any] = {}
+        self._of_values: dict[str, Any] = {}
+        for bind, name in compiled.bind_names.items():
+            processor = bind.type.dialect_impl(dialect).bind_processor(dialect)
+            if not bind.required:
+                self._constants[name] = bind.value if processor is None else processor(bind.value)
+            elif processor is not None:
+                self._of_values[name] = processor
         # Of a copy: it remembers the answer, even for the statements that are made of it.
         columns = statement.execution_options().exported_columns
         of_columns = [column.type.dialect_impl(dialect).result_processor(dialect, None) for column in columns]

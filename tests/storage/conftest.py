@@ -42,10 +42,11 @@ def storage(request: pytest.FixtureRequest) -> Storage:
 
 
 @pytest.fixture
-def postgresql_storage(_postgresql_storage: Storage) -> Storage:
-    """An empty storage on PostgreSQL, for what SQLite has not."""
+def postgresql_storage(_postgresql_storage: Storage) -> Iterator[Storage]:
+    """An empty storage on PostgreSQL, for what SQLite has not: such as connections that are lost."""
     _postgresql_storage.reset()
-    return _postgresql_storage
+    yield _postgresql_storage
+    _postgresql_storage.close()
 
 
 @pytest.fixture

@@ -179,7 +179,6 @@ def test_a_log_that_is_gone_is_on_disk_already(tmp_path: Path) -> None:
 )
 def test_a_connection_that_was_lost_while_idle_is_nobodys_error(postgresql_storage: Storage, call: str) -> None:
     storage = postgresql_storage
-    storage.close()  # what another test has lost
     storage.insert(new_job())
     job = storage.fetch("job")
     with storage.database.once() as connection, storage.database.read() as second:
