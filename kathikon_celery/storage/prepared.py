@@ -119,6 +119,8 @@ def plain(connection: Connection, text: str) -> None:
 
 def _is_watched(connection: Connection) -> bool:
     """Whether somebody listens to the events of SQLAlchemy, which then has to run the statement."""
+    if not (connection._has_events or connection.engine._has_events):  # SQLAlchemy's own short cut
+        return False
     return bool(connection.dispatch.before_cursor_execute or connection.dispatch.after_cursor_execute)
 
 

@@ -11,12 +11,20 @@ def publish(storage: Storage, job: Job) -> None:
     """Publish *job*. It is on disk when this returns, unless something is open that it shall be written with."""
     hold = republishing.hold_on(job.id)
     if hold is None:
-        if (ending := collecting.current(storage.database)) is not None:
-            ending.jobs.append(job)
-            return
-        if (chunks := bulk.current()) is not None:
-            chunks.add(storage, job)
-            return
-    soon = job.scheduled_at is None or republishing.is_soon(job, storage.settings.scheduler_interval)
-    if not insert.insert(storage.database, job, hold, soon=soon):
+        publish_new(storage, job)
+    elif not insert.insert(storage.database, job, hold, soon=_is_soon(storage, job)):
         republishing.refused(job.id)
+
+
+def publish_new(storage: Storage, job: Job) -> None:
+    """`publish` outside of a task, or of another job than the task's own."""
+    if (ending := collecting.current(storage.database)) is not None:
+        ending.jobs.append(job)
+    elif (chunks := bulk.current()) is not None:
+        chunks.add(storage, job)
+    else:
+        insert.insert(storage.database, job, soon=_is_soon(storage, job))
+
+
+def _is_soon(storage: Storage, job: Job) -> bool:
+    return job.scheduled_at is None or republishing.is_soon(job, storage.settings.scheduler_interval)

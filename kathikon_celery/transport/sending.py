@@ -29,7 +29,7 @@ from kathikon_celery.routing import Router
 from kathikon_celery.storage import Storage
 from kathikon_celery.storage.errors import LOST
 from kathikon_celery.transport.envelope import PUBLICATION, checked_priority, fold_usual
-from kathikon_celery.transport.publishing import publish
+from kathikon_celery.transport.publishing import publish_new
 
 #: Options of a plain call; any other one is none, unless it says nothing.
 _PLAIN = {
@@ -113,7 +113,7 @@ class Sender:
         task_id = options.get("task_id") or uuid()
         job = self._job(known, way, task_id, name, args or (), kwargs or {}, options)
         try:
-            publish(known.storage, job)
+            publish_new(known.storage, job)
         except (*LOST, DBAPIError):  # kombu knows how often to try again, and what to raise
             options |= {"task_id": task_id, PUBLICATION: job.publication}
             return type(app).send_task(app, name, args, kwargs, **options)

@@ -49,13 +49,13 @@ def plain(app: Celery) -> Task:
 def ours(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Ids of what was sent without Celery."""
     ids: list[str] = []
-    publish = sending.publish
+    publish = sending.publish_new
 
     def noted(storage: Storage, job: Any) -> None:
         ids.append(job.id)
         publish(storage, job)
 
-    monkeypatch.setattr(sending, "publish", noted)
+    monkeypatch.setattr(sending, "publish_new", noted)
     return ids
 
 
@@ -206,14 +206,14 @@ def test_arguments_that_cannot_be_sent_are_celerys_error(app: Celery, plain: Tas
 
 
 def test_a_lost_database_is_left_to_kombu_and_the_job_is_sent_once(app: Celery, plain: Task, ours: list[str]) -> None:
-    publish, fences = sending.publish, list[int]()
+    publish, fences = sending.publish_new, list[int]()
 
     def committed_but_unheard(storage: Storage, job: Any) -> None:
         publish(storage, job)
         fences.extend(one.fence for one in storage.all())
         raise Unavailable("the answer was lost")
 
-    with mock.patch.object(sending, "publish", committed_but_unheard):
+    with mock.patch.object(sending, "publish_new", committed_but_unheard):
         sent = plain.delay(1)
     (job,) = Storage.for_app(app).all()
     assert (job.id, job.fence) == (sent.id, *fences)

@@ -92,9 +92,9 @@ def test_the_row_is_celerys(app: Celery, call: dict[str, Any], name: str) -> Non
     task = app.tasks[name]
     call["task_id"] = call.get("task_id") or "one"
     publications = []
-    publish = sending.publish
+    publish = sending.publish_new
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sending, "publish", lambda *args: publications.append(args) or publish(*args))
+        patch.setattr(sending, "publish_new", lambda *args: publications.append(args) or publish(*args))
         ours = sent_job(app, app.send_task, task, call)
     assert len(publications) == 1  # it was not left to Celery
     celerys = sent_job(app, lambda *args, **options: Celery.send_task(app, *args, **options), task, call)
