@@ -91,17 +91,28 @@ def envelope_of(job: Job) -> str:
 
 
 def _values(job: Job) -> dict[str, Any]:
-    values = {f"new_{name}": getattr(job, name) for name in _BROUGHT + _PAYLOAD}
-    values["new_id"] = key(job.id)
-    values["new_task"] = printable(job.task)
-    values["new_envelope"] = envelope_of(job)
-    for name in ("new_queue", "new_root_id", "new_parent_id", "new_group_id"):
-        if values[name] is not None:
-            values[name] = key(values[name])
+    values = {
+        "new_id": key(job.id),
+        "new_queue": _key(job.queue),
+        "new_task": printable(job.task),
+        "new_priority": job.priority,
+        "new_publication": job.publication,
+        "new_max_attempts": job.max_attempts,
+        "new_root_id": _key(job.root_id),
+        "new_parent_id": _key(job.parent_id),
+        "new_group_id": _key(job.group_id),
+        "new_expires_at": job.expires_at,
+        "new_envelope": envelope_of(job),
+        "new_body": job.body,
+    }
     if job.scheduled_at is not None:
         values["new_scheduled_at"] = job.scheduled_at
         values["new_state"] = (State.RETRYABLE if job.state is State.RETRYABLE else State.SCHEDULED).value
     return values
+
+
+def _key(name: str | None) -> str | None:
+    return None if name is None else key(name)
 
 
 def _make(database: Database, job: Job, own: bool, again: bool, bare: bool) -> Executable:
