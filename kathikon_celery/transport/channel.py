@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from amqp.protocol import queue_declare_ok_t
 from kombu.exceptions import ChannelError, ContentDisallowed, DecodeError
+from kombu.serialization import registry
 from kombu.transport import virtual
+from kombu.utils import json as kombu_json
 from kombu.utils.uuid import uuid
 
 from kathikon_celery.job import State, in_brief
@@ -17,7 +20,7 @@ from kathikon_celery.storage.names import key
 from kathikon_celery.transport import collecting
 from kathikon_celery.transport.carrying import CARRIED
 from kathikon_celery.transport.delivery import BACK, Delivery, Outcome, Verdict
-from kathikon_celery.transport.envelope import check_call, fold, priority_of, task_of, to_job, unfold
+from kathikon_celery.transport.envelope import check_call, fold, loads, priority_of, task_of, to_job, unfold
 from kathikon_celery.transport.exchanges import TopicExchange
 from kathikon_celery.transport.publishing import publish
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+JSON = "application/json"
 REJECTED = Outcome(Verdict.ENDED, State.DISCARDED, "rejected")
 
 
@@ -34,6 +38,23 @@ class Delivered(virtual.Message):
     """A message that knows the delivery it came by."""
 
     delivery: Delivery
+
+    def _decode(self) -> Any:
+        if self._is_plain_json():
+            with suppress(ValueError):  # kombu's reader says what is wrong
+                return loads(self.body)
+        return super()._decode()
+
+    def _is_plain_json(self) -> bool:
+        """Whether kombu, after some looking around, would read the body as its own JSON."""
+        return (
+            self.content_type == JSON
+            and type(self.body) is str
+            and self.body != ""
+            and self.accept is not None
+            and JSON in self.accept
+            and registry._decoders.get(JSON) is kombu_json.loads
+        )
 
     def decode(self) -> Any:
         """What the body says. Raises `DecodeError`, or `ContentDisallowed`; its job is then dead when it is settled."""

@@ -27,6 +27,7 @@ PUBLICATION = "kathikon_publication"
 _JSON = {_TYPE: "application/json", _ENCODING: "utf-8"}
 
 _compact = json.JSONEncoder(separators=(",", ":")).encode
+_decoded = json.JSONDecoder().decode
 
 
 def _dumps(value: Any) -> str:
@@ -36,9 +37,10 @@ def _dumps(value: Any) -> str:
         return kombu_json.dumps(value)  # type: ignore[no-any-return]
 
 
-def _loads(text: str) -> Any:
-    # Only kombu's own notation for dates and the like needs kombu's slower reader.
-    return kombu_json.loads(text) if '"__type__"' in text else json.loads(text)
+def loads(text: str) -> Any:
+    """What kombu's reader of JSON makes of *text*. Raises `ValueError`."""
+    # Only kombu's own notation for dates and the like needs that slower reader.
+    return kombu_json.loads(text) if '"__type__"' in text else _decoded(text)
 
 
 def _as_text(body: Any) -> tuple[str, bool]:
@@ -128,7 +130,7 @@ def _folded(envelope: dict[str, Any], body: Any, content_type: str | None, encod
 def unfold(envelope: str, body: str, tag: str, redelivered: bool) -> dict[str, Any]:
     """The message again, as `kombu.transport.virtual.Message` wants it. Raises `ValueError` for a corrupt row."""
     try:
-        message = _loads(envelope)
+        message = loads(envelope)
     except (ValueError, TypeError) as error:
         raise ValueError(f"corrupt row: its envelope is no JSON: {error}") from error
     if not isinstance(message, dict):
