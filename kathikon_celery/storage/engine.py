@@ -203,7 +203,8 @@ class Database:
         """Keep *connection* for the next use, or give it back to the pool."""
         idle = self._idle[durable]
         if connection.in_transaction():  # SQLAlchemy's notion of one: here each statement commits itself
-            connection.rollback()
+            with suppress(DBAPIError):  # what was done is done
+                connection.rollback()
         if connection.invalidated or len(idle) >= MOST_IDLE:
             connection.close()
         else:

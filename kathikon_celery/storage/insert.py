@@ -91,9 +91,10 @@ def envelope_of(job: Job) -> str:
 
 
 def _values(job: Job) -> dict[str, Any]:
+    own_key, queue_key = key(job.id), _key(job.queue)
     values = {
-        "new_id": key(job.id),
-        "new_queue": _key(job.queue),
+        "new_id": own_key,
+        "new_queue": queue_key,
         "new_task": printable(job.task),
         "new_priority": job.priority,
         "new_publication": job.publication,
@@ -102,7 +103,7 @@ def _values(job: Job) -> dict[str, Any]:
         "new_parent_id": _key(job.parent_id),
         "new_group_id": _key(job.group_id),
         "new_expires_at": job.expires_at,
-        "new_envelope": envelope_of(job),
+        "new_envelope": job.envelope if (own_key, queue_key) == (job.id, job.queue) else envelope_of(job),
         "new_body": job.body,
     }
     if job.scheduled_at is not None:

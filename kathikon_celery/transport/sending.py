@@ -7,7 +7,9 @@ its queue is declared) is remembered here, as long as that holds of which it was
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from celery import Celery, signals
@@ -133,7 +135,7 @@ class Sender:
             "task": name,
             "id": task_id,
             "argsrepr": _simple_repr(args, of_args) or saferepr(args, of_args, maxlevels=levels),
-            "origin": anon_nodename(),
+            "origin": _origin(os.getpid()),
         }
         if kwargs:
             headers["kwargsrepr"] = saferepr(kwargs, of_kwargs, maxlevels=levels)
@@ -231,6 +233,11 @@ class Sender:
             return None
         mode = queue.exchange.delivery_mode or self._app.conf.task_default_delivery_mode
         return _Way(queue.name, maybe_delivery_mode(mode))
+
+
+@lru_cache(maxsize=1)
+def _origin(pid: int) -> str:
+    return anon_nodename()
 
 
 def _is_plain(args: Any, kwargs: Any, options: dict[str, Any]) -> bool:
