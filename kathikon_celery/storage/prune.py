@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
@@ -18,11 +19,13 @@ from sqlalchemy import (
     literal_column,
     or_,
     select,
+    type_coerce,
 )
 from sqlalchemy.sql.expression import ColumnElement
+from sqlalchemy.types import NullType
 
 from kathikon_celery.job import TERMINAL, State
-from kathikon_celery.storage.clock import now, seconds
+from kathikon_celery.storage.clock import Instant, now, seconds
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.tables import (
@@ -59,8 +62,11 @@ _PRUNABLE = {state: _old(jobs.c.id, state) for state in State}
 
 
 @lru_cache(maxsize=64)
-def _prune(dialect: Dialect, state: State) -> Any:
-    return delete(jobs).where(dialect.picked(_old(jobs.c.seq, state), jobs))
+def _prune(dialect: Dialect, state: State, from_front: bool) -> Any:
+    old = _old(jobs.c.seq, state)
+    if from_front:
+        old = old.where(jobs.c.ended_at >= bindparam("front", type_=Instant()))
+    return delete(jobs).where(dialect.picked(old, jobs)).returning(type_coerce(jobs.c.ended_at, NullType()))
 
 
 def prunable(connection: Connection, retention: Mapping[State, float | None], limit: int = CHUNK) -> list[str]:
@@ -73,14 +79,31 @@ def prunable(connection: Connection, retention: Mapping[State, float | None], li
     return found
 
 
-def prune(database: Database, retention: Mapping[State, float | None], limit: int = CHUNK) -> int:
-    """Delete what `prunable` names, unless it was published again meanwhile; the number of it."""
+def prune(
+    database: Database,
+    retention: Mapping[State, float | None],
+    limit: int = CHUNK,
+    fronts: dict[State, datetime] | None = None,
+) -> int:
+    """Delete what `prunable` names, unless it was published again meanwhile; the number of it.
+
+    Arguments:
+        fronts: until when the calls before have deleted, by state, where the dialect ``keeps_old_rows``: it is looked
+            from there on, and from the beginning, over all that was deleted, only when that was not enough.
+    """
+    fronts = fronts if fronts is not None and database.dialect.keeps_old_rows else {}
     pruned = 0
     for state, age in retention.items():
-        if age is not None and pruned < limit:
-            values = {"minus_age": -age, "at_most": limit - pruned}
+        while age is not None and pruned < limit:
+            front = fronts.pop(state, None)
+            values = {"minus_age": -age, "at_most": limit - pruned, **({"front": front} if front else {})}
             with database.once() as connection:
-                pruned += connection.execute(_prune(database.dialect, state), values).rowcount
+                ended = connection.execute(_prune(database.dialect, state, front is not None), values).scalars().all()
+            pruned += len(ended)
+            if pruned >= limit:
+                fronts[state] = max(ended)
+            elif front is None:
+                break
     return pruned
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any, TypeVar
 
 from sqlalchemy import Table, delete
@@ -25,6 +26,7 @@ class SQLBackend:
 
     def __init__(self, database: Database) -> None:
         self.database = database
+        self._pruned: dict[State, datetime] = {}
 
     def _tried(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call what may be called twice, a second time when its connection turns out to be lost."""
@@ -70,7 +72,7 @@ class SQLBackend:
         return self._read(prune.prunable, retention, limit)
 
     def prune(self, retention: Mapping[State, float | None], limit: int) -> int:
-        return self._tried(prune.prune, self.database, retention, limit)
+        return self._tried(prune.prune, self.database, retention, limit, self._pruned)
 
     def delete(self, ids: Sequence[str]) -> int:
         return self._tried(prune.delete_keys, self.database, [key(job_id) for job_id in ids])

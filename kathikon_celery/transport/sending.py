@@ -237,7 +237,7 @@ class Sender:
 
 @lru_cache(maxsize=1)
 def _origin(pid: int) -> str:
-    return anon_nodename()
+    return str(anon_nodename())
 
 
 def _is_plain(args: Any, kwargs: Any, options: dict[str, Any]) -> bool:

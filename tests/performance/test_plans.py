@@ -31,6 +31,7 @@ MESSAGES_HELD = "kathikon_messages_held"
 MESSAGES_READY = "kathikon_messages_ready"
 
 IN_AN_HOUR = datetime.now(timezone.utc) + timedelta(hours=1)
+LONG_AGO = datetime.now(timezone.utc) - timedelta(days=30)
 HOLDS = [Hold(seq, 1, 1) for seq in range(100, 200)]
 
 
@@ -146,6 +147,10 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
         {ENDED: "ended_at"},
     ),
     "prune": (lambda plans: plans.storage.prune(), {ENDED: "ended_at", BY_SEQ: ""}),
+    "prune from the front on": (
+        lambda plans: prune.prune(plans.database, {State.COMPLETED: 600000.0}, 1, {State.COMPLETED: LONG_AGO}),
+        {ENDED: "ended_at", BY_SEQ: ""},
+    ),
     "delete": (lambda plans: prune.delete_keys(plans.database, ["id-1", "id-2", "id-3"]), {BY_ID: "id"}),
     "purge": (writing(lambda plans, conn: prune.purge(conn, "queue-0")), {READY: "queue", DUE: ""}),
     "orphans": (reading(lambda plans, conn: nodes.orphans(conn)), {HELD: "", MESSAGES_HELD: ""}),
@@ -196,12 +201,13 @@ IN_ORDER = {
     "next due",
     "prunable",
     "prune",
+    "prune from the front on",
     "take messages",
     "take messages for good",
 }
 
 #: Until PostgreSQL has its first statistics it sorts all that is due or old, or reads the table.
-WANTS_STATISTICS = {"promote", "prunable", "prune", "workflow"}
+WANTS_STATISTICS = {"promote", "prunable", "prune", "prune from the front on", "workflow"}
 
 
 @pytest.mark.parametrize("name", STATEMENTS)

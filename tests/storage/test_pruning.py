@@ -12,6 +12,7 @@ from kathikon_celery.job import TERMINAL, State
 from kathikon_celery.settings import Settings
 from kathikon_celery.storage import Storage, prune
 from tests.storage.actors import Worker, new_job, the_job
+from tests.support.statements import counted
 
 AGE = 3600.0
 
@@ -51,6 +52,22 @@ def test_each_state_has_its_own_retention(storage: Storage) -> None:
     assert set(storage.prunable_jobs(retention=retention)) == {"old completed", "new completed", "old cancelled"}
     assert prune.prune(storage.database, retention) == 3
     assert storage.prunable_jobs(retention=retention) == []
+
+
+def test_from_the_front_on_nothing_is_left_out(storage: Storage, set_row: Callable[..., None]) -> None:
+    for number in range(6):
+        ended(storage, set_row, str(number), State.COMPLETED, AGE + 100 - number)
+    retention, fronts = {State.COMPLETED: AGE, State.CANCELLED: AGE}, dict[State, datetime]()
+    assert prune.prune(storage.database, retention, 2, fronts) == 2
+    with counted("DELETE") as statements:
+        assert prune.prune(storage.database, retention, 2, fronts) == 2
+    assert [">=" in one for one in statements] == [storage.database.dialect.keeps_old_rows]
+    ended(storage, set_row, "late", State.COMPLETED, AGE + 1000)  # its end was committed after the others'
+    ended(storage, set_row, "other", State.CANCELLED, AGE + 1000)
+    assert prune.prune(storage.database, retention, 10, fronts) == 4
+    assert storage.all() == []
+    ended(storage, set_row, "again", State.COMPLETED, AGE + 1000)
+    assert prune.prune(storage.database, retention, 10, fronts) == 1
 
 
 def test_chunks_take_the_oldest_first(storage: Storage, set_row: Callable[..., None]) -> None:
