@@ -91,19 +91,20 @@ def prune(
         fronts: until when the calls before have deleted, by state, where the dialect ``keeps_old_rows``: it is looked
             from there on, and from the beginning, over all that was deleted, only when that was not enough.
     """
-    fronts = fronts if fronts is not None and database.dialect.keeps_old_rows else {}
+    if not database.dialect.keeps_old_rows:
+        fronts = None
     pruned = 0
     for state, age in retention.items():
         while age is not None and pruned < limit:
-            front = fronts.pop(state, None)
+            front = fronts.pop(state, None) if fronts is not None else None
             values = {"minus_age": -age, "at_most": limit - pruned, **({"front": front} if front else {})}
             with database.once() as connection:
                 ended = connection.execute(_prune(database.dialect, state, front is not None), values).scalars().all()
             pruned += len(ended)
-            if pruned >= limit:
-                fronts[state] = max(ended)
-            elif front is None:
+            if pruned < limit and front is None:
                 break
+            if pruned >= limit and fronts is not None:
+                fronts[state] = max(ended)
     return pruned
 
 

@@ -142,9 +142,9 @@ def end_alone(
     becomes = ended or State.COMPLETED
     new = {name: printable(text) for name, text in written.items()}
     row = dict(
-        id=key(task_id), task="", priority=0, publication=0, fence=0, attempts=0, crashes=0, max_attempts=0,
-        acked=false(), inserted_at=now(), available_at=now(), ended_at=now(), envelope="{}", body="",
-        state=becomes.value, **new,
+        id=key(task_id), task="", priority=0, publication=0, fence=database.dialect.first_fence,
+        attempts=0, crashes=0, max_attempts=0, acked=false(), state=becomes.value,
+        inserted_at=now(), available_at=now(), ended_at=now(), envelope="{}", body="", **new,
     )  # fmt: skip
     statement = database.dialect.insert_or_update(jobs).values(row)
     changes: dict[str, Any] = dict(new)

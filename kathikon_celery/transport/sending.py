@@ -128,7 +128,7 @@ class Sender:
     ) -> Job:
         """The job that Celery and kombu would make of the call."""
         given = options.get
-        root, group, parent = given("root_id"), given("group_id"), given("parent_id")
+        root, group, parent = given("root_id") or task_id, given("group_id"), given("parent_id")
         root = root if root != task_id else None
         of_args, of_kwargs, levels = known.reprs
         headers: dict[str, Any] = {
