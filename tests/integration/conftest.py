@@ -112,7 +112,7 @@ class Jobs:
         assert job is not None, f"no row for {result.id}"
         return job
 
-    def wait(self, result: AsyncResult, *states: State, timeout: float = 15.0) -> Job:
+    def wait(self, result: AsyncResult, *states: State, timeout: float = 60.0) -> Job:
         """The row of a task, as soon as it is in one of the *states*."""
 
         def reached() -> Job | None:
@@ -161,7 +161,7 @@ class Journal:
         """What was appended so far."""
         return apps.read_lines(self.path)
 
-    def wait(self, number: int, timeout: float = 15.0) -> list[str]:
+    def wait(self, number: int, timeout: float = 60.0) -> list[str]:
         """The lines, as soon as there are so many."""
         return wait_until(lambda: self.lines if len(self.lines) >= number else [], timeout, f"{number} lines")
 

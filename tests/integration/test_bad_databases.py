@@ -53,7 +53,7 @@ def begin(tmp_path: Path) -> Iterator[Begin]:
 def is_at_work(url: str, worker: WorkerProcess) -> None:
     worker.wait_ready(60)
     with client_of(url):
-        assert apps.add.delay(2, 2).get(timeout=30) == 4
+        assert apps.add.delay(2, 2).get(timeout=60) == 4
 
 
 @pytest.mark.postgresql
@@ -71,7 +71,7 @@ def test_a_server_that_is_silent_then_away_then_there(begin: Begin) -> None:
                 started = monotonic()
                 with pytest.raises(OperationalError, match="is away: connection timeout expired") as caught:
                     apps.add.delay(1, 1)
-                assert monotonic() - started < 10
+                assert monotonic() - started < 60
             worker.wait_for_log("is away: connection timeout expired", 30)
         worker.wait_for_log("is away: connection failed", 60)
         server.start()
@@ -181,7 +181,7 @@ def test_a_full_disk(begin: Begin, small_disk: Path) -> None:
         storage = Storage.for_app(app)
         for sent in accepted:
             wait_until(lambda sent=sent: storage.fetch(sent.id).state is State.COMPLETED, 60, "all that was accepted")
-        assert apps.add.delay(2, 2).get(timeout=30) == 4
+        assert apps.add.delay(2, 2).get(timeout=60) == 4
         storage.close()
     assert worker.stop() == 0
 
@@ -274,13 +274,13 @@ def test_no_password_is_shown_anywhere(begin: Begin, postgresql_url: str, capfd:
     worker.wait_ready(60)
     shown: list[Any] = []
     app = apps.create_app("client", **conf)
-    inspect = app.control.inspect([worker.hostname])
+    inspect = app.control.inspect([worker.hostname], timeout=30)
     with app.connection_for_write() as connection:
         shown += [connection.as_uri(), repr(connection), str(connection)]
         shown += [repr(connection.default_channel), repr(connection.transport)]
     sent = app.send_task("tests.support.apps.fail", ("alas",))
     with pytest.raises(ValueError, match="alas"):
-        sent.get(timeout=30)
+        sent.get(timeout=60)
     storage = Storage.for_app(app)
     shown += [inspect.stats(), inspect.conf(with_defaults=True), inspect.report(), inspect.ping(), inspect.registered()]
     assert all(shown)

@@ -77,9 +77,9 @@ def test_a_corrupt_row_is_dead_and_says_why(app: Celery, jobs: Jobs, worker: Wor
     dead = jobs.wait(AsyncResult(job_id, app=app), State.DEAD, State.COMPLETED)
     assert (dead.state, dead.envelope, dead.body) == (State.DEAD, changes, body)
     assert said in dead.reason
-    assert sound.get(timeout=15) == 4
+    assert sound.get(timeout=60) == 4
     with pytest.raises(Exception, match=r"^corrupt row: "):
-        AsyncResult(job_id, app=app).get(timeout=15)
+        AsyncResult(job_id, app=app).get(timeout=60)
     assert worker.running
 
 
@@ -95,9 +95,9 @@ def test_rows_that_nobody_can_read_spoil_no_listing(app: Celery, jobs: Jobs, wor
         assert listed[sent.id].reason == f"corrupt row: {said}"
         assert said in str(sent.result)
     with pytest.raises(Exception, match="state is 'asleep'"):
-        asleep.get(timeout=15)
+        asleep.get(timeout=60)
     assert ("default", "asleep") in jobs.storage.counts()
-    assert apps.add.delay(2, 2).get(timeout=15) == 4
+    assert apps.add.delay(2, 2).get(timeout=60) == 4
     assert jobs.storage.delete([asleep.id, erring.id]) == 2
 
 
@@ -115,7 +115,7 @@ def test_sqlite_text_that_is_no_utf_8(app: Celery, jobs: Jobs, worker: WorkerPro
         dead = jobs.wait(AsyncResult(job_id, app=app), State.DEAD, State.COMPLETED)
         assert (dead.state, getattr(dead, column)) == (State.DEAD, "\udcff\udcfe")
         assert column in dead.reason
-    assert apps.add.delay(2, 2).get(timeout=15) == 4
+    assert apps.add.delay(2, 2).get(timeout=60) == 4
 
 
 NAMES = {
@@ -136,9 +136,9 @@ def test_names_of_any_length_and_alphabet(app: Celery, jobs: Jobs, worker: Worke
     as_id = apps.add.apply_async((1, 1), task_id=name)
     as_queue = apps.echo.apply_async((name,), queue=name)
     as_unknown = app.send_task(name)
-    assert as_id.get(timeout=15) == 2
+    assert as_id.get(timeout=60) == 2
     assert jobs.of(as_id).id == name
-    assert as_queue.get(timeout=15) == [[name], {}]
+    assert as_queue.get(timeout=60) == [[name], {}]
     job = jobs.wait(as_queue, State.COMPLETED)
     assert job.queue == name
     assert jobs.storage.counts()[name, "completed"] == 1
@@ -149,7 +149,7 @@ def test_names_of_any_length_and_alphabet(app: Celery, jobs: Jobs, worker: Worke
     with app.connection_for_write() as connection:
         Queue(name, exchange, routing_key=f"key.{name}")(connection.default_channel).declare()
     routed = apps.add.apply_async((3, 3), exchange=exchange, routing_key=f"key.{name}")
-    assert routed.get(timeout=15) == 6
+    assert routed.get(timeout=60) == 6
     assert jobs.of(routed).queue == name
     app.control.cancel_consumer(name, destination=[worker.hostname], reply=True)
     shown = CliRunner().invoke(kathikon, ["counts"], obj=CLIContext(app=app, no_color=True, workdir=None))

@@ -126,6 +126,6 @@ def test_workers_run_it_all(app: Celery, jobs: Jobs, shared_workers: Workers) ->
         parts = group(apps.add.s(number, 2) for number in range(20)).delay()
         counted = chord(apps.add.s(number, number) for number in range(5))(apps.total.s())
         chained = chain(apps.add.s(1, 1), apps.add.s(3)).delay()
-    assert [result.get(timeout=30) for result in results] == [number + 1 for number in range(50)]
-    assert parts.get(timeout=30) == [number + 2 for number in range(20)]
-    assert (counted.get(timeout=30), chained.get(timeout=30)) == (20, 5)
+    assert [result.get(timeout=60) for result in results] == [number + 1 for number in range(50)]
+    assert parts.get(timeout=60) == [number + 2 for number in range(20)]
+    assert (counted.get(timeout=60), chained.get(timeout=60)) == (20, 5)

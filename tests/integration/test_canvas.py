@@ -120,7 +120,7 @@ EAGER_HAS_NONE = {"parts that add parts"}
 @pytest.mark.parametrize("shape", SHAPES)
 def test_value(app: Celery, jobs: Jobs, shape: str) -> None:
     make, value = SHAPES[shape]
-    assert make().apply_async().get(timeout=30) == value
+    assert make().apply_async().get(timeout=60) == value
     assert not [job.task for job in jobs.storage.all() if job.task == "celery.chord_unlock"]
 
 
@@ -135,8 +135,8 @@ def test_value_in_eager_mode(app: Celery, shape: str) -> None:
 def test_value_of_a_canvas_that_a_task_sends(app: Celery, jobs: Jobs, shape: str) -> None:
     make, value = SHAPES[shape]
     sender = send.delay(make())
-    sent = result_from_tuple(sender.get(timeout=30), app)
-    assert sent.get(timeout=30) == value
+    sent = result_from_tuple(sender.get(timeout=60), app)
+    assert sent.get(timeout=60) == value
     # What a task sends has the root of the task, whatever its shape.
     members = [job for job in jobs.storage.workflow(sender.id) if job.id != sender.id]
     assert len(members) >= len(make().tasks)
@@ -170,7 +170,7 @@ def test_failure(app: Celery, what: str) -> None:
 
 def test_get_raises_what_a_part_has_raised(app: Celery) -> None:
     with pytest.raises(ValueError, match="broken"):
-        chord([add.s(1, 1), fail.s("broken")], total.s()).apply_async().get(timeout=30)
+        chord([add.s(1, 1), fail.s("broken")], total.s()).apply_async().get(timeout=60)
 
 
 @pytest.mark.parametrize("pool", ["threads"], indirect=True, scope="module")
@@ -187,7 +187,7 @@ def test_the_parts_are_looked_at_all_together(app: Celery, tmp_path: Path) -> No
             gate.touch()
 
     with heard(hear):
-        assert result.get(timeout=30, interval=0.05)[0] == "done"
+        assert result.get(timeout=60, interval=0.05)[0] == "done"
     assert statements < len(parts) * 2
 
 
@@ -208,7 +208,7 @@ def test_a_part_whose_process_is_lost_fails_its_chord(app: Celery, journal: Jour
 
 def members(result: AsyncResult) -> list[dict[str, Any]]:
     """What the tasks of a canvas of `lineage` say, in the order of their ends."""
-    value = result.get(timeout=30)
+    value = result.get(timeout=60)
     return value if isinstance(value[0], dict) else [one for each in value for one in each]
 
 
@@ -356,6 +356,6 @@ def test_an_exception_with_arguments_fails_a_chord_with_its_words(app: Celery) -
 @pytest.mark.usefixtures("worker")
 def test_nothing_is_left_over(app: Celery, jobs: Jobs) -> None:
     for make, value in SHAPES.values():
-        assert make().apply_async().get(timeout=30) == value
+        assert make().apply_async().get(timeout=60) == value
     with jobs.storage.database.read() as connection:
         assert connection.execute(select(func.count()).select_from(chord_parts)).scalar() == 0

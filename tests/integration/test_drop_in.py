@@ -149,7 +149,7 @@ USE = """
     from proj.mail.tasks import Send, send
     from proj.tasks import add
     results = [add.delay(2, 3), send.delay("ann"), Send.delay("bob")]
-    answer = [result.get(timeout=30) for result in results]
+    answer = [result.get(timeout=60) for result in results]
 """
 RESULTS = [5, "sent to ann", "patterns mind upper and lower case"]
 PLAIN = {"proj.tasks.add": "default", "proj.mail.tasks.send": "default", "proj.mail.tasks.Send": "default"}
@@ -360,8 +360,8 @@ def test_base_classes_and_requests_of_ones_own(project: Project, tmp_path: Path)
             results = [early.delay(number) for number in range(20)]
             results += [good.delay(1), again.delay(), app.tasks["proj.tasks.count"].delay(1)]
             failures = [bad.delay(), slow.delay()]
-            answer = [result.get(timeout=30) for result in results]
-            answer += [str(result.get(timeout=30, propagate=False)) for result in failures]
+            answer = [result.get(timeout=60) for result in results]
+            answer += [str(result.get(timeout=60, propagate=False)) for result in failures]
             """
         )
         assert answer == [*range(20), 1, 1, 2, "as asked", "TimeLimitExceeded(0.3,)"]

@@ -51,7 +51,7 @@ def test_runs_tasks_whenever_it_is_entered(kathikon_app: Celery, kathikon_storag
         with worker:
             assert worker.is_running
             results = [apps.add.delay(number, again) for number in range(30)]
-            assert [result.get(timeout=15) for result in results] == [number + again for number in range(30)]
+            assert [result.get(timeout=60) for result in results] == [number + again for number in range(30)]
         assert not worker.is_running
     assert states(kathikon_storage) == {"completed": 90}
 
@@ -68,11 +68,11 @@ def test_leaves_the_process_as_it_was(kathikon_app: Celery) -> None:
         return handlers, told, sys.stdout, sys.stderr, files, get_event_loop(), consumed
 
     with EmbeddedWorker(kathikon_app):
-        apps.add.delay(1, 2).get(timeout=15)
+        apps.add.delay(1, 2).get(timeout=60)
     before = look()
     for queues in ("default", "other"):
         with EmbeddedWorker(kathikon_app, queues=queues):
-            apps.add.apply_async((1, 2), queue=queues).get(timeout=15)
+            apps.add.apply_async((1, 2), queue=queues).get(timeout=60)
     with EmbeddedWorker(kathikon_app, exclude_queues="default"):
         pass
     assert look() == before
@@ -87,7 +87,7 @@ def test_on_tables_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return 2 * number
 
     with EmbeddedWorker(app):
-        assert double.delay(21).get(timeout=15) == 42
+        assert double.delay(21).get(timeout=60) == 42
     storage = Storage.for_app(app)
     assert [job.state for job in storage.all()] == [State.COMPLETED]
     storage.reset()
@@ -107,7 +107,7 @@ def add(x, y):
     return x + y
 
 with EmbeddedWorker(app, concurrency=2):
-    print(add.delay(2, 2).get(timeout=15))
+    print(add.delay(2, 2).get(timeout=60))
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("KATHIKON_")}
     done = subprocess.run(
@@ -127,11 +127,11 @@ def test_stops_warmly(kathikon_app: Celery, kathikon_storage: Storage, tmp_path:
         worker.stop(timeout=0.2)
     gate.touch()
     worker.stop()
-    assert running.get(timeout=15) == "done"
+    assert running.get(timeout=60) == "done"
     assert journal.lines == []
     assert states(kathikon_storage) == {"completed": 1, "available": 20}
     with worker:
-        assert sorted(int(result.get(timeout=15)) for result in waiting) == list(range(20))
+        assert sorted(int(result.get(timeout=60)) for result in waiting) == list(range(20))
 
 
 def test_countdowns_retries_priorities_and_failures(
@@ -145,10 +145,10 @@ def test_countdowns_retries_priorities_and_failures(
         later = apps.add.apply_async((1, 1), countdown=0.3)
         retried = apps.retry_then_succeed.delay(journal.path, 2, 0.05)
         failing = apps.fail.delay("on purpose")
-        assert retried.get(timeout=15) == 2
-        assert later.get(timeout=15) == 2
+        assert retried.get(timeout=60) == 2
+        assert later.get(timeout=60) == 2
         with pytest.raises(ValueError, match="on purpose"):
-            failing.get(timeout=15)
+            failing.get(timeout=60)
     job = kathikon_storage.fetch(later.id)
     assert job is not None
     assert job.claimed_at >= job.scheduled_at  # type: ignore[operator]
@@ -164,10 +164,10 @@ def test_a_task_is_at_home_in_its_app(kathikon_app: Celery, pool: str) -> None:
         return current_app.main, threading.current_thread().name, apps.add.delay(2, 3).id
 
     with EmbeddedWorker(kathikon_app, pool):
-        main, thread, task_id = publish.delay().get(timeout=15)
+        main, thread, task_id = publish.delay().get(timeout=60)
         assert main == "kathikon_test"
         assert thread.startswith("kathikon-task" if pool == "threads" else "kathikon-worker")
-        assert kathikon_app.AsyncResult(task_id).get(timeout=15) == 5
+        assert kathikon_app.AsyncResult(task_id).get(timeout=60) == 5
 
 
 def test_tasks_may_be_defined_while_it_runs(kathikon_app: Celery) -> None:
@@ -177,14 +177,14 @@ def test_tasks_may_be_defined_while_it_runs(kathikon_app: Celery) -> None:
         def late() -> str:
             return "first"
 
-        assert late.delay().get(timeout=15) == "first"
+        assert late.delay().get(timeout=60) == "first"
         kathikon_app.tasks.unregister("late")
 
         @kathikon_app.task(name="late", rate_limit="100/s")
         def anew() -> str:
             return "second"
 
-        assert anew.delay().get(timeout=15) == "second"
+        assert anew.delay().get(timeout=60) == "second"
 
 
 def test_several_at_once_on_queues_of_their_own(kathikon_app: Celery) -> None:
@@ -193,11 +193,11 @@ def test_several_at_once_on_queues_of_their_own(kathikon_app: Celery) -> None:
         return threading.current_thread().name
 
     with EmbeddedWorker(kathikon_app, "solo", queues="slow") as slow, EmbeddedWorker(kathikon_app, queues="fast"):
-        assert who.apply_async(queue="slow").get(timeout=15) == "kathikon-worker"
-        assert who.apply_async(queue="fast").get(timeout=15).startswith("kathikon-task")
+        assert who.apply_async(queue="slow").get(timeout=60) == "kathikon-worker"
+        assert who.apply_async(queue="fast").get(timeout=60).startswith("kathikon-task")
         nobody = who.apply_async(queue="default")
         with EmbeddedWorker(kathikon_app):
-            assert nobody.get(timeout=15).startswith("kathikon-task")
+            assert nobody.get(timeout=60).startswith("kathikon-task")
         assert slow.is_running
     assert not slow.is_running
 
@@ -205,7 +205,7 @@ def test_several_at_once_on_queues_of_their_own(kathikon_app: Celery) -> None:
 def test_remote_control_reaches_it(kathikon_app: Celery) -> None:
     with EmbeddedWorker(kathikon_app, hostname="mine@here") as worker:
         with kathikon_app.connection_for_write() as connection:  # of its own: it ends with the block
-            inspect = kathikon_app.control.inspect(timeout=5, limit=1, connection=connection)
+            inspect = kathikon_app.control.inspect(timeout=30, limit=1, connection=connection)
             assert inspect.ping() == {"mine@here": {"ok": "pong"}}
             kathikon_app.control.shutdown(connection=connection)
         wait_until(lambda: not worker.is_running, what="the worker has ended")
@@ -233,7 +233,7 @@ def test_a_worker_that_cannot_start(kathikon_app: Celery, caplog: pytest.LogCapt
     assert "a step failed" in caplog.text
     kathikon_app.steps["consumer"].remove(FailsAtStart)
     with worker:
-        assert apps.add.delay(1, 1).get(timeout=15) == 2
+        assert apps.add.delay(1, 1).get(timeout=60) == 2
 
 
 def test_a_worker_that_breaks(kathikon_app: Celery) -> None:

@@ -30,7 +30,7 @@ def test_a_task_tells_its_way(app: Celery, worker: WorkerProcess) -> None:
     app.conf.task_send_sent_event = True
     with listening(app) as events:
         result = apps.echo.delay("an argument")
-        assert result.get(timeout=15)
+        assert result.get(timeout=60)
         events.wait("task-succeeded")
         events.wait("task-sent")
         seen = {event["type"]: event for event in events.seen if event.get("uuid") == result.id}
@@ -54,7 +54,7 @@ def test_failures_retries_and_revokes_are_told(app: Celery, worker: WorkerProces
     with listening(app) as events:
         failed = apps.fail.delay("alas")
         retried = apps.retry_then_succeed.delay(str(tmp_path / "journal"), 1)
-        assert retried.get(timeout=15) == 1
+        assert retried.get(timeout=60) == 1
         running = apps.wait_for_file.delay(str(tmp_path / "go on"))
         wait_until(lambda: running.state == "STARTED", what="a running task")
         running.revoke(terminate=True)
@@ -76,7 +76,7 @@ def test_a_worker_tells_its_life(app: Celery, worker: WorkerProcess, shared_work
         assert (online["sw_ident"], online["pid"]) == ("py-celery", second.pid)
         beats = wait_until(lambda: of_the_second("worker-heartbeat"), 20, "worker-heartbeat")
         assert beats[0]["active"] == 0
-        apps.add.apply_async((1, 1), queue="other").get(timeout=15)
+        apps.add.apply_async((1, 1), queue="other").get(timeout=60)
         assert second.stop() == 0
         wait_until(lambda: of_the_second("worker-offline"), 20, "worker-offline")
         # Without -E a worker says nothing of its tasks.

@@ -71,7 +71,7 @@ def test_it_still_sees_what_is_to_be_done(
     one.until(LOOKS)
     later = apps.add.apply_async((1, 2), countdown=3)  # the promoter
     expiring = apps.add.apply_async((1, 2), queue="nobody's", expires=1)  # the pruner, and who tells of its end
-    assert later.get(timeout=20) == 3
+    assert later.get(timeout=60) == 3
     job = jobs.of(later)
     assert job.scheduled_at is not None
     assert job.claimed_at is not None

@@ -560,7 +560,7 @@ class TestConnection:
         start = monotonic()
         with pytest.raises(socket.timeout):
             connection.drain_events(timeout=0.2)
-        assert 0.2 <= monotonic() - start < 5
+        assert 0.2 <= monotonic() - start < 60
         send(connection, queue, "x")
         connection.drain_events(timeout=TIMEOUT)
         assert inbox.bodies == ["x"]

@@ -37,7 +37,7 @@ def worker(shared_workers: Workers, pool: str) -> WorkerProcess:
 
 def test_tasks_run_and_return(app: Celery, jobs: Jobs) -> None:
     results = [apps.add.delay(number, 1) for number in range(20)]
-    assert [result.get(timeout=15) for result in results] == [number + 1 for number in range(20)]
+    assert [result.get(timeout=60) for result in results] == [number + 1 for number in range(20)]
     for result in results:
         job = jobs.wait(result, State.COMPLETED)
         assert (job.attempts, job.crashes, job.errors, job.node_id) == (1, 0, [], None)
@@ -48,9 +48,9 @@ def test_results_of_many_are_written_together(app: Celery, jobs: Jobs) -> None:
     with bulk():
         sent = [apps.add.delay(number, 1) for number in range(300)]
         failing = apps.fail.delay("broken among many")
-    assert [result.get(timeout=30) for result in sent] == [number + 1 for number in range(300)]
+    assert [result.get(timeout=60) for result in sent] == [number + 1 for number in range(300)]
     with pytest.raises(ValueError, match="broken among many"):
-        failing.get(timeout=15)
+        failing.get(timeout=60)
     ended = [jobs.wait(result, State.COMPLETED) for result in sent]
     assert {(job.attempts, job.status, job.node_id) for job in ended} == {(1, "SUCCESS", None)}
     assert len({job.ended_at for job in ended}) < 200
@@ -58,13 +58,13 @@ def test_results_of_many_are_written_together(app: Celery, jobs: Jobs) -> None:
 
 def test_arguments_arrive_as_they_were(app: Celery) -> None:
     arguments = ["", "ü\u2028\U0001f600", None, 1.5, [1, {"a": []}], "x" * 100_000]
-    assert apps.echo.delay(*arguments, key="wért").get(timeout=15) == [arguments, {"key": "wért"}]
+    assert apps.echo.delay(*arguments, key="wért").get(timeout=60) == [arguments, {"key": "wért"}]
 
 
 def test_an_error_is_raised_in_the_caller_with_its_traceback(app: Celery, jobs: Jobs) -> None:
     result = apps.fail.delay("broken on purpose")
     with pytest.raises(ValueError, match=r"^broken on purpose$"):
-        result.get(timeout=15)
+        result.get(timeout=60)
     assert result.state == "FAILURE"
     assert "in fail" in result.traceback
     job = jobs.wait(result, State.DEAD)
@@ -77,7 +77,7 @@ def test_a_retry_waits_in_the_same_row(app: Celery, jobs: Jobs, journal: Journal
     result = apps.retry_then_succeed.delay(journal.path, 2, countdown=0.4)
     job = jobs.wait(result, State.RETRYABLE)
     wait_until(lambda: result.state == "RETRY", what="Celery's word for it")
-    assert result.get(timeout=15) == 2
+    assert result.get(timeout=60) == 2
     assert journal.lines == [result.id] * 3
     job = jobs.wait(result, State.COMPLETED)
     assert [(error["attempt"], error["reason"]) for error in job.errors] == [
@@ -90,7 +90,7 @@ def test_a_retry_waits_in_the_same_row(app: Celery, jobs: Jobs, journal: Journal
 def test_a_task_that_retries_in_vain_is_dead(app: Celery, jobs: Jobs, journal: Journal) -> None:
     result = apps.retry_until_given_up.delay(journal.path)
     with pytest.raises(OSError, match="still broken"):
-        result.get(timeout=15)
+        result.get(timeout=60)
     job = jobs.wait(result, State.DEAD)
     assert len(journal.lines) == 3
     # A child notes the failure after it has published the retry, which may be over by then.
@@ -101,34 +101,35 @@ def test_a_task_that_retries_in_vain_is_dead(app: Celery, jobs: Jobs, journal: J
 def test_a_countdown_is_kept_in_the_table_and_met(
     app: Celery, jobs: Jobs, journal: Journal, worker: WorkerProcess
 ) -> None:
-    due = time() + 1.0
-    result = apps.append.apply_async((journal.path, "countdown"), countdown=1.0)
+    before = time()
+    result = apps.append.apply_async((journal.path, "countdown"), countdown=3.0)
+    after = time()
     job = jobs.of(result)
     assert job.state is State.SCHEDULED
-    assert job.scheduled_at.timestamp() == pytest.approx(due, abs=0.5)
-    assert app.control.inspect([worker.hostname]).scheduled() == {worker.hostname: []}
+    assert before + 3.0 <= job.scheduled_at.timestamp() <= after + 3.0
+    assert app.control.inspect([worker.hostname], timeout=30).scheduled() == {worker.hostname: []}
     assert journal.lines == []
-    assert result.get(timeout=15) == "countdown"
-    assert 0 <= (jobs.of(result).claimed_at - job.scheduled_at).total_seconds() < 0.5
+    assert result.get(timeout=60) == "countdown"
+    assert jobs.of(result).claimed_at >= job.scheduled_at
 
 
 def test_an_eta_is_met_whatever_its_zone(app: Celery, jobs: Jobs) -> None:
     eta = datetime.now(timezone(timedelta(hours=5))) + timedelta(seconds=0.5)
     result = apps.describe.apply_async(eta=eta)
     assert jobs.of(result).scheduled_at == eta
-    assert result.get(timeout=15)["id"] == result.id
+    assert result.get(timeout=60)["id"] == result.id
     assert jobs.of(result).claimed_at >= eta
 
 
 def test_an_eta_that_is_past_is_now(app: Celery, jobs: Jobs) -> None:
     result = apps.add.apply_async((1, 1), eta=datetime.now(timezone.utc) - timedelta(days=1))
-    assert result.get(timeout=15) == 2
+    assert result.get(timeout=60) == 2
 
 
 def test_what_expired_is_discarded_and_does_not_run(app: Celery, jobs: Jobs, journal: Journal) -> None:
     result = apps.append.apply_async((journal.path, "late"), countdown=0.5, expires=0.1)
     in_time = apps.append.apply_async((journal.path, "in time"), countdown=0.6, expires=60)
-    assert in_time.get(timeout=15) == "in time"
+    assert in_time.get(timeout=60) == "in time"
     job = jobs.wait(result, State.DISCARDED)
     assert job.reason == "expired"
     assert result.state == "REVOKED"
@@ -143,7 +144,7 @@ def test_a_rejected_job_is_discarded(app: Celery, jobs: Jobs) -> None:
 
 def test_a_rejected_job_that_is_requeued_runs_again(app: Celery, jobs: Jobs, journal: Journal) -> None:
     result = apps.reject_until_third_start.delay(journal.path, "again")
-    assert result.get(timeout=15) == 3
+    assert result.get(timeout=60) == 3
     job = jobs.wait(result, State.COMPLETED)
     assert (job.attempts, job.crashes) == (3, 0)
 
@@ -178,14 +179,14 @@ def test_a_task_that_acknowledges_early_is_running_on_disk_before_it_starts(
     journal.wait(1)
     job = jobs.of(result)
     assert (job.state, job.acked) == (State.RUNNING, True)
-    assert result.get(timeout=15) == "early"
+    assert result.get(timeout=60) == "early"
     job = jobs.wait(result, State.COMPLETED)
     assert (job.attempts, journal.lines) == (1, ["early"])
 
 
 def test_many_tasks_that_acknowledge_early_run_once(app: Celery, jobs: Jobs, journal: Journal) -> None:
     results = [apps.append_early.delay(journal.path, str(number)) for number in range(30)]
-    assert [result.get(timeout=15) for result in results] == [str(number) for number in range(30)]
+    assert [result.get(timeout=60) for result in results] == [str(number) for number in range(30)]
     assert sorted(journal.lines, key=int) == [str(number) for number in range(30)]
     assert {jobs.wait(result, State.COMPLETED).attempts for result in results} == {1}
 
@@ -197,7 +198,7 @@ def test_a_task_that_acknowledges_early_and_raises_is_dead(app: Celery, jobs: Jo
 
 def test_a_task_replaces_itself(app: Celery, jobs: Jobs) -> None:
     result = apps.replace.delay(2, 3)
-    assert result.get(timeout=15) == 5
+    assert result.get(timeout=60) == 5
     job = jobs.wait(result, State.COMPLETED)
     assert (job.task, job.attempts) == ("tests.support.apps.add", 2)
 
@@ -208,7 +209,7 @@ def test_progress_is_seen_while_the_task_runs(app: Celery, jobs: Jobs, tmp_path:
     assert result.info == {"done": 1, "of": 2}
     assert jobs.wait(result, State.RUNNING).status == "PROGRESS"
     (tmp_path / "go on").touch()
-    assert result.get(timeout=15) == "done"
+    assert result.get(timeout=60) == "done"
     assert result.state == "SUCCESS"
 
 
@@ -218,7 +219,7 @@ def test_a_long_task_is_seen_to_run(app: Celery, jobs: Jobs, tmp_path: Path) -> 
     assert result.state == "STARTED"
     assert job.started_at >= job.claimed_at
     (tmp_path / "go on").touch()
-    assert result.get(timeout=15) == "done"
+    assert result.get(timeout=60) == "done"
 
 
 def test_a_task_that_the_worker_does_not_know_is_dead_and_kept(app: Celery, jobs: Jobs) -> None:
@@ -227,11 +228,11 @@ def test_a_task_that_the_worker_does_not_know_is_dead_and_kept(app: Celery, jobs
     assert "NotRegistered" in job.reason
     assert job.body
     with pytest.raises(NotRegistered):
-        result.get(timeout=15)
+        result.get(timeout=60)
 
 
 def test_a_task_knows_its_delivery(app: Celery, worker: WorkerProcess, pool: str) -> None:
-    described = apps.describe.apply_async(priority=7).get(timeout=15)
+    described = apps.describe.apply_async(priority=7).get(timeout=60)
     assert (described["priority"], described["queue"], described["hostname"]) == (7, "default", worker.hostname)
     assert described["eta"] is None
     in_child = pool == "prefork"
@@ -248,6 +249,6 @@ def test_higher_priorities_run_first(app: Celery, jobs: Jobs, journal: Journal, 
     wait_until(lambda: (datetime.now(timezone.utc) - running.claimed_at).total_seconds() > 1.5, what="a calm pool")
     results = [apps.append.apply_async((journal.path, str(p)), priority=p) for p in (0, 5, -3, 255, 10)]
     gates[0].touch()
-    assert [int(result.get(timeout=15)) for result in results] == [0, 5, -3, 255, 10]
+    assert [int(result.get(timeout=60)) for result in results] == [0, 5, -3, 255, 10]
     assert [int(line) for line in journal.lines] == [255, 10, 5, 0, -3]
     gates[-1].touch()

@@ -44,12 +44,12 @@ class TestOnEveryDatabase:
         worker = celery_setup.worker
         queue = worker.worker_queue
         results = [tasks.add.s(number, 1).apply_async(queue=queue) for number in range(10)]
-        assert [result.get(timeout=30) for result in results] == list(range(1, 11))
+        assert [result.get(timeout=60) for result in results] == list(range(1, 11))
         failing = tasks.fail.s("as asked").apply_async(queue=queue)
         with pytest.raises(RuntimeError, match="Task expected to fail"):
-            failing.get(timeout=30)
+            failing.get(timeout=60)
         retried = apps.echo.s({"a": [1]}).apply_async(queue=queue, countdown=0.2)
-        assert retried.get(timeout=30) == [[{"a": [1]}], {}]
+        assert retried.get(timeout=60) == [[{"a": [1]}], {}]
         worker.assert_log_exists(f"add[{results[0].id}] succeeded")
         worker.assert_log_does_not_exist("Traceback of another test")
         assert kathikon_storage.counts() == {("celery", "completed"): 12, ("celery", "dead"): 1}
@@ -68,7 +68,7 @@ def test_what_the_nodes_say(celery_setup: CeleryTestSetup, kathikon_database_url
     worker = celery_setup.worker
     assert (worker.version, worker.log_level, worker.worker_queue) == (celery.__version__, "INFO", "celery")
     assert worker.hostname() == f"celery_test_worker@{worker.container.id[:12]}"
-    assert celery_setup.app.control.inspect(timeout=5, limit=1).ping() == {worker.hostname(): {"ok": "pong"}}
+    assert celery_setup.app.control.inspect(timeout=30, limit=1).ping() == {worker.hostname(): {"ok": "pong"}}
     assert worker.container.env["CELERY_BROKER_URL"] == url
     assert worker.container.ips.primary == "127.0.0.1"
     assert os.path.isdir(worker.container.env["PYTHONPATH"].split(os.pathsep)[0])
@@ -92,7 +92,7 @@ def test_a_killed_worker_and_what_it_ran(celery_setup: CeleryTestSetup, kathikon
     assert running.state != "SUCCESS"
     worker.restart()
     assert worker.container.status == "running"
-    assert running.get(timeout=30) is True
+    assert running.get(timeout=60) is True
     job = kathikon_storage.fetch(running.id)
     assert job is not None
     assert (job.state, job.crashes) == (State.COMPLETED, 1)
@@ -105,7 +105,7 @@ def test_signals_reach_the_worker(celery_setup: CeleryTestSetup) -> None:
     wait_until(lambda: worker.container.status == "exited", 30, "the worker has ended")
     waiting = tasks.ping.s().apply_async(queue=worker.worker_queue)
     worker.restart(force=True)
-    assert waiting.get(timeout=30) == "pong"
+    assert waiting.get(timeout=60) == "pong"
 
 
 class TestCluster:
@@ -120,12 +120,12 @@ class TestCluster:
     ) -> None:
         one, other = celery_setup.worker_cluster
         assert celery_setup.worker_cluster.versions == {celery.__version__}
-        answers = celery_setup.app.control.inspect(timeout=5, limit=2).ping()
+        answers = celery_setup.app.control.inspect(timeout=30, limit=2).ping()
         assert set(answers) == {one.hostname(), other.hostname()}
         results = [tasks.sleep.s(0.3).apply_async(queue=one.worker_queue) for _ in range(8)]
         wait_until(lambda: kathikon_storage.counts().get(("celery", "running")), what="jobs run")
         one.kill()
-        assert all(result.get(timeout=30) for result in results)
+        assert all(result.get(timeout=60) for result in results)
         said = "is dead, its process is gone"  # by whoever is the first to see it: this process is a node as well
         wait_until(lambda: said in other.logs() or said in caplog.text, 60, "one of the living says that it is dead")
 
@@ -181,7 +181,7 @@ class TestOwnWorker:
     def test_it_is_what_runs(self, celery_setup: CeleryTestSetup) -> None:
         worker = celery_setup.worker
         assert worker.hostname().startswith("mine@")
-        assert apps.describe.delay().get(timeout=30)["queue"] == "emails"
+        assert apps.describe.delay().get(timeout=60)["queue"] == "emails"
         stats = celery_setup.app.control.inspect([worker.hostname()], timeout=5).stats()[worker.hostname()]
         assert stats["pool"]["max-concurrency"] == 3
         code, output = worker.container.exec_run("python -c \"import os; print(os.environ['FLAVOUR'])\"")
@@ -210,8 +210,8 @@ class TestOutage:
         with pytest.raises((Unavailable, celery.app.task.Task.OperationalError)):
             tasks.ping.s().apply_async(queue=queue, retry=False)
         broker.restart()
-        assert running.get(timeout=30) is True
-        assert tasks.ping.s().apply_async(queue=queue).get(timeout=30) == "pong"
+        assert running.get(timeout=60) is True
+        assert tasks.ping.s().apply_async(queue=queue).get(timeout=60) == "pong"
 
 
 def test_a_file_cannot_be_killed(celery_broker: KathikonTestBroker) -> None:

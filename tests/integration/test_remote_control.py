@@ -188,7 +188,7 @@ def test_inspect_reserved(app: Celery, jobs: Jobs, gate: Path) -> None:
     assert inspected(app, "reserved") == {ONE: [], TWO: []}
     assert jobs.of(waiting).state is State.AVAILABLE
     gate.touch()
-    assert waiting.get(timeout=15) == 2
+    assert waiting.get(timeout=60) == 2
 
 
 def test_inspect_revoked(app: Celery) -> None:
@@ -218,7 +218,7 @@ def test_stats_count_the_tasks(app: Celery) -> None:
     name = "tests.support.apps.echo"
     before = inspected(app, "stats")[ONE]["total"].get(name, 0)
     for result in [apps.echo.delay(number) for number in range(3)]:
-        result.get(timeout=15)
+        result.get(timeout=60)
     assert inspected(app, "stats")[ONE]["total"][name] == before + 3
 
 
@@ -229,10 +229,10 @@ def test_control_add_consumer(app: Celery, jobs: Jobs) -> None:
     queue = "a new queue: ü"
     result = apps.add.apply_async((2, 3), queue=queue)
     assert controlled(app, "add_consumer", queue, to=TWO) == {TWO: {"ok": f"add consumer {queue}"}}
-    assert result.get(timeout=15) == 5
+    assert result.get(timeout=60) == 5
     controlled(app, "add_consumer", "sports", "news", "topic", "sports.#", to=TWO)
     wait_until(lambda: "sports" in queues(app, TWO), what="the queue is consumed")
-    assert apps.add.apply_async((3, 3), exchange="news", routing_key="sports.today").get(timeout=15) == 6
+    assert apps.add.apply_async((3, 3), exchange="news", routing_key="sports.today").get(timeout=60) == 6
     controlled(app, "cancel_consumer", queue, to=TWO)
     controlled(app, "cancel_consumer", "sports", to=TWO)
 
@@ -241,10 +241,10 @@ def test_control_cancel_consumer(app: Celery, jobs: Jobs) -> None:
     controlled(app, "cancel_consumer", "default", to=ONE)
     wait_until(lambda: queues(app, ONE) == [], what="the queue is left")
     result = apps.add.delay(2, 3)
-    assert apps.add.apply_async((2, 2), queue="other").get(timeout=15) == 4
+    assert apps.add.apply_async((2, 2), queue="other").get(timeout=60) == 4
     assert jobs.of(result).state is State.AVAILABLE
     controlled(app, "add_consumer", "default", to=ONE)
-    assert result.get(timeout=15) == 5
+    assert result.get(timeout=60) == 5
 
 
 def test_control_autoscale(app: Celery) -> None:
@@ -270,7 +270,7 @@ def test_control_disable_events(app: Celery) -> None:
     controlled(app, "enable_events")
     assert controlled(app, "disable_events") == {worker: {"ok": "task events disabled"} for worker in (ONE, TWO)}
     with listening(app) as events:
-        apps.add.delay(1, 1).get(timeout=15)
+        apps.add.delay(1, 1).get(timeout=60)
         controlled(app, "enable_events")
         result = apps.add.delay(1, 1)
         assert {event["uuid"] for event in events.wait("task-succeeded")} == {result.id}
@@ -307,13 +307,13 @@ def test_control_pool_grow_and_pool_shrink(app: Celery, jobs: Jobs, journal: Jou
     assert len(processes(app, ONE)) == 2
     gate.touch()
     for result in results:
-        result.get(timeout=15)
+        result.get(timeout=60)
     # A process is busy until the worker has heard of its result.
     shrunk = wait_until(lambda: "ok" in controlled(app, "pool_shrink", "1", to=ONE)[ONE], what="an idle process")
     assert shrunk
     wait_until(lambda: len(processes(app, ONE)) == 1, 20, what="one process")
     for result in [apps.start_and_end.delay(journal.path, str(number)) for number in range(4)]:
-        result.get(timeout=15)
+        result.get(timeout=60)
     assert journal.most_at_once() == 1
 
 
@@ -323,14 +323,14 @@ def test_control_pool_restart(app: Celery) -> None:
     assert answers[ONE] == {"ok": "reload started"}
     assert "Pool restarts not enabled" in answers[TWO]["error"]
     wait_until(lambda: not before & processes(app, ONE), 30, what="other processes")
-    assert apps.add.delay(2, 2).get(timeout=30) == 4
+    assert apps.add.delay(2, 2).get(timeout=60) == 4
 
 
 def test_control_rate_limit(app: Celery) -> None:
     task = "tests.support.apps.echo"
     assert controlled(app, "rate_limit", task, "100/s")[ONE] == {"ok": "new rate limit set successfully"}
     assert f"{task} [rate_limit=100/s]" in inspected(app, "registered", "rate_limit")[ONE]
-    assert apps.echo.delay(1).get(timeout=15) == [[1], {}]
+    assert apps.echo.delay(1).get(timeout=60) == [[1], {}]
     assert "Invalid rate limit" in controlled(app, "rate_limit", task, "often")[ONE]["error"]
     assert controlled(app, "rate_limit", "tests.unknown", "1/s")[TWO] == {"error": "unknown task"}
     assert controlled(app, "rate_limit", task, "0")[ONE]["ok"]
@@ -344,7 +344,7 @@ def test_control_revoke(app: Celery, jobs: Jobs, gate: Path) -> None:
     assert all("flagged as revoked" in answer["ok"] for answer in answers.values())
     for result in waiting:
         with pytest.raises(TaskRevokedError):
-            result.get(timeout=15)
+            result.get(timeout=60)
         jobs.wait(result, State.CANCELLED)
     assert jobs.of(running).state is State.RUNNING
 
@@ -362,7 +362,7 @@ def test_control_revoke_by_stamped_headers(app: Celery, jobs: Jobs, gate: Path) 
     assert jobs.wait(running, State.CANCELLED).reason == "terminated"
     jobs.wait(waiting, State.CANCELLED)
     gate.touch()
-    assert other.get(timeout=15) == "done"
+    assert other.get(timeout=60) == "done"
 
 
 def test_control_terminate(app: Celery, jobs: Jobs, gate: Path) -> None:
@@ -371,9 +371,9 @@ def test_control_terminate(app: Celery, jobs: Jobs, gate: Path) -> None:
     answers = controlled(app, "terminate", "SIGKILL", result.id)
     assert answers == {ONE: {"ok": f"terminate: {result.id}"}, TWO: {"ok": "terminate: tasks unknown"}}
     with pytest.raises(TaskRevokedError):
-        result.get(timeout=15)
+        result.get(timeout=60)
     jobs.wait(result, State.CANCELLED)
-    assert apps.add.delay(1, 1).get(timeout=15) == 2
+    assert apps.add.delay(1, 1).get(timeout=60) == 2
 
 
 def test_control_time_limit(app: Celery) -> None:
@@ -410,9 +410,9 @@ def test_a_command_goes_to_everybody_or_to_whom_it_names(app: Celery) -> None:
 
 def test_as_many_answers_as_are_wanted_end_the_wait(app: Celery) -> None:
     started = monotonic()
-    assert len(app.control.ping(timeout=60, limit=2)) == 2
-    assert len(app.control.ping(timeout=60, destination=[ONE, TWO])) == 2
-    assert monotonic() - started < 30
+    assert len(app.control.ping(timeout=600, limit=2)) == 2
+    assert len(app.control.ping(timeout=600, destination=[ONE, TWO])) == 2
+    assert monotonic() - started < 600
 
 
 def test_nobody_answers_within_the_timeout(app: Celery) -> None:

@@ -57,7 +57,7 @@ class TestWhatIsKnown:
     def test_of_a_success(self, app: Celery, worker: WorkerProcess) -> None:
         before = datetime.now(timezone.utc)
         sent = add.apply_async((1,), {"y": 2})
-        assert sent.get(timeout=30) == 3
+        assert sent.get(timeout=60) == 3
         for result in (sent, again(sent)):
             assert (result.state, result.status, result.result, result.info) == ("SUCCESS", "SUCCESS", 3, 3)
             assert (result.ready(), result.successful(), result.failed(), result.exists()) == (True, True, False, True)
@@ -69,7 +69,7 @@ class TestWhatIsKnown:
     def test_of_a_failure(self, app: Celery) -> None:
         result = fail.delay("broken")
         with pytest.raises(ValueError, match="broken"):
-            result.get(timeout=30)
+            result.get(timeout=60)
         assert repr(result.get(propagate=False)) == "ValueError('broken')"
         result = again(result)
         assert (result.state, repr(result.info)) == ("FAILURE", "ValueError('broken')")
@@ -88,7 +88,7 @@ class TestWhatIsKnown:
 
     def test_of_none(self, app: Celery) -> None:
         result = outcomes.return_value.delay(None)
-        assert result.get(timeout=30) is None
+        assert result.get(timeout=60) is None
         assert again(result).successful()
 
     def test_queued_is_told_apart_from_unknown(self, app: Celery) -> None:
@@ -101,7 +101,7 @@ class TestWhatIsKnown:
 
     def test_a_backend_by_its_own_url_says_no_less(self, app: Celery) -> None:
         result = add.delay(1, 1)
-        result.get(timeout=30)
+        result.get(timeout=60)
         same = pickle.loads(pickle.dumps(result))
         assert (same.id, same.state, same.result) == (result.id, "SUCCESS", 2)
 
@@ -111,7 +111,7 @@ class TestStatesOfOnesOwn:
         result = wait_for_state(outcomes.say_and_wait.delay(str(tmp_path / "file"), "PROGRESS"), "PROGRESS")
         assert (result.info, result.ready(), result.name) == ({"done": 1}, False, outcomes.say_and_wait.name)
         (tmp_path / "file").touch()
-        assert result.get(timeout=30) == "done"
+        assert result.get(timeout=60) == "done"
 
     def test_started(self, app: Celery, jobs: Jobs, tmp_path: Path) -> None:
         tracked = wait_for_state(outcomes.tracked.delay(str(tmp_path / "file")), "STARTED")
@@ -119,7 +119,7 @@ class TestStatesOfOnesOwn:
         untracked = wait_for_state(apps.wait_for_file.delay(str(tmp_path / "file")), "STARTED")  # the row knows
         assert untracked.info is None
         (tmp_path / "file").touch()
-        assert [one.get(timeout=30) for one in (tracked, untracked)] == ["done", "done"]
+        assert [one.get(timeout=60) for one in (tracked, untracked)] == ["done", "done"]
 
     @pytest.mark.parametrize("word", ["SUCCESS", "FAILURE", "REVOKED"])
     def test_a_word_for_the_end_is_no_end(self, app: Celery, jobs: Jobs, journal: Journal, word: str) -> None:
@@ -144,13 +144,13 @@ class TestStatesOfOnesOwn:
         assert result.state == word
         if word == "FAILURE":
             with pytest.raises(KeyError, match="said"):
-                result.get(timeout=30)
+                result.get(timeout=60)
 
     def test_of_another_task(self, app: Celery, jobs: Jobs) -> None:
         done, queued = add.delay(1, 1), add.apply_async((1, 1), countdown=3600)
-        assert done.get(timeout=30) == 2
+        assert done.get(timeout=60) == 2
         for task_id in (done.id, queued.id, "of nobody"):
-            outcomes.say_of_another.delay(task_id, "SENT", {"by": "me"}).get(timeout=30)
+            outcomes.say_of_another.delay(task_id, "SENT", {"by": "me"}).get(timeout=60)
         assert (again(done).state, again(done).result) == ("SUCCESS", 2)
         for result in (queued, app.AsyncResult("of nobody")):
             assert (result.state, result.info, result.exists()) == ("SENT", {"by": "me"}, True)
@@ -177,7 +177,7 @@ class TestGet:
             calls.append(value)
 
         options = {"interval": 0.01, "on_interval": on_interval, "on_message": on_message, "callback": callback}
-        assert result.get(timeout=30, no_ack=False, follow_parents=False, **options) == "done"
+        assert result.get(timeout=60, no_ack=False, follow_parents=False, **options) == "done"
         assert calls[-2:] == ["SUCCESS", "done"]
         assert "interval" in calls
         assert result.get(callback=callback) == result.wait() == "done"
@@ -187,7 +187,7 @@ class TestGet:
         for result in (apps.quiet.delay(1), add.apply_async((1, 1), ignore_result=True)):
             assert result.get() is None
             assert jobs.wait(result, State.COMPLETED).result is None
-            assert (again(result).state, again(result).get(timeout=30)) == ("SUCCESS", None)
+            assert (again(result).state, again(result).get(timeout=60)) == ("SUCCESS", None)
 
     @pytest.mark.parametrize("allow", ["argument", "block"])
     def test_within_a_task(self, app: Celery, allow: str) -> None:
@@ -195,32 +195,32 @@ class TestGet:
 
     def test_within_a_task_it_is_an_error_by_default(self, app: Celery) -> None:
         with pytest.raises(RuntimeError, match="Never call"):
-            outcomes.join_within.delay("no").get(timeout=30)
+            outcomes.join_within.delay("no").get(timeout=60)
 
     def test_then(self, app: Celery) -> None:
         called: list[Any] = []
         result = add.delay(1, 1)
         result.then(lambda ready: called.append(ready.result), on_error=called.append)
-        result.get(timeout=30)
+        result.get(timeout=60)
         assert called == [2]
 
 
 class TestErrors:
     def test_that_cannot_be_pickled(self, app: Celery) -> None:
         for task, text in ((outcomes.raise_two_words, "one two"), (outcomes.raise_locked, "locked")):
-            error = task.delay().get(timeout=30, propagate=False)
+            error = task.delay().get(timeout=60, propagate=False)
             assert isinstance(error, Exception)
             assert text in str(error)
 
     def test_that_cannot_be_imported(self, app: Celery) -> None:
-        error = outcomes.raise_only_here.delay().get(timeout=30, propagate=False)
+        error = outcomes.raise_only_here.delay().get(timeout=60, propagate=False)
         assert (type(error).__name__, str(error)) == ("OnlyHereError", "from afar")
-        error = outcomes.raise_local.delay().get(timeout=30, propagate=False)
+        error = outcomes.raise_local.delay().get(timeout=60, propagate=False)
         assert "LocalError('from within')" in str(error)
 
     def test_a_value_that_cannot_be_stored(self, app: Celery, jobs: Jobs) -> None:
         result = outcomes.return_nothing_storable.delay()
-        error = result.get(timeout=30, propagate=False)
+        error = result.get(timeout=60, propagate=False)
         assert type(error).__name__ == "EncodeError"
         assert jobs.wait(result, State.DEAD)
 
@@ -236,7 +236,7 @@ class TestErrors:
 class TestForgetting:
     def test_a_result_and_its_parents(self, app: Celery, jobs: Jobs) -> None:
         result = chain(add.s(1, 1), add.s(2)).apply_async()
-        assert result.get(timeout=30) == 4
+        assert result.get(timeout=60) == 4
         result.forget()
         for one in (again(result), again(result.parent)):
             assert (one.state, one.result, one.exists()) == ("PENDING", None, False)
@@ -248,13 +248,13 @@ class TestForgetting:
         jobs.wait(result, State.DEAD)  # such an errback is called before the end is committed
         result.forget()
         later = add.apply_async((1, 1), expires=-1)  # what the lifeline tells of, after all that is older
-        assert isinstance(later.get(timeout=30, propagate=False), TaskRevokedError)
+        assert isinstance(later.get(timeout=60, propagate=False), TaskRevokedError)
         assert journal.lines == ["errback"]
         assert (again(result).state, jobs.of(result).state) == ("PENDING", State.DEAD)
 
     def test_a_set(self, app: Celery) -> None:
         results = ResultSet([add.delay(1, 1), add.delay(2, 2)])
-        assert results.get(timeout=30) == [2, 4]
+        assert results.get(timeout=60) == [2, 4]
         results.forget()
         assert [again(one).state for one in results] == ["PENDING", "PENDING"]
 
@@ -270,7 +270,7 @@ class TestSets:
         assert (restored.ready(), restored.waiting(), restored.completed_count()) == (True, False, 1)
         assert (restored.successful(), restored.failed()) == (False, True)
         with pytest.raises(ValueError, match="broken"):
-            restored.get(timeout=30)
+            restored.get(timeout=60)
         with pytest.raises(ImproperlyConfigured):
             restored.join(timeout=30, on_message=print)
         sent.delete()
@@ -282,8 +282,8 @@ class TestSets:
         outer.save()
         restored = app.GroupResult.restore("outer")
         assert restored == outer
-        assert restored.parent.get(timeout=30) == 8
-        assert restored.get(timeout=30) == [[2, 4], 6]
+        assert restored.parent.get(timeout=60) == 8
+        assert restored.get(timeout=60) == [[2, 4], 6]
         outer.delete()
 
     def test_one_by_one(self, app: Celery) -> None:
@@ -298,7 +298,7 @@ class TestSets:
         called: list[Any] = []
         sent = group(add.s(1, 1), add.s(2, 2)).apply_async()
         sent.then(lambda ready: called.append([one.result for one in ready]))
-        assert sent.get(timeout=30) == [2, 4]
+        assert sent.get(timeout=60) == [2, 4]
         assert called == [[2, 4]]
 
     def test_it_can_be_changed(self, app: Celery) -> None:
@@ -310,15 +310,15 @@ class TestSets:
         results.discard(one)
         with pytest.raises(KeyError):
             results.remove(one)
-        assert results.get(timeout=30) == [2, 3]
+        assert results.get(timeout=60) == [2, 3]
         results.clear()
-        assert results.get(timeout=30) == []
+        assert results.get(timeout=60) == []
 
 
 class TestTrees:
     def test_what_a_task_has_sent(self, app: Celery) -> None:
         result = outcomes.spread.delay(3)
-        result.get(timeout=30)
+        result.get(timeout=60)
         wait_until(lambda: len(list(again(result).iterdeps(intermediate=True))) == 8 and _is_whole(again(result)), 30)
         result = again(result)
         collected = [(child, value) for child, value in result.collect(timeout=30)]
@@ -333,16 +333,16 @@ class TestTrees:
             list(result.iterdeps())
         assert list(result.iterdeps(intermediate=True)) == [(None, result)]
         (tmp_path / "file").touch()
-        result.get(timeout=30)
+        result.get(timeout=60)
 
     def test_as_tuples(self, app: Celery) -> None:
         result = chain(add.s(1, 1), group(add.s(1), add.s(2)), apps.total.s()).apply_async()
-        assert result.get(timeout=30) == 7
+        assert result.get(timeout=60) == 7
         same = result_from_tuple(json.loads(json.dumps(result.as_tuple())), app)
         assert (same, same.parent, same.parent.parent) == (result, result.parent, result.parent.parent)
-        assert same.get(timeout=30) == 7
-        assert [one.get(timeout=30) for one in same.parent] == [3, 4]
-        assert same.parent.parent.get(timeout=30) == 2
+        assert same.get(timeout=60) == 7
+        assert [one.get(timeout=60) for one in same.parent] == [3, 4]
+        assert same.parent.parent.get(timeout=60) == 2
         result = chain(add.s(1, 1), add.s(1)).apply_async()
         assert result_from_tuple(result.as_tuple(), app).as_list() == result.as_list() == [result.id, result.parent.id]
 
@@ -356,7 +356,7 @@ class TestRevoking:
         result = add.apply_async((1, 1), countdown=3600)
         result.revoke()
         with pytest.raises(TaskRevokedError):
-            result.get(timeout=30)
+            result.get(timeout=60)
         assert jobs.of(result).state is State.CANCELLED
 
     def test_a_part_of_a_chord_that_waits(self, app: Celery, jobs: Jobs) -> None:
@@ -372,7 +372,7 @@ class TestRevoking:
         jobs.wait(result, State.RUNNING)
         result.revoke(terminate=True, signal="SIGKILL")
         with pytest.raises(TaskRevokedError):
-            result.get(timeout=30)
+            result.get(timeout=60)
         assert jobs.wait(result, State.CANCELLED)
 
     def test_a_group(self, app: Celery, jobs: Jobs, tmp_path: Path) -> None:
@@ -382,7 +382,7 @@ class TestRevoking:
         both = GroupResult("both", [running, *waiting])
         answers = both.revoke(terminate=True, wait=True, timeout=1)
         assert answers is None  # Celery drops them
-        for error in both.get(timeout=30, propagate=False):
+        for error in both.get(timeout=60, propagate=False):
             assert isinstance(error, TaskRevokedError)
 
 
@@ -422,25 +422,25 @@ def test_every_serializer(serialized: tuple[str, Celery, Callable[..., Any]]) ->
     serializer, client, another = serialized
     for value in VALUES:
         result = outcomes.return_value.delay(value)
-        assert result.get(timeout=30) == value
+        assert result.get(timeout=60) == value
         assert (again(result).result, again(result).args) == (value, [value])
     spread = outcomes.spread.delay(2)
-    spread.get(timeout=30)
+    spread.get(timeout=60)
     assert isinstance(again(spread).children[0], GroupResult)
     with pytest.raises(ValueError, match="broken"):
-        fail.delay("broken").get(timeout=30)
+        fail.delay("broken").get(timeout=60)
     for task, text in (
         (outcomes.raise_two_words, "one two"),
         (outcomes.raise_locked, "locked"),
         (outcomes.raise_local, "from within"),
     ):
-        assert text in str(task.delay().get(timeout=30, propagate=False))
+        assert text in str(task.delay().get(timeout=60, propagate=False))
     sent = group(add.s(1, 1), add.s(2, 2)).apply_async()
     sent.save()
-    assert client.GroupResult.restore(sent.id).get(timeout=30) == [2, 4]
+    assert client.GroupResult.restore(sent.id).get(timeout=60) == [2, 4]
     if serializer != "json":
         with another(result_accept_content=["json"]) as other, pytest.raises(ContentDisallowed):
-            other.AsyncResult(sent[0].id).get(timeout=30)
+            other.AsyncResult(sent[0].id).get(timeout=60)
     if client.conf.result_compression:
         large = outcomes.return_value.delay("x" * 10_000)
         job = Jobs(client).wait(large, State.COMPLETED)
@@ -448,7 +448,7 @@ def test_every_serializer(serialized: tuple[str, Celery, Callable[..., Any]]) ->
         assert len(job.result) < 1000
         assert b64decode(job.result.removeprefix(BINARY)).startswith(COMPRESSED_PAYLOAD_MAGIC)
         with another(result_compression=None) as other:
-            assert other.AsyncResult(sent[0].id).get(timeout=30) == 2
+            assert other.AsyncResult(sent[0].id).get(timeout=60) == 2
 
 
 @pytest.mark.parametrize(
@@ -468,12 +468,12 @@ def test_how_long_a_result_stays(database_url: str, workers: Workers, conf: dict
         storage, result, other = Storage.for_app(client), add.delay(1, 1), fail.delay("kept")
         group_result = GroupResult("group", [result], app=client)
         group_result.save()
-        other.get(timeout=30, propagate=False)
+        other.get(timeout=60, propagate=False)
         if is_kept:
-            result.get(timeout=30)
+            result.get(timeout=60)
             first = add.apply_async((1, 1), expires=-1)
             Jobs(client).wait(first, State.DISCARDED)  # the pruner has had its turn
-            assert again(result).get(timeout=30) == 2
+            assert again(result).get(timeout=60) == 2
         else:
             wait_until(lambda: storage.fetch(result.id) is None, 30)
             assert (again(result).state, again(result).exists()) == ("PENDING", False)
@@ -485,7 +485,7 @@ def test_failures_that_expire(database_url: str, workers: Workers) -> None:
     workers(pool="threads", conf={"kathikon_prune_interval": 0.1, "result_failure_expires": 0.05})
     with client_of(database_url) as client:
         done, dead = add.delay(1, 1), fail.delay()
-        done.get(timeout=30)
+        done.get(timeout=60)
         wait_until(lambda: Storage.for_app(client).fetch(dead.id) is None, 30)
         assert again(done).result == 2
 
@@ -495,6 +495,6 @@ def test_results_beside_the_brokers_database(database_url: str, workers: Workers
     workers(pool="threads", conf=conf)
     with client_of(database_url, **conf) as client:
         result = add.delay(1, 1)
-        assert result.get(timeout=30) == 2
+        assert result.get(timeout=60) == 2
         assert not client.backend.supports_autoexpire  # so `celery beat` sends celery.backend_cleanup once a day
         wait_until(lambda: client.backend.cleanup() or not again(result).exists(), 30)

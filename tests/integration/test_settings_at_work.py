@@ -26,5 +26,5 @@ def test_retry_failed_waits_for_kathikons_backoff(database_url, start_worker, cl
 def test_results_may_be_discarded(database_url, start_worker, client) -> None:
     with start_worker(env={"KATHIKON_RESULT": "discard"}):
         sent = apps.echo.delay("not kept")
-        assert sent.get(timeout=20) is None
+        assert sent.get(timeout=60) is None
         assert Storage.for_app(client).fetch(sent.id).state is State.COMPLETED

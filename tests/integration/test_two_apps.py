@@ -41,7 +41,7 @@ def test_each_has_its_own_worker(tmp_path: Path) -> None:
     one, two = make(tmp_path, "one"), make(tmp_path, "two")
     with EmbeddedWorker(one), EmbeddedWorker(two):
         sent = [(app, app.send_task("whose")) for app in (one, two) * 3]
-        assert [result.get(timeout=15) for _, result in sent] == [app.main for app, _ in sent]
+        assert [result.get(timeout=60) for _, result in sent] == [app.main for app, _ in sent]
 
 
 def test_a_connection_survives_being_copied_and_pickled(tmp_path: Path) -> None:

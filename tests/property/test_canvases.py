@@ -49,7 +49,7 @@ def app(worked_url: str) -> Iterator[Celery]:
 
 def outcome(canvas: Any, journal: Path) -> Any:
     """The value; as JSON has it, since eager mode lets values be what they are."""
-    return json.loads(json.dumps(canvas.build(str(journal)).apply_async().get(timeout=30)))
+    return json.loads(json.dumps(canvas.build(str(journal)).apply_async().get(timeout=60)))
 
 
 @settings(max_examples=200)

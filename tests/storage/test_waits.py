@@ -29,7 +29,7 @@ def entered(storage: Storage) -> list[tuple[str, int]]:
         return [tuple(row) for row in connection.execute(select(tables.waits.c.job, tables.waits.c.listener))]
 
 
-def heard(wakeup: Wakeup, timeout: float = 10.0) -> tuple[bool, list[str]]:
+def heard(wakeup: Wakeup, timeout: float = 60.0) -> tuple[bool, list[str]]:
     """Whether somebody called, and what was said: of an outcome the job's key, after the same sign."""
     called = wakeup.wait(timeout)
     said, wakeup.named = wakeup.named, []

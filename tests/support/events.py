@@ -25,7 +25,7 @@ class Events:
                 self._connection.drain_events(timeout=0.02)
         return [event for event in self.seen if event["type"] in kinds]
 
-    def wait(self, *kinds: str, number: int = 1, timeout: float = 20.0) -> list[dict[str, Any]]:
+    def wait(self, *kinds: str, number: int = 1, timeout: float = 60.0) -> list[dict[str, Any]]:
         """The events of these kinds, as soon as there are so many."""
         what = f"{number} × {' or '.join(kinds)}"
         try:

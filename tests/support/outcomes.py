@@ -110,11 +110,11 @@ def join_within(allow: str) -> int:
     """Wait for another task, in one of the ways in which Celery allows it, or none."""
     result = add.delay(1, 1)
     if allow == "argument":
-        return result.get(timeout=30, disable_sync_subtasks=False)  # type: ignore[no-any-return]
+        return result.get(timeout=60, disable_sync_subtasks=False)  # type: ignore[no-any-return]
     if allow == "block":
         with allow_join_result():
-            return result.get(timeout=30)  # type: ignore[no-any-return]
-    return result.get(timeout=30)  # type: ignore[no-any-return]
+            return result.get(timeout=60)  # type: ignore[no-any-return]
+    return result.get(timeout=60)  # type: ignore[no-any-return]
 
 
 @shared_task(ignore_result=True)

@@ -9,7 +9,7 @@ from typing import TypeVar
 Value = TypeVar("Value")
 
 
-def wait_until(predicate: Callable[[], Value], timeout: float = 10.0, what: str = "", interval: float = 0.02) -> Value:
+def wait_until(predicate: Callable[[], Value], timeout: float = 60.0, what: str = "", interval: float = 0.02) -> Value:
     """Call ``predicate`` until what it returns is true, and return that.
 
     Raises AssertionError after ``timeout`` seconds, with ``what`` was waited for and the last value seen.

@@ -79,7 +79,7 @@ class WorkerProcess:
         """What the worker has written, since the first start."""
         return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
 
-    def start(self, ready_timeout: float | None = 30.0) -> WorkerProcess:
+    def start(self, ready_timeout: float | None = 60.0) -> WorkerProcess:
         """Start the worker, again if it ended, and wait until it is ready; do not wait if ``ready_timeout`` is None."""
         if self.running:
             raise RuntimeError(f"worker {self.name} runs already, as process {self.pid}")
@@ -93,11 +93,11 @@ class WorkerProcess:
             self.wait_ready(ready_timeout)
         return self
 
-    def wait_ready(self, timeout: float = 30.0) -> None:
+    def wait_ready(self, timeout: float = 60.0) -> None:
         """Wait until this start's log says that the worker is ready."""
         self.wait_for_log(" ready.", timeout)
 
-    def wait_for_log(self, text: str, timeout: float = 10.0) -> None:
+    def wait_for_log(self, text: str, timeout: float = 60.0) -> None:
         """Wait until ``text`` is in the log of this start; fail at once if the worker ends without writing it."""
 
         def seen_or_ended() -> bool:
@@ -149,7 +149,7 @@ class WorkerProcess:
         self.process.terminate()
         return self.wait(timeout)
 
-    def wait(self, timeout: float = 30.0) -> int:
+    def wait(self, timeout: float = 60.0) -> int:
         """Wait until the main process has ended, and return its exit code."""
         try:
             return self.process.wait(timeout)

@@ -45,7 +45,7 @@ def test_pytest_finds_it_by_itself(pytester: pytest.Pytester) -> None:
                 return x + y
 
             result = add.delay(2, 2)
-            assert result.get(timeout=15) == 4
+            assert result.get(timeout=60) == 4
             assert kathikon_storage.fetch(result.id).state == "completed"
             assert mock_storage.all() == []
 
@@ -98,7 +98,7 @@ class TestWorker:
     def test_options(self, kathikon_worker: EmbeddedWorker, kathikon_storage: Storage) -> None:
         assert kathikon_worker.is_running
         assert kathikon_worker.hostname == "tested@here"
-        assert multiply.delay(6, 7).get(timeout=15) == 42
+        assert multiply.delay(6, 7).get(timeout=60) == 42
         assert [job.state for job in kathikon_storage.all()] == [State.COMPLETED]
 
 
