@@ -7,13 +7,15 @@ time, and their text must not depend on their parameters (no ``expanding`` ones)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Connection, Dialect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.expression import BindParameter
+
+from kathikon_celery.storage import libpq
 
 
 @lru_cache(maxsize=8)
@@ -40,6 +42,7 @@ class _Prepared:
         self.text = str(compiled)
         self._names: list[str] = list(compiled.positiontup or compiled.params)
         self._is_positional: bool = compiled.positional
+        self._libpq = libpq.Statement(self.text) if dialect.driver == "psycopg" else None
         self._constants: dict[str, Any] = {}
         self._of_values: dict[str, Any] = {}
         for bind, name in compiled.bind_names.items():
@@ -50,8 +53,18 @@ class _Prepared:
                 self._of_values[name] = processor
         # Of a copy: it remembers the answer, even for the statements that are made of it.
         columns = statement.execution_options().exported_columns
+        self._returns_rows = bool(columns)
         of_columns = [column.type.dialect_impl(dialect).result_processor(dialect, None) for column in columns]
         self._of_columns = [(number, processor) for number, processor in enumerate(of_columns) if processor is not None]
+
+    def run(self, pooled: Any, values: Mapping[str, Any]) -> tuple[list[tuple[Any, ...]], int]:
+        """Run it on a *pooled* connection: the rows, as the driver has them, and the number of the changed ones."""
+        parameters = self.parameters(values)
+        if self._libpq is not None and (session := libpq.session(pooled)) is not None:
+            return session.run(self._libpq, parameters)
+        with closing(pooled.cursor()) as cursor:
+            cursor.execute(self.text, parameters)
+            return (cursor.fetchall() if self._returns_rows else []), cursor.rowcount
 
     def parameters(self, values: Mapping[str, Any]) -> Any:
         """*values* as the driver wants them. Raises `KeyError` where one is missing."""
@@ -81,9 +94,8 @@ def rows(connection: Connection, statement: Any, values: Mapping[str, Any]) -> S
     if _is_watched(connection):
         return connection.execute(statement, values).all()
     prepared = _prepared(statement, connection.dialect)
-    with _cursor(connection, prepared.text) as cursor:
-        cursor.execute(prepared.text, prepared.parameters(values))
-        found = cursor.fetchall()
+    with _errors(connection, prepared.text):
+        found, _ = prepared.run(connection.connection, values)
     return prepared.converted(found)
 
 
@@ -92,9 +104,8 @@ def count(connection: Connection, statement: Any, values: Mapping[str, Any]) -> 
     if _is_watched(connection):
         return connection.execute(statement, values).rowcount
     prepared = _prepared(statement, connection.dialect)
-    with _cursor(connection, prepared.text) as cursor:
-        cursor.execute(prepared.text, prepared.parameters(values))
-        changed: int = cursor.rowcount
+    with _errors(connection, prepared.text):
+        _, changed = prepared.run(connection.connection, values)
     return changed
 
 
@@ -104,7 +115,7 @@ def many(connection: Connection, statement: Any, values: Sequence[Mapping[str, A
         connection.execute(statement, values)
         return
     prepared = _prepared(statement, connection.dialect)
-    with _cursor(connection, prepared.text) as cursor:
+    with _errors(connection, prepared.text), closing(connection.connection.cursor()) as cursor:
         cursor.executemany(prepared.text, [prepared.parameters(one) for one in values])
 
 
@@ -113,8 +124,13 @@ def plain(connection: Connection, text: str) -> None:
     if _is_watched(connection):
         connection.exec_driver_sql(text)
         return
-    with _cursor(connection, text) as cursor:
-        cursor.execute(text)
+    pooled = connection.connection
+    with _errors(connection, text):
+        session = libpq.session(pooled) if connection.dialect.driver == "psycopg" else None
+        if session is not None:
+            session.plain(text)
+        else:
+            pooled.cursor().execute(text)
 
 
 def _is_watched(connection: Connection) -> bool:
@@ -124,35 +140,25 @@ def _is_watched(connection: Connection) -> bool:
     return bool(connection.dispatch.before_cursor_execute or connection.dispatch.after_cursor_execute)
 
 
-class _cursor:  # noqa: N801 (a context manager; as a generator it would cost as much as the rest)
-    """The driver's own cursor. Its errors are raised as SQLAlchemy's, which say whether the connection is lost."""
+class _errors:  # noqa: N801 (a context manager; as a generator it would cost as much as the rest)
+    """The driver's errors are raised as SQLAlchemy's, which say whether the connection is lost."""
 
-    __slots__ = ("connection", "cursor", "text")
+    __slots__ = ("connection", "text")
 
     def __init__(self, connection: Connection, text: str) -> None:
         self.connection, self.text = connection, text
 
-    def __enter__(self) -> Any:
-        self.cursor: Any = None
-        try:
-            self.cursor = self.connection.connection.cursor()
-        except BaseException as error:  # psycopg has none for a connection that it knows to be lost
-            self.__exit__(type(error), error, None)
-            raise
-        return self.cursor
+    def __enter__(self) -> None:
+        return
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if error is None:
-            self.cursor.close()
             return
         connection, driver = self.connection, self.connection.dialect.loaded_dbapi.Error
         if not isinstance(error, driver):  # such as a time limit, perhaps in the middle of the statement
             connection.invalidate(error)
             return
-        if self.cursor is not None:
-            with suppress(driver):
-                self.cursor.close()
-        lost = connection.dialect.is_disconnect(error, connection.connection, self.cursor)
+        lost = connection.dialect.is_disconnect(error, connection.connection, None)
         if lost:
             with suppress(DBAPIError):  # so that SQLAlchemy learns of it, and drops what else is in its pool
                 connection.exec_driver_sql("SELECT 1")

@@ -81,7 +81,7 @@ def test_who_listens_to_sqlalchemy_hears_them_as_well(storage: Storage, connecti
 
 def test_what_interrupts_a_statement_ends_its_connection(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     with storage.database.once() as connection:
-        with pytest.raises(KeyboardInterrupt), prepared._cursor(connection, "SELECT 1"):
+        with pytest.raises(KeyboardInterrupt), prepared._errors(connection, "SELECT 1"):
             raise KeyboardInterrupt
         assert connection.invalidated
 

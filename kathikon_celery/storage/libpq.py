@@ -1,0 +1,87 @@
+"""Runs prepared statements on a connection of psycopg past its cursors, which cost as much as the server does.
+
+What is sent and what comes back is the same: psycopg converts the values and the rows, waits for the answer, and names
+the errors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from itertools import count
+from typing import Any
+
+_PARAMETER = re.compile(r"%\((\w+)\)s|%%")
+_numbers = count(1)
+
+
+class Statement:
+    """A statement as libpq wants it, of a *text* with parameters in the style of psycopg."""
+
+    def __init__(self, text: str) -> None:
+        names: dict[str, int] = {}
+
+        def numbered(found: re.Match[str]) -> str:
+            return f"${names.setdefault(found[1], len(names) + 1)}" if found[1] else "%"
+
+        self.text = _PARAMETER.sub(numbered, text).encode()
+        self.name = b"kathikon_%d" % next(_numbers)
+        self.parameters = list(names)
+
+
+class Session:
+    """A connection, and what is prepared there. Its errors are psycopg's."""
+
+    def __init__(self, connection: Any) -> None:
+        from psycopg import errors, generators, pq
+        from psycopg.adapt import PyFormat, Transformer
+
+        self._pgconn, self._wait = connection.pgconn, connection.wait
+        self._answer, self._error = generators.execute, errors.error_from_result
+        self._text, self._rows, self._done = PyFormat.TEXT, pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK
+        self._converter = Transformer(connection)
+        self._prepared: set[bytes] = set()
+
+    def run(self, statement: Statement, values: Mapping[str, Any]) -> tuple[list[tuple[Any, ...]], int]:
+        """The rows that *statement* returns, and how many it returned or changed."""
+        converter, parameters = self._converter, [_array(values[name]) for name in statement.parameters]
+        if statement.name not in self._prepared:
+            self._pgconn.send_prepare(statement.name, statement.text)
+            self._result()
+            self._prepared.add(statement.name)
+        sent = converter.dump_sequence(parameters, [self._text] * len(parameters))
+        self._pgconn.send_query_prepared(statement.name, sent)
+        result = self._result()
+        if result.status != self._rows:
+            return [], result.command_tuples or 0
+        try:
+            converter.set_pgresult(result)
+            return converter.load_rows(0, result.ntuples, tuple), result.ntuples
+        finally:
+            converter.set_pgresult(None)  # large payloads are not to stay
+
+    def plain(self, text: str) -> None:
+        """Run *text*, which has neither parameters nor rows."""
+        self._pgconn.send_query(text.encode())
+        self._result()
+
+    def _result(self) -> Any:
+        result = self._wait(self._answer(self._pgconn))[-1]
+        if result.status not in (self._rows, self._done):
+            raise self._error(result)
+        return result
+
+
+def session(pooled: Any) -> Session | None:
+    """The session of SQLAlchemy's *pooled* connection; `None` where nothing may be prepared, as behind some poolers."""
+    known: Session | None = pooled.info.get(Session)
+    if known is None and pooled.driver_connection.prepare_threshold is not None:
+        known = pooled.info[Session] = Session(pooled.driver_connection)
+    return known
+
+
+def _array(value: Any) -> Any:
+    """A list of numbers as PostgreSQL writes it: psycopg would convert them one by one."""
+    if type(value) is list and set(map(type, value)) == {int}:
+        return f"{{{','.join(map(str, value))}}}"
+    return value
