@@ -16,6 +16,7 @@ __all__ = [
     "broker_url",
     "result_backend",
     "task_acks_late",
+    "task_always_eager",
     "task_default_queue",
     "task_queues",
     "task_reject_on_worker_lost",
@@ -44,6 +45,9 @@ task_store_errors_even_if_ignored = True
 task_default_queue = "default"  # Kathikon's name for it, where Celery says "celery"
 task_queues = ConfiguredQueues()
 task_routes = (Router(),)
+
+# Celery's default. It asks for it at each call, and finds sooner what is said here.
+task_always_eager = False
 
 # A worker waits for its database as long as that takes. Celery would give up after 100 attempts, and leave it idle.
 broker_connection_retry_on_startup = True

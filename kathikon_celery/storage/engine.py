@@ -109,6 +109,7 @@ class _Use:
             if self._turn is not None:
                 self._turn.__exit__(None, None, None)
             if connection is not None and error is None:
+                kept = {} if connection.invalidated else connection.info
                 database._keep(self._durable, connection)
             elif connection is not None:
                 # In the middle of something, as a time limit leaves it: nobody is to use it again.
@@ -118,7 +119,7 @@ class _Use:
                     database._give_back()
                 connection.close()
             if error is None and self._writes and database._on_disk[self._durable]:
-                database.dialect.flush()
+                database.dialect.flush(kept)
         finally:
             self._gate.__exit__(None, None, None)
         if isinstance(error, DBAPIError) and (explained := database.dialect.explain(error)) is not error:

@@ -170,7 +170,7 @@ def test_a_log_that_is_gone_is_on_disk_already(tmp_path: Path) -> None:
     storage.setup()
     storage.close()  # the last connection writes the log to the database, and deletes it
     assert not (tmp_path / "kathikon.db-wal").exists()
-    storage.database.dialect.flush()
+    storage.database.dialect.flush({})
 
 
 @pytest.mark.postgresql

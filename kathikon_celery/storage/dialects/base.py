@@ -53,8 +53,12 @@ class Dialect(ABC):
         """Held around a transaction that writes."""
         return nullcontext()
 
-    def flush(self) -> None:
-        """Called after a commit that is to be on disk, where it is not the commit itself that waits for it."""
+    def flush(self, kept: dict[Any, Any]) -> None:
+        """Called after a commit that is to be on disk, where it is not the commit itself that waits for it.
+
+        Arguments:
+            kept: what is kept for the connection as long as that is open.
+        """
 
     def explain(self, error: Exception) -> Exception:
         """*error*, or one that says better what is wrong."""

@@ -142,19 +142,18 @@ class SQLite(Dialect):
         finally:
             self._lock.release()
 
-    def flush(self) -> None:
+    def flush(self, kept: dict[Any, Any]) -> None:
         if not FLUSHES:
             return
-        try:  # opened anew each time, since a file of that name may be another one by now
-            log = os.open(self.wal_path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            log = kept.get(_Log)
+            if log is None:
+                log = kept[_Log] = _Log(self.wal_path)
+            os.fdatasync(log.descriptor)
         except FileNotFoundError:  # a checkpoint has written all of it to the database, and to disk
             return
-        try:
-            os.fdatasync(log)
         except OSError as error:
             raise Unavailable(f"the disk of the SQLite file {str(self.path)!r} is broken: {error.strerror}") from error
-        finally:
-            os.close(log)
 
     def _lock_file(self) -> int:
         if self._descriptor is None:
@@ -253,6 +252,20 @@ class SQLite(Dialect):
                 if self._results is not None:
                     os.close(self._results)
                     self._results = None
+
+
+class _Log:
+    """SQLite's log, opened once for each connection: as long as that is open, no other file can take its place.
+
+    It is never asked which file it is: a system with fine timestamps then writes a new one with each change.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # it was not opened
+            os.close(self.descriptor)
 
 
 class _Turn:
