@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from operator import itemgetter
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     BigInteger,
@@ -53,6 +53,16 @@ _IS_ALIVE = or_(
 )
 
 
+class Waiting(NamedTuple):
+    """With a claim it is said that the node waits for *queues*, if it finds fewer jobs than *room*.
+
+    See `nodes.wait_for`. Only where the dialect ``changes_in_ctes``.
+    """
+
+    queues: list[str]
+    room: int
+
+
 def _taken(rows: Update) -> Update:
     return rows.values(
         state=State.CLAIMED.value,
@@ -78,8 +88,19 @@ def _parts(marks: int) -> list[list[ColumnElement[bool]]]:
     return [*parts, below]
 
 
+def _with_waiting(claimed: Any, rows: Any) -> Any:
+    """The *rows*; with them it is said that the node waits, if fewer are *claimed* than it has room for."""
+    number = select(func.count()).select_from(claimed).scalar_subquery()
+    return rows.add_cte(WAIT.where(number < bindparam("room", type_=Integer())).cte("waits"))
+
+
 @lru_cache(maxsize=64)
 def _claim(dialect: Dialect, marks: int, waits: bool) -> Any:
+    claim = _claiming(dialect, marks)
+    return _with_waiting(claimed := claim.cte("claimed"), select(claimed)) if waits else claim
+
+
+def _claiming(dialect: Dialect, marks: int) -> Any:
     ready = (
         select(jobs.c.seq)
         .where(jobs.c.queue == bindparam("from_queue"), READY, _IS_ALIVE)
@@ -91,8 +112,7 @@ def _claim(dialect: Dialect, marks: int, waits: bool) -> Any:
         if marks
         else dialect.picked(ready, jobs)
     )
-    claim = _taken(update(jobs).where(picked)).returning(*_DELIVERY, _SINCE)
-    return claim.add_cte(WAIT.cte("waits")) if waits else claim
+    return _taken(update(jobs).where(picked)).returning(*_DELIVERY, _SINCE)
 
 
 def is_anything_there(queues: int, with_messages: bool) -> ColumnElement[bool]:
@@ -115,18 +135,17 @@ def claim(
     limit: int,
     node_id: int | None,
     front: Front | None = None,
-    waits_for: list[str] | None = None,
+    waiting: Waiting | None = None,
 ) -> list[Job]:
     """Take up to *limit* ready jobs of the key *queue*: higher priority first, then longer ready.
 
     Arguments:
         front: of this queue, from the claims before.
-        waits_for: say as well that the node waits for these queues (see `nodes.wait_for`), where the dialect
-            ``changes_in_ctes``.
+        waiting: what is said with it.
     """
     look = _Look(database, front)
-    values = look.parameters(queue, limit, node_id, waits_for)
-    rows = prepared.rows(connection, _claim(database.dialect, len(look.marks), bool(waits_for)), values)
+    values = look.parameters(queue, limit, node_id, waiting)
+    rows = prepared.rows(connection, _claim(database.dialect, len(look.marks), waiting is not None), values)
     return look.found(rows, node_id)
 
 
@@ -134,15 +153,15 @@ def claim(
 def _claim_told(dialect: Dialect) -> Any:
     # The queue as an expression: else PostgreSQL, before its first statistics, reads all that is ready in it.
     told = (jobs.c.seq == bindparam("told"), jobs.c.queue.concat("") == bindparam("from_queue"))
-    claim = _taken(update(jobs).where(*told, READY, _IS_ALIVE)).returning(*_DELIVERY)
-    return claim.add_cte(WAIT.cte("waits"))
+    claimed = _taken(update(jobs).where(*told, READY, _IS_ALIVE)).returning(*_DELIVERY).cte("claimed")
+    return _with_waiting(claimed, select(claimed))
 
 
 def claim_told(
-    database: Database, connection: Connection, queue: str, seq: int, node_id: int, waits_for: list[str]
+    database: Database, connection: Connection, queue: str, seq: int, node_id: int, waiting: Waiting
 ) -> list[Job]:
     """`claim` of the one job that the node was called for, where it still waits: in half of the other's time."""
-    values = {"from_queue": queue, "told": seq, "by_node": node_id, "node": node_id, "queues": waits_for}
+    values = {"from_queue": queue, "told": seq, "by_node": node_id, "node": node_id, **waiting._asdict()}
     rows = prepared.rows(connection, _claim_told(database.dialect), values)
     return [_job(row, node_id) for row in rows]
 
@@ -162,10 +181,10 @@ class _Look:
             self.values |= {f"priority_{number}": priority, f"since_{number}": since}
         self._started = monotonic()
 
-    def parameters(self, queue: str, limit: int, node_id: int | None, waits_for: list[str] | None) -> dict[str, Any]:
+    def parameters(self, queue: str, limit: int, node_id: int | None, waiting: Waiting | None) -> dict[str, Any]:
         """The parameters of `_claim`."""
         values = {"from_queue": queue, "at_most": limit, "by_node": node_id, **self.values}
-        return {**values, "node": node_id, "queues": waits_for} if waits_for else values
+        return {**values, "node": node_id, **waiting._asdict()} if waiting is not None else values
 
     def found(self, rows: Sequence[Any], node_id: int | None) -> list[Job]:
         """The jobs of *rows*, which have the columns of `_DELIVERY`, and then the moment since which they are ready."""
@@ -185,9 +204,10 @@ def _in_order(rows: Sequence[Any]) -> list[Any]:
 @lru_cache(maxsize=64)
 def _complete_and_claim(dialect: Dialect, marks: int, waits: bool) -> Any:
     completed = completing(dialect).returning(jobs.c.seq).cte("completed")
-    claimed = _claim(dialect, marks, waits).cte("claimed")
+    claimed = _claiming(dialect, marks).cte("claimed")
     number = select(func.count().label("completed")).select_from(completed).subquery()
-    return select(claimed, number.c.completed).select_from(number.outerjoin(claimed, true()))
+    rows = select(claimed, number.c.completed).select_from(number.outerjoin(claimed, true()))
+    return _with_waiting(claimed, rows) if waits else rows
 
 
 def complete_and_claim(
@@ -198,14 +218,14 @@ def complete_and_claim(
     limit: int,
     node_id: int,
     front: Front | None = None,
-    waits_for: list[str] | None = None,
+    waiting: Waiting | None = None,
 ) -> tuple[int, list[Job]]:
     """`finish.completed` and `claim` in one statement, where the dialect ``changes_in_ctes``; what both return."""
     look = _Look(database, front)
-    values = look.parameters(queue, limit, node_id, waits_for)
+    values = look.parameters(queue, limit, node_id, waiting)
     parameters = database.dialect.of_holds({hold: {} for hold in holds}, values)
     rows = prepared.rows(
-        connection, _complete_and_claim(database.dialect, len(look.marks), bool(waits_for)), parameters
+        connection, _complete_and_claim(database.dialect, len(look.marks), waiting is not None), parameters
     )
     return rows[0][-1], look.found([row for row in rows if row[_SEQ] is not None], node_id)
 

@@ -681,32 +681,33 @@ class Intake:
         slots = self.slots() if self.slots is not None else UNLIMITED
         hungry = False
         by_name = self.database.dialect.wakes_by_name
-        # With a slot to spare whatever is claimed, it is said at once that we wait: nothing is asked when a job ends.
-        stays = by_name and not self._waits and self._rate() <= RUSH and self._in_hand_at_all() + 1 < slots
-        waits_for = names if stays else None
+        # With the first claim, unless that fills all slots, it is said that we wait.
+        free = slots - self._in_hand_at_all()
+        stays = by_name and not self._waits and self._rate() <= RUSH and free > 0
         told, self._told = self._told, {}
         for subscription, limit in wanted:
             name, limit = key(subscription.queue), min(limit, room)
             if limit <= 0:
                 break
             jobs: list[Job] = []
-            if waits_for and not done and (seq := told.get(name)) is not None:
-                jobs = claim.claim_told(self.database, connection, name, seq, self.presence.id, waits_for)
+            waiting = claim.Waiting(names, min(limit, free)) if stays else None
+            if waiting and not done and (seq := told.get(name)) is not None:
+                jobs = claim.claim_told(self.database, connection, name, seq, self.presence.id, waiting)
             if done:
                 holds = [one.hold for one in done]
                 completed, jobs = claim.complete_and_claim(
-                    self.database, connection, holds, name, limit, self.presence.id, subscription.front, waits_for
+                    self.database, connection, holds, name, limit, self.presence.id, subscription.front, waiting
                 )
                 if completed != len(done):
                     self._complain(connection, list(done))
                 done = ()
             elif not jobs:
                 jobs = claim.claim(
-                    self.database, connection, name, limit, self.presence.id, subscription.front, waits_for
+                    self.database, connection, name, limit, self.presence.id, subscription.front, waiting
                 )
-            if waits_for:
+            if waiting is not None and len(jobs) < waiting.room:
                 self._says_that_we_wait()
-                waits_for = None
+            stays = False
             now = monotonic()
             for job in jobs:
                 early, outcome = self.is_early(job.task), self.outcome_of(job.task)

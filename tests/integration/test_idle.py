@@ -56,8 +56,9 @@ def test_an_idle_worker_only_looks(client: Celery, heard: Callable[..., Heard]) 
     one.until(len(one.looks()) + LOOKS)
     sent = one.all()[before:]
     others = [statement for statement in sent if "state = 'available' ORDER BY" not in statement]
-    # On a machine that is busy with other things the looks may come too late to spare a service its own.
-    assert len(others) <= LOOKS / 5, others
+    # On a machine that is busy with other things a look may come too late to spare a service its own step, of which the
+    # pruner's is 12 statements. Not spared at all, they are about 30.
+    assert len(others) <= LOOKS * 3 / 4, others
     assert any("UPDATE kathikon_nodes SET lease_until" in statement for statement in sent)
     assert any("is_amiss" in statement for statement in sent)
     assert any("next_due" in statement for statement in sent)

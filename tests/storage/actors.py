@@ -41,7 +41,7 @@ class Worker:
     def claim_told(self, job: Job, queue: str = "default") -> list[Job]:
         """The job that this node was called for, by the number of its row."""
         with self.database.once() as connection:
-            return claim.claim_told(self.database, connection, key(queue), job.seq, self.id, [queue])
+            return claim.claim_told(self.database, connection, key(queue), job.seq, self.id, claim.Waiting([queue], 1))
 
     def claim_one(self, queue: str = "default") -> Job:
         (job,) = self.claim(1, queue)

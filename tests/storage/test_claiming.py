@@ -8,9 +8,10 @@ from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 
 import pytest
+from sqlalchemy import select
 
 from kathikon_celery.job import State
-from kathikon_celery.storage import Storage, claim, messages, nodes, outlook
+from kathikon_celery.storage import Storage, claim, messages, nodes, outlook, tables
 from tests.storage.actors import Worker, new_job, the_job
 from tests.support.waiting import wait_until
 
@@ -196,26 +197,32 @@ def test_the_job_that_a_node_was_called_for_is_claimed_as_any_other(postgresql_s
 
 @pytest.mark.postgresql
 @pytest.mark.parametrize("way", ["claim", "told", "complete"])
-def test_a_claim_says_that_the_node_waits(postgresql_storage: Storage, way: str) -> None:
+@pytest.mark.parametrize("room", [1, 2])
+def test_a_claim_says_that_the_node_waits_if_it_has_room_for_more(
+    postgresql_storage: Storage, way: str, room: int
+) -> None:
     storage, database = postgresql_storage, postgresql_storage.database
     worker = Worker(storage)
     wakeup = database.wakeup(worker.id)
     storage.insert_many([new_job("1"), new_job("2")])
     first = worker.claim_one()
     wait_until(lambda: not wakeup.wait(0.05))  # it listens, and nobody calls
+    waiting = claim.Waiting(["default"], room)
     with database.once() as connection:
         if way == "claim":
-            claimed = claim.claim(database, connection, "default", 1, worker.id, None, ["default"])
+            claimed = claim.claim(database, connection, "default", 1, worker.id, None, waiting)
         elif way == "told":
-            claimed = claim.claim_told(database, connection, "default", storage.all()[1].seq, worker.id, ["default"])
+            claimed = claim.claim_told(database, connection, "default", storage.all()[1].seq, worker.id, waiting)
         else:
-            holds = [first.hold]
             _, claimed = claim.complete_and_claim(
-                database, connection, holds, "default", 1, worker.id, None, ["default"]
+                database, connection, [first.hold], "default", 1, worker.id, None, waiting
             )
     assert [job.id for job in claimed] == ["2"]
+    with database.read() as connection:
+        waits = connection.execute(select(tables.nodes.c.waiting).where(tables.nodes.c.id == worker.id)).scalar()
+    assert waits == (["default"] if room > 1 else None)
     storage.insert(new_job("3"))
-    assert wakeup.wait(10)
+    assert wakeup.wait(10 if room > 1 else 0) is (room > 1)
     wakeup.close()
 
 
