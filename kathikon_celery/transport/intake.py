@@ -691,7 +691,8 @@ class Intake:
                 break
             jobs: list[Job] = []
             waiting = claim.Waiting(names, min(limit, free)) if stays else None
-            if waiting and not done and (seq := told.get(name)) is not None:
+            # With one slot the other claim is worth more: it takes what comes behind as well.
+            if waiting and waiting.room > 1 and not done and (seq := told.get(name)) is not None:
                 jobs = claim.claim_told(self.database, connection, name, seq, self.presence.id, waiting)
             if done:
                 holds = [one.hold for one in done]
