@@ -72,10 +72,10 @@ class Session:
         return result
 
 
-def session(pooled: Any) -> Session | None:
-    """The session of SQLAlchemy's *pooled* connection; `None` where nothing may be prepared, as behind some poolers."""
+def session(pooled: Any) -> Session:
+    """The session of SQLAlchemy's *pooled* connection, which keeps it as long as it is connected."""
     known: Session | None = pooled.info.get(Session)
-    if known is None and pooled.driver_connection.prepare_threshold is not None:
+    if known is None:
         known = pooled.info[Session] = Session(pooled.driver_connection)
     return known
 

@@ -60,8 +60,8 @@ class _Prepared:
     def run(self, pooled: Any, values: Mapping[str, Any]) -> tuple[list[tuple[Any, ...]], int]:
         """Run it on a *pooled* connection: the rows, as the driver has them, and the number of the changed ones."""
         parameters = self.parameters(values)
-        if self._libpq is not None and (session := libpq.session(pooled)) is not None:
-            return session.run(self._libpq, parameters)
+        if self._libpq is not None:
+            return libpq.session(pooled).run(self._libpq, parameters)
         with closing(pooled.cursor()) as cursor:
             cursor.execute(self.text, parameters)
             return (cursor.fetchall() if self._returns_rows else []), cursor.rowcount
@@ -124,13 +124,11 @@ def plain(connection: Connection, text: str) -> None:
     if _is_watched(connection):
         connection.exec_driver_sql(text)
         return
-    pooled = connection.connection
     with _errors(connection, text):
-        session = libpq.session(pooled) if connection.dialect.driver == "psycopg" else None
-        if session is not None:
-            session.plain(text)
+        if connection.dialect.driver == "psycopg":
+            libpq.session(connection.connection).plain(text)
         else:
-            pooled.cursor().execute(text)
+            connection.connection.cursor().execute(text)
 
 
 def _is_watched(connection: Connection) -> bool:

@@ -1,4 +1,4 @@
-"""Statements that are run by the driver's own cursor."""
+"""Statements that the driver itself runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, bindparam, event, func, insert, select, text, update
+from sqlalchemy import Connection, bindparam, event, func, insert, literal, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from kathikon_celery.storage import Storage, prepared
@@ -36,6 +36,20 @@ def connection(storage: Storage) -> Iterator[Connection]:
 def test_values_and_rows_have_the_types_of_their_columns(connection: Connection) -> None:
     assert [tuple(row) for row in prepared.rows(connection, _ALL, {})] == [(f"{n}", "%(x)s ?", NOON) for n in range(3)]
     assert [tuple(row) for row in prepared.rows(connection, _CHANGED, {"of_id": "1"})] == [(NOON,)]
+
+
+def test_a_constant_looks_like_a_parameter(connection: Connection) -> None:
+    of_constant = select(groups.c.id).where(groups.c.result == literal("%(x)s ?"), groups.c.id == bindparam("of_id"))
+    assert [row[0] for row in prepared.rows(connection, of_constant, {"of_id": "1"})] == ["1"]
+
+
+@pytest.mark.postgresql
+def test_what_postgresql_does_not_keep_is_refused_and_not_cut_off(postgresql_storage: Storage) -> None:
+    with postgresql_storage.database.once() as connection:
+        with pytest.raises(DBAPIError, match="NUL"):
+            prepared.count(connection, _ADD, {"new_id": "a\0b", "new_result": "", "at": NOON})
+        assert not connection.invalidated
+        assert prepared.rows(connection, _ALL, {}) == []
 
 
 def test_the_number_of_rows_that_change(connection: Connection) -> None:
