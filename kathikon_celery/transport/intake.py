@@ -317,8 +317,7 @@ class Intake:
         limit, slots = subscription.prefetch(), 0
         if self.slots is not None and subscription.are_jobs:
             slots = self.slots()
-            ahead = round(self._rate() * self.storage.settings.claim_horizon) if self.claims_ahead else 0
-            limit = min(limit or UNLIMITED, slots + ahead)
+            limit = min(limit or UNLIMITED, slots + self._ahead(slots))
         if limit:
             limits.append(limit - self._in_hand_beside(subscription))
             if limits[-1] <= 0:
@@ -364,6 +363,14 @@ class Intake:
 
     def _rate(self) -> float:
         return sum(one.pace.rate() for one in self._subscriptions.values())
+
+    def _horizon(self) -> float:
+        return self.storage.settings.claim_horizon if self.claims_ahead else 0.0
+
+    def _ahead(self, slots: int) -> int:
+        """How many jobs may be in hand beside those of the *slots*."""
+        horizon = self._horizon()
+        return round(sum(one.pace.ahead(horizon, slots) for one in self._subscriptions.values()))
 
     # --- the thread
 
@@ -445,16 +452,16 @@ class Intake:
             # No pool: as much as each channel may have in hand.
             free = [(one, (one.prefetch() or UNLIMITED) - one.outstanding) for one in every]
             return [(one, limit) for one, limit in free if limit > 0]
-        horizon = self.storage.settings.claim_horizon if self.claims_ahead else 0.0
+        horizon = self._horizon()
         slots = max(self.slots(), 1)
         outstanding = sum(one.outstanding for one in every)
-        target = slots + round(self._rate() * horizon)
+        target = slots + self._ahead(slots)
         if outstanding >= slots and outstanding > target // 2:
             return []
         wanted = []
         for one in every:
             most = slots if one.concurrency is None else one.concurrency
-            limit = min(target - outstanding, most + round(one.pace.rate() * horizon) - one.outstanding)
+            limit = min(target - outstanding, most + round(one.pace.ahead(horizon, most)) - one.outstanding)
             if limit > 0:
                 wanted.append((one, limit))
         return wanted

@@ -7,6 +7,10 @@ from time import monotonic
 
 #: Seconds after which what happened counts for a third.
 MEMORY = 0.3
+#: Jobs a second below which the next one is a new beginning.
+CALM = 1.0
+#: Seconds that a beginning lasts at least, however quickly jobs follow one another.
+BEGINNING = 0.05
 
 
 class Pace:
@@ -14,11 +18,14 @@ class Pace:
 
     def __init__(self) -> None:
         self._rate = 0.0
-        self._at = monotonic()
+        self._at = self._began = monotonic()
 
     def count(self) -> None:
         """One more is finished."""
-        self._rate = self.rate() + 1 / MEMORY
+        rate = self.rate()
+        if rate < CALM:
+            self._began = self._at
+        self._rate = rate + 1 / MEMORY
 
     def rate(self) -> float:
         """Jobs a second."""
@@ -26,3 +33,13 @@ class Pace:
         self._rate *= exp((self._at - now) / MEMORY)
         self._at = now
         return self._rate
+
+    def ahead(self, horizon: float, slots: int) -> float:
+        """How many jobs will be finished within *horizon* seconds, beside those that the *slots* hold now.
+
+        Soon after a beginning that is told by what was finished since then, when `rate` does not know it yet: less one
+        job for each slot, as tasks that took long may end together.
+        """
+        rate = self.rate()
+        since = rate / (1 - exp(-max(BEGINNING, self._at - self._began) / MEMORY))
+        return max(rate * horizon, since * horizon - slots)
