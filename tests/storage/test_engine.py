@@ -274,3 +274,19 @@ class TestSQLiteFile:
             with closing(Storage(sqlite_url, SETTINGS)) as other:
                 other.insert(new_job("2"))
             assert len(storage.all()) == 2
+
+
+def test_a_file_that_another_process_makes_meanwhile_is_not_taken_for_a_read_only_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, real = tmp_path / "kathikon.db", os.access
+
+    def access(path: Any, mode: int) -> bool:
+        could = real(path, mode)
+        if path == file:
+            file.touch()
+        return could
+
+    monkeypatch.setattr(os, "access", access)
+    Database(f"sqlite:///{file}").dialect.check_usable()
+    assert file.exists()

@@ -103,8 +103,10 @@ class SQLite(Dialect):
             raise Unavailable(f"the folder {str(folder)!r} of the SQLite file does not exist; create it")
         if os.access(self.path, os.W_OK):
             return
-        if self.path.exists():  # SQLite would open it nevertheless, and that connection stay unable to write
-            raise self._read_only()
+        if self.path.exists():
+            if os.access(self.path, os.W_OK):  # another process has made it since the first look
+                return
+            raise self._read_only()  # SQLite would open it nevertheless, and that connection stay unable to write
         if not os.access(folder, os.W_OK):
             raise Unavailable(f"the folder {str(folder)!r} of the SQLite file is read-only; it must be writable")
 
