@@ -1,4 +1,4 @@
-"""Statements that are run often: compiled once, and then given to the driver's own cursor.
+"""Statements that are run often: compiled once, and then given to the driver itself.
 
 What SQLAlchemy does for one execution costs more than most of these statements do. They must be the same objects each
 time, and their text must not depend on their parameters (no ``expanding`` ones).

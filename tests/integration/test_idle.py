@@ -57,7 +57,7 @@ def test_an_idle_worker_only_looks(client: Celery, heard: Callable[..., Heard]) 
     sent = one.all()[before:]
     others = [statement for statement in sent if "state = 'available' ORDER BY" not in statement]
     # On a machine that is busy with other things a look may come too late to spare a service its own step, of which the
-    # pruner's is 12 statements. Not spared at all, they are about 30.
+    # pruner's is 12 statements. Not spared at all, they are 38 and more.
     assert len(others) <= LOOKS * 3 / 4, others
     assert any("UPDATE kathikon_nodes SET lease_until" in statement for statement in sent)
     assert any("is_amiss" in statement for statement in sent)

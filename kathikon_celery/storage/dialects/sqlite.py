@@ -103,10 +103,10 @@ class SQLite(Dialect):
             raise Unavailable(f"the folder {str(folder)!r} of the SQLite file does not exist; create it")
         if os.access(self.path, os.W_OK):
             return
-        if self.path.exists():
-            if os.access(self.path, os.W_OK):  # another process has made it since the first look
-                return
-            raise self._read_only()  # SQLite would open it nevertheless, and that connection stay unable to write
+        # Asked again, as another process may have made it since. SQLite would open a read-only file nevertheless, and
+        # that connection stay unable to write.
+        if self.path.exists() and not os.access(self.path, os.W_OK):
+            raise self._read_only()
         if not os.access(folder, os.W_OK):
             raise Unavailable(f"the folder {str(folder)!r} of the SQLite file is read-only; it must be writable")
 
