@@ -40,17 +40,18 @@ class Delivered(virtual.Message):
     delivery: Delivery
 
     def _decode(self) -> Any:
-        if self._is_plain_json():
+        if self.is_plain_json():
             with suppress(ValueError):  # kombu's reader says what is wrong
-                return loads(self.body)
+                return loads(self.body.decode())
         return super()._decode()
 
-    def _is_plain_json(self) -> bool:
+    def is_plain_json(self) -> bool:
         """Whether kombu, after some looking around, would read the body as its own JSON."""
         return (
             self.content_type == JSON
-            and type(self.body) is str
-            and self.body != ""
+            and self.content_encoding == "utf-8"
+            and type(self.body) is bytes  # kombu has made that of its text
+            and self.body != b""
             and self.accept is not None
             and JSON in self.accept
             and registry._decoders.get(JSON) is kombu_json.loads

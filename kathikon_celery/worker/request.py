@@ -14,6 +14,7 @@ from celery.worker.request import Request as CeleryRequest
 
 from kathikon_celery.job import State, in_brief
 from kathikon_celery.transport.carrying import Carried
+from kathikon_celery.transport.channel import Delivered
 from kathikon_celery.transport.delivery import CRASHED, DONE, PASSED_ON, REPLACED, WRITTEN, Delivery, Outcome, Verdict
 
 #: What `Task.on_replace` says. The last task of the replacement has the id of the replaced one.
@@ -41,6 +42,9 @@ class Request(CeleryRequest):
         #: Whoever takes it decides: the pool, which runs the task, or the intake, which gives it to others.
         self._decision = Lock()
         try:
+            if not options.get("decoded") and isinstance(message, Delivered) and message.is_plain_json():
+                # What is read already is not read again by whoever runs it.
+                options |= {"body": message.payload, "decoded": True}
             super().__init__(message, **options)
             _check_limits(self.time_limits)
         except (AttributeError, KeyError, TypeError, ValueError, InvalidTaskError) as error:
