@@ -228,8 +228,10 @@ class Intake:
             if subscription is not None:
                 subscription.in_hand = max(0, subscription.in_hand - 1)
                 subscription.pace.count()
-                if subscription.waiting and self._in_hand_beside(subscription) <= subscription.refill:
-                    self.on_ready()
+            awaited = subscription is not None and self._is_awaited(subscription)
+        # Whoever calls lets other threads run, which must not find the lock taken.
+        if awaited:
+            self.on_ready()
         self._notify()
 
     def give_back(self, which: Callable[[Delivery], bool]) -> None:
@@ -325,6 +327,10 @@ class Intake:
         subscription.allowed = min(limits)
         return subscription.allowed > 0
 
+    def _is_awaited(self, subscription: Subscription) -> bool:
+        """Whether a handful waits for the delivery that has just ended."""
+        return bool(subscription.waiting) and self._in_hand_beside(subscription) <= subscription.refill
+
     def _in_hand_beside(self, subscription: Subscription) -> int:
         """What all consumers have in hand that share the prefetch limit of *subscription*."""
         return sum(one.in_hand for one in self._subscriptions.values() if one.prefetch == subscription.prefetch)
@@ -388,12 +394,10 @@ class Intake:
                 now = monotonic()
                 due_at = min(self._due_at(now, next_look), next_look)
                 pause_until = last + self._gap()
-                if due_at <= pause_until and now < pause_until:
-                    if self._is_rush():
-                        sleep(pause_until - now)  # deaf: to be woken by each job that ends costs more than all the SQL
-                        now = monotonic()
-                    else:
-                        due_at = pause_until
+                if now < pause_until and self._is_rush():
+                    sleep(pause_until - now)  # deaf: to be woken by each job that ends costs more than all the SQL
+                    continue
+                due_at = max(due_at, pause_until)
                 timeout = max(0.0, due_at - now)
                 if self._wakeup.wait(min(timeout, self.storage.settings.poll_interval)):
                     self._look, self._look_from, self._waits = True, 0.0, False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
+from threading import Thread
 from time import monotonic
 
 import pytest
@@ -144,3 +145,25 @@ def test_a_worker_with_a_slot_to_spare_is_called_while_it_works(client: Celery, 
     wait_until(lambda: waiting() == ["default"])
     apps.add.delay(1, 1)
     wait_until(lambda: intake.pump() or len(got) == 3)
+
+
+def test_who_is_rung_finds_the_intake_free(client: Celery, jobs: Jobs, intake: Intake) -> None:
+    """To ring lets other threads run: those that report the end of a task must not wait for it."""
+    intake.slots = lambda: 3
+    for _ in range(3):
+        apps.add.delay(1, 1)
+    got: list[Delivery] = []
+    intake.subscribe("default", False, got.append, lambda: 1)
+    wait_until(lambda: intake.pump() or got)
+    free: list[bool] = []
+
+    def ring() -> None:
+        other = Thread(target=intake.in_hand, daemon=True)
+        other.start()
+        other.join(10)
+        free.append(not other.is_alive())
+
+    wait_until(lambda: intake._subscriptions["default"].waiting)
+    intake.on_ready = ring
+    intake.finish(got[0].tag)
+    assert free[0]
