@@ -1,11 +1,12 @@
 """The prefork pool, with fewer calls of the system: for short tasks they are a large part of what Celery costs.
 
 A task's message goes into the pipe of its process in one write instead of two, and at once instead of after another
-turn of the event loop; all that processes have sent is read in one go.
+turn of the event loop; all that processes have sent is read in one go. And they share their memory for longer.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import select
@@ -127,3 +128,12 @@ class TaskPool(prefork.TaskPool):
     """What a worker of ours uses where Celery's own prefork pool is asked for."""
 
     Pool = AsynPool
+
+    def on_start(self) -> None:
+        """Start the processes.
+
+        To collect garbage, each would write into all that it has of the worker, and so copy it: half of its memory.
+        """
+        gc.collect()
+        gc.freeze()
+        super().on_start()

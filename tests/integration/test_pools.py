@@ -56,6 +56,12 @@ def test_results_of_many_are_written_together(app: Celery, jobs: Jobs) -> None:
     assert len({job.ended_at for job in ended}) < 200
 
 
+def test_processes_of_a_pool_do_not_copy_what_they_share(app: Celery, pool: str) -> None:
+    """A garbage collection would write into each object that there was when they were forked."""
+    frozen = apps.frozen_objects.delay().get(timeout=60)
+    assert frozen > 50_000 if pool == "prefork" else frozen == 0
+
+
 def test_arguments_arrive_as_they_were(app: Celery) -> None:
     arguments = ["", "ü\u2028\U0001f600", None, 1.5, [1, {"a": []}], "x" * 100_000]
     assert apps.echo.delay(*arguments, key="wért").get(timeout=60) == [arguments, {"key": "wért"}]

@@ -6,6 +6,7 @@ that the fixture ``client`` made in a test. There, ``apps.add.delay(2, 2)`` goes
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -63,6 +64,12 @@ def total(numbers: list[int]) -> int:
 def accumulate(values: list[Any]) -> list[Any]:
     """Return what the parts of a chord have returned."""
     return values
+
+
+@shared_task
+def frozen_objects() -> int:
+    """Return how many objects of the task's process no garbage collection looks at."""
+    return gc.get_freeze_count()
 
 
 @shared_task
