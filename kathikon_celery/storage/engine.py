@@ -38,7 +38,8 @@ class Gate:
     """Counts who uses the database, and can be shut until nobody does."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._users = 0
         self._shut = 0  # by how many: two threads may fork at once
         self._mine = threading.local()
@@ -46,7 +47,7 @@ class Gate:
     def __enter__(self) -> None:
         """Use the database; waits while the gate is shut. May be nested in one thread."""
         depth: int = getattr(self._mine, "depth", 0)
-        with self._changed:
+        with self._lock:
             while self._shut and not depth:
                 self._changed.wait()
             self._users += 1
@@ -54,7 +55,7 @@ class Gate:
 
     def __exit__(self, *exc_info: object) -> None:
         self._mine.depth -= 1
-        with self._changed:
+        with self._lock:
             self._users -= 1
             if self._shut:
                 self._changed.notify_all()

@@ -62,9 +62,11 @@ class _Prepared:
         parameters = self.parameters(values)
         if self._libpq is not None:
             return libpq.session(pooled).run(self._libpq, parameters)
-        with closing(pooled.cursor()) as cursor:
-            cursor.execute(self.text, parameters)
-            return (cursor.fetchall() if self._returns_rows else []), cursor.rowcount
+        cursor = pooled.cursor()  # an error closes it as well: nobody else has it
+        cursor.execute(self.text, parameters)
+        answer = (cursor.fetchall() if self._returns_rows else []), cursor.rowcount
+        cursor.close()
+        return answer
 
     def parameters(self, values: Mapping[str, Any]) -> Any:
         """*values* as the driver wants them. Raises `KeyError` where one is missing."""

@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from random import getrandbits
 from typing import Any
 
+from kombu import serialization
 from kombu.utils import json as kombu_json
 
 from kathikon_celery.job import Job, State
@@ -28,6 +29,11 @@ _JSON = {_TYPE: "application/json", _ENCODING: "utf-8"}
 
 _compact = json.JSONEncoder(separators=(",", ":")).encode
 _decoded = json.JSONDecoder().decode
+_encoded = json.JSONEncoder().encode
+
+#: What follows a call that is part of no workflow.
+_NOTHING: dict[str, None] = dict.fromkeys(("callbacks", "errbacks", "chain", "chord"))
+_NOTHING_ENCODED = _encoded(_NOTHING)
 
 
 def _dumps(value: Any) -> str:
@@ -41,6 +47,19 @@ def loads(text: str) -> Any:
     """What kombu's reader of JSON makes of *text*. Raises `ValueError`."""
     # Only kombu's own notation for dates and the like needs that slower reader.
     return kombu_json.loads(text) if '"__type__"' in text else _decoded(text)
+
+
+def dumps_call(args: Any, kwargs: Any, serializer: str) -> tuple[str, str, Any]:
+    """Content type, encoding and body of a call that is part of no workflow, as kombu's `dumps` makes them."""
+    codec = serialization.registry._encoders.get(serializer)
+    if codec is not None and codec.encoder is kombu_json.dumps:
+        try:
+            body = f"[{_encoded(args) if args else '[]'}, {_encoded(kwargs) if kwargs else '{}'}, {_NOTHING_ENCODED}]"
+        except Exception:
+            pass  # only kombu has a notation for dates and the like, or a word for what is wrong
+        else:
+            return codec.content_type, codec.content_encoding, body
+    return serialization.dumps((args, kwargs, _NOTHING), serializer)  # type: ignore[no-any-return]
 
 
 def _as_text(body: Any) -> tuple[str, bool]:

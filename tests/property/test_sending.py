@@ -7,17 +7,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from celery import Celery, Task
 from celery.utils.saferepr import saferepr
 from hypothesis import given
 from hypothesis import strategies as st
+from kombu import serialization
+from kombu.exceptions import EncodeError
 
 from kathikon_celery.job import Job
 from kathikon_celery.routing import Router
 from kathikon_celery.storage import Storage
 from kathikon_celery.transport import sending
+from kathikon_celery.transport.envelope import dumps_call
 from kathikon_celery.transport.sending import _simple_repr
 from tests.property.test_envelope import json_values
 from tests.support import apps
@@ -99,6 +103,34 @@ def test_the_row_is_celerys(app: Celery, call: dict[str, Any], name: str) -> Non
     assert len(publications) == 1  # it was not left to Celery
     celerys = sent_job(app, lambda *args, **options: Celery.send_task(app, *args, **options), task, call)
     assert ours == celerys
+
+
+@given(
+    st.lists(json_values | scalars | st.datetimes() | st.uuids() | st.decimals() | st.binary(max_size=3), max_size=3),
+    st.dictionaries(text | st.integers(), json_values | st.dates(), max_size=2),
+    st.sampled_from(["json", "pickle"]),
+)
+def test_the_short_way_of_writing_a_call_is_kombus(args: list[Any], kwargs: dict[Any, Any], serializer: str) -> None:
+    call = args, kwargs, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+    assert dumps_call(args, kwargs, serializer) == serialization.dumps(call, serializer)
+
+
+def test_a_writer_of_json_of_ones_own_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = serialization.codec("application/json", "utf-8", lambda value: f"own {value[0]}")
+    monkeypatch.setitem(serialization.registry._encoders, "json", own)
+    assert dumps_call((1,), {}, "json") == ("application/json", "utf-8", "own (1,)")
+
+
+def test_what_cannot_be_written_is_kombus_error() -> None:
+    with pytest.raises(EncodeError):
+        dumps_call((object(),), {}, "json")
+
+
+@given(st.binary(min_size=16, max_size=16))
+def test_a_new_id_is_a_random_uuid(random: bytes) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sending.os, "urandom", lambda size: random[:size])
+        assert sending.new_id() == str(UUID(bytes=random, version=4))
 
 
 @given(st.lists(scalars, max_size=5), st.integers(1, 40) | st.just(1024), st.booleans())
