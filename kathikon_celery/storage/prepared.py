@@ -62,11 +62,12 @@ class _Prepared:
         parameters = self.parameters(values)
         if self._libpq is not None:
             return libpq.session(pooled).run(self._libpq, parameters)
-        cursor = pooled.cursor()  # an error closes it as well: nobody else has it
-        cursor.execute(self.text, parameters)
-        answer = (cursor.fetchall() if self._returns_rows else []), cursor.rowcount
-        cursor.close()
-        return answer
+        cursor = pooled.cursor()
+        try:  # a statement that is not over keeps its locks, though its connection is closed
+            cursor.execute(self.text, parameters)
+            return (cursor.fetchall() if self._returns_rows else []), cursor.rowcount
+        finally:
+            cursor.close()
 
     def parameters(self, values: Mapping[str, Any]) -> Any:
         """*values* as the driver wants them. Raises `KeyError` where one is missing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import datetime, timezone
 from typing import Any
 
@@ -127,6 +128,26 @@ def test_a_time_limit_in_the_middle_of_a_statement(
         run(connection, select(func.pg_sleep(20)), {})
     for _ in range(3):
         postgresql_storage.insert(new_job())
+
+
+def change_until_it_is_enough(storage: Storage) -> None:
+    numbers = select(literal(1).label("n")).cte("numbers", recursive=True)
+    numbers = numbers.union_all(select(numbers.c.n + 1).where(numbers.c.n < 1_000_000))
+    long = select(func.count()).select_from(numbers).union_all(select(literal(1)))
+    with storage.database.write() as connection:
+        prepared.count(connection, _CHANGE, {"of_id": "1"})
+        while True:
+            prepared.rows(connection, long, {})
+
+
+def test_a_time_limit_in_the_middle_of_a_transaction(storage: Storage, time_limit: None) -> None:
+    """Others may write at once, though the statement was not over and its error is still being looked at."""
+    with pytest.raises(TimeLimit) as raised:
+        change_until_it_is_enough(storage)
+    storage.insert(new_job())
+    with closing(Storage(storage.database.url.render_as_string(hide_password=False))) as others:
+        others.insert(new_job("another"))
+    assert raised.value.__traceback__ is not None
 
 
 @pytest.mark.parametrize("words", ["BEGIN", "ROLLBACK"])
