@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 JSON = "application/json"
+#: Bytes of a body up to which it does not matter who reads it.
+EASY = 4096
 REJECTED = Outcome(Verdict.ENDED, State.DISCARDED, "rejected")
 
 
@@ -44,6 +46,10 @@ class Delivered(virtual.Message):
             with suppress(ValueError):  # kombu's reader says what is wrong
                 return loads(self.body.decode())
         return super()._decode()
+
+    def is_read_easily(self) -> bool:
+        """Whether to read it takes no time, and gives nothing that cannot go through a pipe as it is."""
+        return self.is_plain_json() and len(self.body) <= EASY and b'"__type__"' not in self.body
 
     def is_plain_json(self) -> bool:
         """Whether kombu, after some looking around, would read the body as its own JSON."""

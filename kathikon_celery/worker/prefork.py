@@ -15,6 +15,8 @@ from typing import Any
 
 from celery.concurrency import asynpool, prefork
 
+from kathikon_celery.worker.request import Unsendable
+
 #: Bytes up to which a write to a pipe happens as a whole or not at all.
 ATOMIC = getattr(select, "PIPE_BUF", 512)
 #: Bytes that are read at once: what a pipe holds.
@@ -105,7 +107,11 @@ class AsynPool(asynpool.AsynPool):
         send_job, job_of, waiting = vars(self)["_quick_put"], self._cache.__getitem__, self.outbound_buffer
 
         def send_whole_job(task: Any) -> None:
-            send_job(task)
+            try:
+                send_job(task)
+            except Exception as error:
+                del self._cache[task[1][0]]
+                raise Unsendable(f"{type(error).__name__}: {error}") from error
             job = job_of(task[1][0])
             header, body, size = job._payload
             if HEADER + size <= ATOMIC:  # whoever has written the header is not asked to write more
@@ -137,3 +143,8 @@ class TaskPool(prefork.TaskPool):
         gc.collect()
         gc.freeze()
         super().on_start()
+
+    def on_stop(self) -> None:
+        """Stop the processes."""
+        super().on_stop()
+        gc.unfreeze()

@@ -6,7 +6,7 @@ from functools import cache
 from threading import Lock
 from typing import Any
 
-from billiard.einfo import ExceptionWithTraceback
+from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery import states
 from celery.exceptions import Ignore, InvalidTaskError, Reject, Retry, TaskRevokedError, WorkerLostError
 from celery.worker import state as worker_state
@@ -34,6 +34,10 @@ def _check_limits(limits: Any) -> None:
         raise ValueError(f"timelimit is {limits!r}")
 
 
+class Unsendable(Exception):
+    """A task that the pool cannot put into words for one of its processes."""
+
+
 class Request(CeleryRequest):
     """A request whose acknowledgement says what became of the job (see `TRANSITIONS`)."""
 
@@ -42,9 +46,6 @@ class Request(CeleryRequest):
         #: Whoever takes it decides: the pool, which runs the task, or the intake, which gives it to others.
         self._decision = Lock()
         try:
-            if not options.get("decoded") and isinstance(message, Delivered) and message.is_plain_json():
-                # What is read already is not read again by whoever runs it.
-                options |= {"body": message.payload, "decoded": True}
             super().__init__(message, **options)
             _check_limits(self.time_limits)
         except (AttributeError, KeyError, TypeError, ValueError, InvalidTaskError) as error:
@@ -53,6 +54,10 @@ class Request(CeleryRequest):
                 self._delivery.outcome = Outcome(Verdict.ENDED, State.DEAD, reason)
             raise InvalidTaskError(reason) from error  # anything else would end the worker
         self._set_outcome(DONE)
+        if not self._decoded and isinstance(message, Delivered) and message.is_read_easily():
+            # Whoever runs it need not read it by Celery's way. He gets values of his own: he, or a receiver of
+            # `task_received`, may change what he has.
+            self._body, self._content_type, self._content_encoding = message._decode(), None, None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # Celery makes a subclass a task, with methods that call no others: they are wrapped there.
@@ -76,7 +81,11 @@ class Request(CeleryRequest):
             if not self._decision.acquire(blocking=False):
                 self._leave()
                 raise TaskRevokedError("given back")  # Celery's word for: the next one, please
-            return execute(self, pool, **options)
+            try:
+                return execute(self, pool, **options)
+            except Unsendable as error:  # it would end the worker, and then the next one
+                self.on_failure(ExceptionInfo())
+                raise TaskRevokedError(str(error)) from error
 
         cls.on_success = on_success
         if "execute_using_pool" in cls.__dict__:  # else the inherited one is wrapped already

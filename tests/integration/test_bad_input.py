@@ -83,6 +83,26 @@ def test_a_corrupt_row_is_dead_and_says_why(app: Celery, jobs: Jobs, worker: Wor
     assert worker.running
 
 
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
+def test_what_cannot_be_sent_to_a_process_of_the_pool_is_dead(
+    app: Celery, jobs: Jobs, worker: WorkerProcess, early: bool
+) -> None:
+    """Celery's worker ends of it, and so would each that claims the job after it."""
+    job_id, task = f"deep-{early}", "tests.support.apps.append_early" if early else ADD
+    envelope = envelope_of(job_id)
+    envelope["headers"]["task"] = task
+    body = BODY.replace("[1, 2]", "[1, {}]".replace("{}", "[" * 700 + "]" * 700))
+    jobs.storage.insert(Job(id=job_id, task=task, envelope=json.dumps(envelope), body=body))
+    sound = apps.add.delay(2, 2)
+    dead = jobs.wait(AsyncResult(job_id, app=app), State.DEAD, State.COMPLETED)
+    assert (dead.state, dead.attempts, dead.body) == (State.DEAD, 1, body)
+    assert "RecursionError" in dead.reason
+    assert sound.get(timeout=60) == 4
+    with pytest.raises(Exception, match="RecursionError"):
+        AsyncResult(job_id, app=app).get(timeout=60)
+    assert worker.running
+
+
 def test_rows_that_nobody_can_read_spoil_no_listing(app: Celery, jobs: Jobs, worker: WorkerProcess) -> None:
     later = {"countdown": 3600}
     asleep, erring = (apps.add.apply_async((1, 1), **later) for _ in range(2))

@@ -28,17 +28,36 @@ def request_of(client: Celery, message: Delivered) -> Request:
     return Request(message, app=client, task=apps.add, headers=message.headers, **options)
 
 
-def test_a_plain_body_is_read_once_and_not_by_kombu(client: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plain_body_is_read_for_the_pool_and_not_by_kombu(client: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
     def loads(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("read by kombu")
 
-    apps.add.delay(1, y=2)
+    apps.add.delay([1], y=2)
     message = received(client)
     monkeypatch.setattr(kombu.message, "loads", loads)
     request = request_of(client, message)
-    assert (request.args, request.kwargs) == ([1], {"y": 2})
-    assert request.body is message.payload
+    assert (request.args, request.kwargs) == ([[1]], {"y": 2})
+    assert request.body == message.payload
     assert not request.content_type  # to Celery's tracer that says that it is read
+
+
+def test_the_pool_has_arguments_of_its_own(client: Celery) -> None:
+    """What a task changes is not shown as its arguments; what a receiver of `task_received` hides the task sees."""
+    apps.add.delay([1], y=2)
+    request = request_of(client, received(client))
+    args, kwargs, _ = request.body
+    args[0].append(object())
+    request.kwargs["y"] = "***"
+    assert request.args == [[1]]
+    assert kwargs == {"y": 2}
+
+
+@pytest.mark.parametrize("x", [NOW, "x" * 5000], ids=["moment", "long"])
+def test_what_is_not_easily_read_is_left_to_the_pool(client: Celery, x: Any) -> None:
+    apps.add.delay(x, 1)
+    message = received(client)
+    request = request_of(client, message)
+    assert (request.body, request.content_type) == (message.body, "application/json")
 
 
 @pytest.mark.parametrize(
