@@ -55,7 +55,7 @@ def dumps_call(args: Any, kwargs: Any, serializer: str) -> tuple[str, str, Any]:
     if codec is not None and codec.encoder is kombu_json.dumps:
         try:
             body = f"[{_encoded(args) if args else '[]'}, {_encoded(kwargs) if kwargs else '{}'}, {_NOTHING_ENCODED}]"
-        except Exception:
+        except (TypeError, ValueError, RecursionError):
             pass  # only kombu has a notation for dates and the like, or a word for what is wrong
         else:
             return codec.content_type, codec.content_encoding, body

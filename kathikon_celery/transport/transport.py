@@ -174,8 +174,9 @@ class Transport(virtual.Transport):
 
     def ring(self) -> None:
         """Have the event loop deliver what is there. Any thread may call it."""
-        if self._bell is not None:
-            self._bell.ring()
+        bell = self._bell
+        if bell is not None:
+            bell.ring()
 
     def drain_events(self, connection: Any, timeout: float | None = None) -> None:
         """Deliver one message, as callers count on; raises `socket.timeout` when none came within *timeout* seconds."""
