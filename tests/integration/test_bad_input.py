@@ -91,7 +91,7 @@ def test_what_cannot_be_sent_to_a_process_of_the_pool_is_dead(
     job_id, task = f"deep-{early}", "tests.support.apps.append_early" if early else ADD
     envelope = envelope_of(job_id)
     envelope["headers"]["task"] = task
-    body = BODY.replace("[1, 2]", "[1, {}]".replace("{}", "[" * 700 + "]" * 700))
+    body = BODY.replace("[1, 2]", "[1, " + "[" * 700 + "]" * 700 + "]")
     jobs.storage.insert(Job(id=job_id, task=task, envelope=json.dumps(envelope), body=body))
     sound = apps.add.delay(2, 2)
     dead = jobs.wait(AsyncResult(job_id, app=app), State.DEAD, State.COMPLETED)
