@@ -30,7 +30,7 @@ from kathikon_celery.storage.wake import ENDED, OUTCOME, Wakeup
 logger = logging.getLogger(__name__)
 
 #: Pauses between the first looks, in seconds: nobody was called for what ended while it was entered.
-DOUBTS = (0.02, 0.2, 1.0)
+DOUBTS = (0.002, 0.02, 0.2, 1.0)
 #: Seconds that a call is left unanswered for each of the results that its hearer still waits for, and the longest such.
 LINGER, LONGEST_LINGER = 0.0005, 0.1
 #: Results up to which no call is left unanswered.

@@ -145,8 +145,8 @@ def insert(database: Database, job: Job, hold: Hold | None = None, soon: bool = 
                     _announce(database, connection, [job])
         else:
             with database.once(durable=True) as connection:
-                prepared.count(connection, _make(database, job, False, again, False), values)
-                database.dialect.published(later=job.scheduled_at is not None)
+                statement, later = _make(database, job, False, again, False), job.scheduled_at is not None
+                database.dialect.publish(connection, statement, values, later, again)
         return True
 
     return database.patiently(publish)

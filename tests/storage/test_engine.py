@@ -15,7 +15,6 @@ from sqlalchemy import Connection, event, text
 
 from kathikon_celery.settings import Settings
 from kathikon_celery.storage import Storage, Unavailable, prepared
-from kathikon_celery.storage.dialects.sqlite import FLUSHES
 from kathikon_celery.storage.engine import Database, Gate
 from tests.storage.actors import new_job, the_job
 
@@ -120,57 +119,6 @@ def test_nothing_of_the_parameters_in_an_error(storage: Storage) -> None:
     with pytest.raises(Exception, match="no_such_table") as raised, storage.database.read() as connection:
         connection.execute(text("SELECT 1 FROM no_such_table WHERE :payload = ''"), {"payload": "s3cret"})
     assert "s3cret" not in str(raised.value)
-
-
-@pytest.mark.postgresql
-@pytest.mark.parametrize("durability", ["disk", "server"])
-def test_durability_of_postgresql(postgresql_url: str, durability: str) -> None:
-    database = Database(postgresql_url, publish_durability=durability, worker_durability=durability)
-    for durable in (True, False):
-        with database.write(durable=durable) as connection:
-            found = connection.execute(text("SHOW synchronous_commit")).scalar()
-            assert found == {"disk": "on", "server": "off"}[durability]
-    database.close()
-
-
-@pytest.mark.skipif(not FLUSHES, reason="SQLite flushes by itself here")
-@pytest.mark.parametrize("durability", ["disk", "server"])
-def test_durability_of_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durability: str) -> None:
-    """What is to be on disk is flushed after its commit, while others write already."""
-    url = f"sqlite:///{tmp_path}/kathikon.db"
-    other = Storage(url, Settings(publish_durability="server"))
-    other.setup()
-    database = Database(url, publish_durability=durability)
-    flushed: list[str] = []
-
-    def flush(descriptor: int) -> None:
-        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-        other.insert(new_job())  # would wait for ever while the lock is held
-
-    monkeypatch.setattr(os, "fdatasync", flush)
-    with database.write(durable=True) as connection:
-        connection.execute(text("DELETE FROM kathikon_jobs"))
-    assert flushed == ([f"{tmp_path}/kathikon.db-wal"] if durability == "disk" else [])
-    with database.write() as connection:
-        assert connection.execute(text("SELECT count(*) FROM kathikon_jobs")).scalar() == len(flushed)
-    assert len(flushed) == (durability == "disk")
-    database.close()
-    other.close()
-
-
-@pytest.mark.skipif(not FLUSHES, reason="SQLite flushes by itself here")
-def test_a_commit_that_fails_is_not_flushed(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fdatasync", pytest.fail)
-    with pytest.raises(RuntimeError), storage.database.write(durable=True):
-        raise RuntimeError
-
-
-def test_a_log_that_is_gone_is_on_disk_already(tmp_path: Path) -> None:
-    storage = Storage(f"sqlite:///{tmp_path}/kathikon.db")
-    storage.setup()
-    storage.close()  # the last connection writes the log to the database, and deletes it
-    assert not (tmp_path / "kathikon.db-wal").exists()
-    storage.database.dialect.flush({})
 
 
 @pytest.mark.postgresql

@@ -114,10 +114,15 @@ class Dialect(ABC):
     def ring(self, connection: Connection) -> None:
         """As the transaction commits, wake every node: there is a message for somebody."""
 
-    def published(self, later: bool) -> None:
-        """Called after a statement of `publishing`, where it is not the statement itself that wakes.
+    @abstractmethod
+    def publish(
+        self, connection: Connection, statement: Executable, values: Mapping[str, Any], later: bool, again: bool
+    ) -> None:
+        """Run *statement*, one of `publishing`, outside of a transaction. It is on disk after the connection's use.
 
-        *later*: the job has a due time, so that all nodes are called.
+        Arguments:
+            later: the job has a due time, so that all nodes are called.
+            again: it may have been committed before.
         """
 
     @abstractmethod

@@ -32,6 +32,7 @@ from sqlalchemy import (
     literal_column,
     select,
     table,
+    true,
     union_all,
     update,
 )
@@ -76,6 +77,13 @@ def _woken(queue: Any, count: Any, said: Any = "") -> Any:
         .returning(func.pg_notify(_channel_of_node, said).label("called"))
     )
 
+
+#: The transaction that asks for it does not wait for the disk, if it would: whoever it has woken begins meanwhile.
+_UNFLUSHED = case(
+    (func.current_setting("synchronous_commit") != "off", func.set_config("synchronous_commit", "off", true()))
+)
+#: Something that is written, so that what others wrote before, and whatever waits for that, is on disk as it commits.
+_FLUSH = select(func.pg_logical_emit_message(true(), CHANNEL, ""))
 
 _WAKE = _woken(nodes.c.waiting.op("&&")(bindparam("queues", type_=ARRAY(TEXT))), bindparam("count", type_=Integer))
 _RING = select(func.pg_notify(CHANNEL, ""))
@@ -181,7 +189,14 @@ class PostgreSQL(Dialect):
             return select(func.pg_notify(CHANNEL, "")).select_from(inserted)
         job = literal(PUBLISHED).concat(cast(inserted.c.seq, TEXT)).concat(" ").concat(queue)
         woken = _woken(queue == any_(nodes.c.waiting), 1, select(job).scalar_subquery()).cte("woken")
-        return select(func.count()).select_from(woken).add_cte(inserted)
+        return select(func.max(_UNFLUSHED)).select_from(woken).add_cte(inserted)
+
+    def publish(
+        self, connection: Connection, statement: Executable, values: Mapping[str, Any], later: bool, again: bool
+    ) -> None:
+        ((unflushed,),) = prepared.rows(connection, statement, values)
+        if unflushed or again:
+            prepared.rows(connection, _FLUSH, {})
 
     def wake(self, connection: Connection, queues: Iterable[str], count: int) -> None:
         prepared.rows(connection, _WAKE, {"queues": list(queues), "count": count})

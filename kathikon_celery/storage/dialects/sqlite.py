@@ -223,7 +223,10 @@ class SQLite(Dialect):
     def ring(self, connection: Connection) -> None:
         self._rings = self._rings_all = True
 
-    def published(self, later: bool) -> None:
+    def publish(
+        self, connection: Connection, statement: Executable, values: Mapping[str, Any], later: bool, again: bool
+    ) -> None:
+        prepared.count(connection, statement, values)
         self._rings = True
         self._rings_all = self._rings_all or later
 
