@@ -120,6 +120,15 @@ def test_the_very_same_publication_again_is_no_second_one(storage: Storage, work
     assert the_job(storage).state is State.AVAILABLE  # a job object that is published once more on purpose
 
 
+def test_the_very_same_countdown_again_is_no_second_one(storage: Storage) -> None:
+    job = new_job(scheduled_at=IN_AN_HOUR)
+    storage.insert(job)
+    first = the_job(storage)
+    storage.insert(job)
+    assert the_job(storage) == first
+    assert first.state is State.SCHEDULED
+
+
 def test_a_lost_answer_to_a_publication_runs_no_ended_job_again(
     storage: Storage, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

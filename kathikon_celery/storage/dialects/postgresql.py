@@ -194,8 +194,8 @@ class PostgreSQL(Dialect):
     def publish(
         self, connection: Connection, statement: Executable, values: Mapping[str, Any], later: bool, again: bool
     ) -> None:
-        ((unflushed,),) = prepared.rows(connection, statement, values)
-        if unflushed or again:
+        rows = prepared.rows(connection, statement, values)
+        if again or any(unflushed for (unflushed,) in rows):
             prepared.rows(connection, _FLUSH, {})
 
     def wake(self, connection: Connection, queues: Iterable[str], count: int) -> None:
