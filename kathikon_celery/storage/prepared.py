@@ -73,7 +73,8 @@ class _Prepared:
         """*values* as the driver wants them. Raises `KeyError` where one is missing."""
         given = {**self._constants, **values}
         for name, processor in self._of_values.items():
-            given[name] = processor(given[name])
+            if (value := given[name]) is not None:  # which is NULL in all our types
+                given[name] = processor(value)
         if self._is_positional:
             return [given[name] for name in self._names]
         return {name: given[name] for name in self._names}
