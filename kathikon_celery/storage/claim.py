@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import product
 from operator import itemgetter
 from time import monotonic
 from typing import Any, NamedTuple
@@ -228,6 +229,17 @@ def complete_and_claim(
         connection, _complete_and_claim(database.dialect, len(look.marks), waiting is not None), parameters
     )
     return rows[0][-1], look.found([row for row in rows if row[_SEQ] is not None], node_id)
+
+
+def statements(dialect: Dialect) -> Iterator[Any]:
+    """What a worker runs for most jobs: to compile them takes longer than to run a job, so it is better done before."""
+    yield completing(dialect)
+    if dialect.wakes_by_name:
+        yield _claim_told(dialect)
+    for marks, waits in product(range(1 + dialect.keeps_old_rows), range(1 + dialect.changes_in_ctes)):
+        yield _claim(dialect, marks, bool(waits))
+        if dialect.changes_in_ctes:
+            yield _complete_and_claim(dialect, marks, bool(waits))
 
 
 @lru_cache(maxsize=8)

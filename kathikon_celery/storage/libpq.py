@@ -45,10 +45,7 @@ class Session:
     def run(self, statement: Statement, values: Mapping[str, Any]) -> tuple[list[tuple[Any, ...]], int]:
         """The rows that *statement* returns, and how many it returned or changed."""
         converter, parameters = self._converter, [_array(values[name]) for name in statement.parameters]
-        if statement.name not in self._prepared:
-            self._pgconn.send_prepare(statement.name, statement.text)
-            self._result()
-            self._prepared.add(statement.name)
+        self.prepare(statement)
         sent = converter.dump_sequence(parameters, [self._text] * len(parameters))
         self._pgconn.send_query_prepared(statement.name, sent)
         result = self._result()
@@ -59,6 +56,13 @@ class Session:
             return converter.load_rows(0, result.ntuples, tuple), result.ntuples
         finally:
             converter.set_pgresult(None)  # large payloads are not to stay
+
+    def prepare(self, statement: Statement) -> None:
+        """Have the server parse *statement*, unless that was done."""
+        if statement.name not in self._prepared:
+            self._pgconn.send_prepare(statement.name, statement.text)
+            self._result()
+            self._prepared.add(statement.name)
 
     def plain(self, text: str) -> None:
         """Run *text*, which has neither parameters nor rows."""

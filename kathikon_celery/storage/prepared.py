@@ -11,7 +11,7 @@ from contextlib import closing, suppress
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Connection, Dialect
+from sqlalchemy import Connection, Dialect, Double
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.expression import BindParameter
 
@@ -42,7 +42,7 @@ class _Prepared:
         self.text = str(compiled)
         self._names: list[str] = list(compiled.positiontup or compiled.params)
         self._is_positional: bool = compiled.positional
-        self._libpq = libpq.Statement(self.text) if dialect.driver == "psycopg" else None
+        self.for_libpq = libpq.Statement(self.text) if dialect.driver == "psycopg" else None
         self._constants: dict[str, Any] = {}
         self._of_values: dict[str, Any] = {}
         for bind, name in compiled.bind_names.items():
@@ -54,14 +54,18 @@ class _Prepared:
         # Of a copy: it remembers the answer, even for the statements that are made of it.
         columns = statement.execution_options().exported_columns
         self._returns_rows = bool(columns)
-        of_columns = [column.type.dialect_impl(dialect).result_processor(dialect, None) for column in columns]
-        self._of_columns = [(number, processor) for number, processor in enumerate(of_columns) if processor is not None]
+        self._of_columns = [
+            (number, processor)
+            for number, column in enumerate(columns)
+            if not isinstance(column.type, Double)  # every driver gives a float
+            and (processor := column.type.dialect_impl(dialect).result_processor(dialect, None)) is not None
+        ]
 
     def run(self, pooled: Any, values: Mapping[str, Any]) -> tuple[list[tuple[Any, ...]], int]:
         """Run it on a *pooled* connection: the rows, as the driver has them, and the number of the changed ones."""
         parameters = self.parameters(values)
-        if self._libpq is not None:
-            return libpq.session(pooled).run(self._libpq, parameters)
+        if self.for_libpq is not None:
+            return libpq.session(pooled).run(self.for_libpq, parameters)
         cursor = pooled.cursor()
         try:  # a statement that is not over keeps its locks, though its connection is closed
             cursor.execute(self.text, parameters)
@@ -111,6 +115,14 @@ def count(connection: Connection, statement: Any, values: Mapping[str, Any]) -> 
     with _errors(connection, prepared.text):
         _, changed = prepared.run(connection.connection, values)
     return changed
+
+
+def ready(connection: Connection, statement: Any) -> None:
+    """Have *statement* compiled, and where the driver can, prepared by the server, before it is run."""
+    prepared = _prepared(statement, connection.dialect)
+    if prepared.for_libpq is not None and not _is_watched(connection):
+        with _errors(connection, prepared.text):
+            libpq.session(connection.connection).prepare(prepared.for_libpq)
 
 
 def many(connection: Connection, statement: Any, values: Sequence[Mapping[str, Any]]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, Integer, bindparam, null, select, update
 
 from kathikon_celery.job import State
+from kathikon_celery.storage import prepared
 from kathikon_celery.storage.clock import now, seconds_until
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
@@ -32,14 +33,15 @@ def _promote(dialect: Dialect) -> Any:
 
 def next_due(connection: Connection) -> float | None:
     """Seconds until the next waiting job is due (negative when it is overdue), or `None` when none waits."""
-    value = connection.execute(NEXT_DUE).scalar()
-    return None if value is None else float(value)
+    for (value,) in prepared.rows(connection, NEXT_DUE, {}):
+        return float(value)
+    return None
 
 
 def promote(database: Database, limit: int = CHUNK) -> int:
     """Make up to *limit* due jobs ready, and wake nodes for them; the number of them."""
     with database.write() as connection:
-        queues = [row.queue for row in connection.execute(_promote(database.dialect), {"at_most": limit})]
+        queues = [queue for (queue,) in prepared.rows(connection, _promote(database.dialect), {"at_most": limit})]
         if queues:
             database.dialect.wake(connection, {queue for queue in queues if queue}, len(queues))
     return len(queues)

@@ -19,7 +19,7 @@ from sqlalchemy import Connection
 
 from kathikon_celery.job import Hold, Job, State
 from kathikon_celery.presence import Presence
-from kathikon_celery.storage import Storage, claim, finish, messages, nodes, outlook, results
+from kathikon_celery.storage import Storage, claim, finish, messages, nodes, outlook, prepared, results
 from kathikon_celery.storage.errors import in_words, is_lost
 from kathikon_celery.storage.front import Front, rest
 from kathikon_celery.storage.names import key
@@ -139,6 +139,7 @@ class Intake:
         self._rest = 0.0  # seconds until the next look of which nobody called: it may take long, see front.py
         self._doubts: list[float] = []  # pauses until it is looked for what came while we said so
         self._unsure = True  # a commit may have happened of which we did not hear
+        self._unprepared = claim.statements(self.database.dialect)  # not until there is nothing else to do
         self._first = 0  # the queue that is served first this time
         self._turn = 0  # the same, of `pump`
         self._ready = threading.Condition(self._lock)
@@ -412,6 +413,8 @@ class Intake:
                     is_ready = self._step()
                 if is_ready:
                     self.on_ready()
+                elif self.slots is not None:
+                    self._prepare()
                 if due_soon:
                     due_soon = False
                     self.on_call()
@@ -434,6 +437,12 @@ class Intake:
         self.presence.on_reborn.remove(self._reborn)
         self.presence.holds.remove(self._holds)
         self.presence.leave()
+
+    def _prepare(self) -> None:
+        """Prepare one statement of those that the first jobs would have to wait for, as there is nothing else to do."""
+        if (statement := next(self._unprepared, None)) is not None:
+            with self.database.read() as connection:
+                prepared.ready(connection, statement)
 
     def _due_at(self, now: float, next_look: float) -> float:
         """When the next transaction is worth while."""

@@ -29,7 +29,7 @@ class Promoter(Service):
         return self.interval if due is None else min(self.interval, due)
 
     def step(self) -> float:
-        too_early = self._last + GAP - monotonic()
+        too_early = min(self._last + GAP, self._due) - monotonic()
         if too_early > 0:
             sleep(too_early)
         due = self.storage.next_due()

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
+from inspect import GEN_CLOSED, getgeneratorstate
 from threading import Thread
 from time import monotonic
+from typing import Any
 
 import pytest
 from celery import Celery
 from sqlalchemy import Connection, select
 
 from kathikon_celery.job import State
+from kathikon_celery.storage import prepared
 from kathikon_celery.storage.tables import messages, nodes
 from kathikon_celery.transport import intake as module
 from kathikon_celery.transport.delivery import Delivery
@@ -145,6 +148,31 @@ def test_a_worker_with_a_slot_to_spare_is_called_while_it_works(client: Celery, 
     wait_until(lambda: waiting() == ["default"])
     apps.add.delay(1, 1)
     wait_until(lambda: intake.pump() or len(got) == 3)
+
+
+def test_an_idle_worker_compiles_what_its_first_jobs_ask_for(
+    client: Celery, jobs: Jobs, intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That takes longer than to run a job."""
+    got: list[Delivery] = []
+    intake.slots = lambda: 2
+    intake.subscribe("default", False, got.append, lambda: 10)
+    wait_until(lambda: getgeneratorstate(intake._unprepared) == GEN_CLOSED)
+    compiled: list[str] = []
+    compile_it = prepared._Prepared.__init__
+
+    def compile_seen(self: prepared._Prepared, *args: Any) -> None:
+        compile_it(self, *args)
+        compiled.append(self.text)
+
+    monkeypatch.setattr(prepared._Prepared, "__init__", compile_seen)
+    for number in (1, 2):
+        result = apps.add.delay(1, 1)
+        wait_until(lambda number=number: intake.pump() or len(got) == number)
+        intake.acknowledge(got[-1].tag)
+        wait_until(lambda result=result: jobs.of(result).state is State.COMPLETED)
+    assert any("INSERT" in text for text in compiled)
+    assert not [text for text in compiled if "'claimed'" in text or "'completed', node_id" in text]
 
 
 def test_who_is_rung_finds_the_intake_free(client: Celery, jobs: Jobs, intake: Intake) -> None:

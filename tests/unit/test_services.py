@@ -11,6 +11,7 @@ import pytest
 
 from kathikon_celery.presence import Presence
 from kathikon_celery.storage import Storage, nodes
+from kathikon_celery.worker import promoter
 from kathikon_celery.worker.lifeline import Lifeline
 from kathikon_celery.worker.promoter import Promoter
 from kathikon_celery.worker.pruner import Pruner
@@ -98,6 +99,25 @@ def test_an_answer_that_is_too_old_spares_nothing(storage: Storage) -> None:
 )
 def test_promoter(storage: Storage, due: float | None, seconds: float) -> None:
     assert Promoter(storage=storage, interval=1.0).spare({"next_due": due}) == seconds
+
+
+def test_the_promoter_does_not_sleep_past_its_next_job(monkeypatch: pytest.MonkeyPatch, storage: Storage) -> None:
+    """When one call follows another it waits a little; not so when it wakes by itself, as the next job is due."""
+    now, slept = 100.0, []
+    monkeypatch.setattr(promoter, "monotonic", lambda: now)
+    monkeypatch.setattr(promoter, "sleep", slept.append)
+    monkeypatch.setattr(storage, "next_due", lambda: 0.0004)
+    one = Promoter(storage=storage, interval=1.0)
+    assert one.step() == promoter.TICK
+    one._due, now = now + promoter.TICK, now + promoter.TICK
+    assert one.step() == promoter.TICK
+    assert slept == []
+    one._due, now = now + 1.0, now + 0.002
+    one.step()
+    assert slept == [pytest.approx(promoter.GAP - 0.002)]
+    one._due = now + 0.001
+    one.step()
+    assert slept[1:] == [pytest.approx(0.001)]
 
 
 def test_pruner(storage: Storage) -> None:
