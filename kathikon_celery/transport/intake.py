@@ -413,11 +413,11 @@ class Intake:
                     is_ready = self._step()
                 if is_ready:
                     self.on_ready()
-                elif self.slots is not None:
-                    self._prepare()
                 if due_soon:
                     due_soon = False
                     self.on_call()
+                elif not is_ready and not self._in_hand and self.slots is not None:
+                    self._prepare()
                 last = self.last_success = monotonic()
                 next_look = last + max(self.storage.settings.poll_interval, self._rest)
                 if pause:

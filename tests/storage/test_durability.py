@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from kathikon_celery.job import State
+from kathikon_celery.job import Job, State
 from kathikon_celery.settings import Settings
-from kathikon_celery.storage import Storage, Unavailable, nodes
+from kathikon_celery.storage import Storage, Unavailable, claim, nodes
 from kathikon_celery.storage.dialects.sqlite import FLUSHES
 from kathikon_celery.storage.engine import Database
 from tests.storage.actors import Worker, new_job, the_job
@@ -116,19 +116,50 @@ class TestPublicationThatWakes:
         with heard(lose):
             storage.insert(new_job())
         assert flushes == [False, True] * 2
-        assert the_job(storage).fence == 0
 
 
 @pytest.mark.postgresql
-def test_a_publication_that_wakes_is_on_disk_when_it_returns(own_postgresql_server: Any) -> None:
-    with closing(Storage(own_postgresql_server.url, Settings())) as storage:
-        storage.setup()
-        with storage.database.read() as connection:  # else the server would write it soon
-            connection.execute(text("ALTER SYSTEM SET wal_writer_delay = '10s'"))
-            connection.execute(text("SELECT pg_reload_conf()"))
+class TestCrashOfTheServer:
+    @pytest.fixture
+    def storage(self, own_postgresql_server: Any) -> Iterator[Storage]:
+        """On a server that writes nothing out by itself."""
+        with closing(Storage(own_postgresql_server.url, Settings())) as storage:
+            storage.setup()
+            with storage.database.read() as connection:
+                connection.execute(text("ALTER SYSTEM SET wal_writer_delay = '10s'"))
+                connection.execute(text("SELECT pg_reload_conf()"))
+            yield storage
+
+    def test_a_publication_that_wakes_is_on_disk_when_it_returns(
+        self, storage: Storage, own_postgresql_server: Any
+    ) -> None:
         have_a_node_wait(storage)
         storage.insert(new_job())
         own_postgresql_server.stop("immediate")
-    own_postgresql_server.start()
-    with closing(Storage(own_postgresql_server.url, Settings())) as storage:
+        own_postgresql_server.start()
+        assert the_job(storage).state is State.AVAILABLE
+
+    def test_whoever_claimed_what_it_took_has_no_claim_on_another_job(
+        self, storage: Storage, own_postgresql_server: Any
+    ) -> None:
+        """Though that gets the same number: the sequence's next step was not on disk either."""
+        worker = Worker(storage)
+        with storage.database.read() as connection:
+            connection.execute(text("CHECKPOINT"))  # after which the sequence writes its next step
+        have_a_node_wait(storage)
+        held: list[Job] = []
+
+        def crash(statement: str, _values: Any, _many: bool) -> None:
+            if FLUSH in statement and not held:
+                held.append(worker.claim_one())
+                own_postgresql_server.stop("immediate")
+                own_postgresql_server.start()
+
+        with heard(crash):
+            storage.insert(new_job())
+        (job,) = storage.all()
+        assert job.seq == held[0].seq
+        with storage.database.once() as connection:
+            assert claim.claim_again(storage.database, connection, [held[0].hold], worker.id) == 0
+        assert worker.complete(held[0]) == 0
         assert the_job(storage).state is State.AVAILABLE

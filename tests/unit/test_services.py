@@ -112,12 +112,25 @@ def test_the_promoter_does_not_sleep_past_its_next_job(monkeypatch: pytest.Monke
     one._due, now = now + promoter.TICK, now + promoter.TICK
     assert one.step() == promoter.TICK
     assert slept == []
-    one._due, now = now + 1.0, now + 0.002
+    one._due, now = now + 1.0, now + 0.002  # called
     one.step()
     assert slept == [pytest.approx(promoter.GAP - 0.002)]
     one._due = now + 0.001
     one.step()
     assert slept[1:] == [pytest.approx(0.001)]
+
+
+def test_the_promoter_rests_when_it_has_promoted(monkeypatch: pytest.MonkeyPatch, storage: Storage) -> None:
+    """What is due shortly after is promoted with more of its kind; what is locked is not asked for at once."""
+    slept: list[float] = []
+    monkeypatch.setattr(promoter, "monotonic", lambda: 100.0)
+    monkeypatch.setattr(promoter, "sleep", slept.append)
+    monkeypatch.setattr(storage, "next_due", lambda: -1.0)
+    one = Promoter(storage=storage, interval=1.0)
+    one.step()
+    one._due = 100.0
+    one.step()
+    assert slept == [pytest.approx(promoter.GAP)]
 
 
 def test_pruner(storage: Storage) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from sqlalchemy import URL, Connection, Executable, Table, false, literal_column
+from sqlalchemy import URL, Connection, Executable, Table, false
 from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
 
 from kathikon_celery.job import Hold
@@ -27,8 +27,8 @@ class Dialect(ABC):
     enters_waits = False
     #: Whether what was changed is kept, and met by whoever reads an index, until nobody can see it any more.
     keeps_old_rows = False
-    #: The fence of a new row.
-    first_fence: ColumnElement[int] = literal_column("0")
+    #: The fence of a new row: a random one, as its number may be that of a row that is gone, whose fence must not fit.
+    first_fence: ColumnElement[int]
     #: Whether one statement can change several sets of rows, each in a common table expression.
     changes_in_ctes = False
 

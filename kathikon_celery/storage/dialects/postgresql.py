@@ -124,6 +124,8 @@ class PostgreSQL(Dialect):
     enters_waits = True
     changes_in_ctes = True
     keeps_old_rows = True
+    # A number is given anew when a crash has taken its row: somebody may have claimed that before it was on disk.
+    first_fence: ColumnElement[int] = literal_column("floor(random() * 1073741824)::int")
 
     def __init__(self, url: URL) -> None:
         super().__init__(url)

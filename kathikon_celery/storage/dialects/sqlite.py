@@ -51,8 +51,7 @@ class SQLite(Dialect):
 
     name = "sqlite"
     begin = "BEGIN IMMEDIATE"
-    # The number of a row that was deleted is given anew, as never doing so costs one page more for each job: an old
-    # fence must not fit the new row.
+    # The highest number, when its row is deleted, is given anew: never to do so takes one page more for each job.
     first_fence: ColumnElement[int] = literal_column("abs(random() % 1073741824)")
 
     def __init__(self, url: URL) -> None:
