@@ -19,7 +19,7 @@ TICK = 0.001
 class Promoter(Service):
     """Sleeps until the next job is due, at most ``kathikon_scheduler_interval`` seconds. Every worker has one."""
 
-    _last, _promoted = 0.0, False
+    _last, _rests = 0.0, False
 
     def questions(self) -> Questions:
         return {"next_due": {}}
@@ -29,15 +29,16 @@ class Promoter(Service):
         return self.interval if due is None else min(self.interval, due)
 
     def step(self) -> float:
-        # Who has looked a moment too early, and promoted nothing, does not look later for that.
-        too_early = (self._last + GAP if self._promoted else min(self._last + GAP, self._due)) - monotonic()
+        too_early = (self._last + GAP if self._rests else min(self._last + GAP, self._due)) - monotonic()
         if too_early > 0:
             sleep(too_early)
         due = self.storage.next_due()
-        self._promoted = due is not None and due <= 0
-        if self._promoted:
-            if self.storage.promote_scheduled() == CHUNK:
-                return 0.0
+        promoted = self.storage.promote_scheduled() if due is not None and due <= 0 else 0
+        if promoted == CHUNK:
+            return 0.0
+        if promoted:
             due = self.storage.next_due()
+        # Not if this was a moment too early; but somebody else may hold what is overdue.
+        self._rests = promoted > 0 or (due is not None and due < -TICK)
         self._last = monotonic()
         return self.interval if due is None else min(self.interval, max(due, TICK))

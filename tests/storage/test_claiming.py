@@ -258,7 +258,7 @@ def test_what_is_done_and_what_is_claimed_with_it(postgresql_storage: Storage) -
     )
     worker.give_back(second[0])
     number, third = worker.complete_and_claim(*second, limit=10)
-    assert (number, [(job.id, job.fence) for job in third]) == (2, [("3", 3), ("0", 1)])
+    assert (number, [(job.id, job.fence) for job in third]) == (2, [("3", fences["3"] + 3), ("0", fences["0"] + 1)])
     assert worker.complete_and_claim(*third, limit=10) == (2, [])
     assert worker.complete_and_claim(*third, limit=10) == (0, [])
     assert storage.counts() == {("default", "completed"): 6}

@@ -120,17 +120,25 @@ def test_the_promoter_does_not_sleep_past_its_next_job(monkeypatch: pytest.Monke
     assert slept[1:] == [pytest.approx(0.001)]
 
 
-def test_the_promoter_rests_when_it_has_promoted(monkeypatch: pytest.MonkeyPatch, storage: Storage) -> None:
+@pytest.mark.parametrize(
+    ("due", "promoted", "rests"),
+    [(-0.0004, 1, True), (-0.0004, 0, False), (-1.0, 0, True)],
+    ids=["promoted", "a moment too early", "locked"],
+)
+def test_when_the_promoter_rests(
+    monkeypatch: pytest.MonkeyPatch, storage: Storage, due: float, promoted: int, rests: bool
+) -> None:
     """What is due shortly after is promoted with more of its kind; what is locked is not asked for at once."""
     slept: list[float] = []
     monkeypatch.setattr(promoter, "monotonic", lambda: 100.0)
     monkeypatch.setattr(promoter, "sleep", slept.append)
-    monkeypatch.setattr(storage, "next_due", lambda: -1.0)
+    monkeypatch.setattr(storage, "next_due", lambda: due)
+    monkeypatch.setattr(storage, "promote_scheduled", lambda: promoted)
     one = Promoter(storage=storage, interval=1.0)
     one.step()
     one._due = 100.0
     one.step()
-    assert slept == [pytest.approx(promoter.GAP)]
+    assert slept == [pytest.approx(promoter.GAP)] * rests
 
 
 def test_pruner(storage: Storage) -> None:
