@@ -33,12 +33,13 @@ class Promoter(Service):
         if too_early > 0:
             sleep(too_early)
         due = self.storage.next_due()
-        promoted = self.storage.promote_scheduled() if due is not None and due <= 0 else 0
-        if promoted == CHUNK:
-            return 0.0
-        if promoted:
+        promoted = 0
+        if due is not None and due <= 0:
+            promoted = self.storage.promote_scheduled()
+            if promoted == CHUNK:
+                return 0.0
             due = self.storage.next_due()
         # Not if this was a moment too early; but somebody else may hold what is overdue.
-        self._rests = promoted > 0 or (due is not None and due < -TICK)
+        self._rests = promoted > 0 or (due is not None and due < -GAP)
         self._last = monotonic()
         return self.interval if due is None else min(self.interval, max(due, TICK))
