@@ -91,7 +91,7 @@ def envelope_of(job: Job) -> str:
 
 
 def _values(job: Job) -> dict[str, Any]:
-    own_key, queue_key = key(job.id), None if job.queue is None else key(job.queue)
+    own_key, queue_key = key(job.id), _key(job.queue)
     values = {
         "new_id": own_key,
         "new_queue": queue_key,
@@ -99,9 +99,9 @@ def _values(job: Job) -> dict[str, Any]:
         "new_priority": job.priority,
         "new_publication": job.publication,
         "new_max_attempts": job.max_attempts,
-        "new_root_id": None if job.root_id is None else key(job.root_id),
-        "new_parent_id": None if job.parent_id is None else key(job.parent_id),
-        "new_group_id": None if job.group_id is None else key(job.group_id),
+        "new_root_id": _key(job.root_id),
+        "new_parent_id": _key(job.parent_id),
+        "new_group_id": _key(job.group_id),
         "new_expires_at": job.expires_at,
         "new_envelope": job.envelope if (own_key, queue_key) == (job.id, job.queue) else envelope_of(job),
         "new_body": job.body,
@@ -110,6 +110,10 @@ def _values(job: Job) -> dict[str, Any]:
         values["new_scheduled_at"] = job.scheduled_at
         values["new_state"] = (State.RETRYABLE if job.state is State.RETRYABLE else State.SCHEDULED).value
     return values
+
+
+def _key(name: str | None) -> str | None:
+    return None if name is None else key(name)
 
 
 def _make(database: Database, job: Job, own: bool, again: bool, bare: bool) -> Executable:

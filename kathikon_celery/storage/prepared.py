@@ -42,7 +42,7 @@ class _Prepared:
         self.text = str(compiled)
         self._names: list[str] = list(compiled.positiontup or compiled.params)
         self._is_positional: bool = compiled.positional
-        self.for_libpq = libpq.Statement(self.text) if dialect.driver == "psycopg" else None
+        self._libpq = libpq.Statement(self.text) if dialect.driver == "psycopg" else None
         self._constants: dict[str, Any] = {}
         self._of_values: dict[str, Any] = {}
         for bind, name in compiled.bind_names.items():
@@ -64,14 +64,19 @@ class _Prepared:
     def run(self, pooled: Any, values: Mapping[str, Any]) -> tuple[list[tuple[Any, ...]], int]:
         """Run it on a *pooled* connection: the rows, as the driver has them, and the number of the changed ones."""
         parameters = self.parameters(values)
-        if self.for_libpq is not None:
-            return libpq.session(pooled).run(self.for_libpq, parameters)
+        if self._libpq is not None:
+            return libpq.session(pooled).run(self._libpq, parameters)
         cursor = pooled.cursor()
         try:  # a statement that is not over keeps its locks, though its connection is closed
             cursor.execute(self.text, parameters)
             return (cursor.fetchall() if self._returns_rows else []), cursor.rowcount
         finally:
             cursor.close()
+
+    def prepare(self, pooled: Any) -> None:
+        """Have the server parse it for a *pooled* connection, where the driver can."""
+        if self._libpq is not None:
+            libpq.session(pooled).prepare(self._libpq)
 
     def parameters(self, values: Mapping[str, Any]) -> Any:
         """*values* as the driver wants them. Raises `KeyError` where one is missing."""
@@ -120,9 +125,9 @@ def count(connection: Connection, statement: Any, values: Mapping[str, Any]) -> 
 def ready(connection: Connection, statement: Any) -> None:
     """Have *statement* compiled, and where the driver can, prepared by the server, before it is run."""
     prepared = _prepared(statement, connection.dialect)
-    if prepared.for_libpq is not None and not _is_watched(connection):
+    if not _is_watched(connection):
         with _errors(connection, prepared.text):
-            libpq.session(connection.connection).prepare(prepared.for_libpq)
+            prepared.prepare(connection.connection)
 
 
 def many(connection: Connection, statement: Any, values: Sequence[Mapping[str, Any]]) -> None:

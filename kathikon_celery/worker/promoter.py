@@ -10,7 +10,7 @@ from kathikon_celery.storage.outlook import Questions
 from kathikon_celery.storage.promote import CHUNK
 from kathikon_celery.worker.service import Service
 
-#: Seconds between two looks at the table when one call after another says that a job is due soon.
+#: Seconds between two looks at the table when one call, or one promotion, follows another.
 GAP = 0.005
 #: The clock of a database may count in milliseconds: a job that is due within one is waited for.
 TICK = 0.001
@@ -29,7 +29,10 @@ class Promoter(Service):
         return self.interval if due is None else min(self.interval, due)
 
     def step(self) -> float:
-        too_early = (self._last + GAP if self._rests else min(self._last + GAP, self._due)) - monotonic()
+        earliest = self._last + GAP
+        if not self._rests:  # when the next job is due, all the same
+            earliest = min(earliest, self._due)
+        too_early = earliest - monotonic()
         if too_early > 0:
             sleep(too_early)
         due = self.storage.next_due()
@@ -39,7 +42,7 @@ class Promoter(Service):
             if promoted == CHUNK:
                 return 0.0
             due = self.storage.next_due()
-        # Not if this was a moment too early; but somebody else may hold what is overdue.
+        # What was due, and not promoted, is so in a moment; or somebody has locked it, if it is overdue for longer.
         self._rests = promoted > 0 or (due is not None and due < -GAP)
         self._last = monotonic()
         return self.interval if due is None else min(self.interval, max(due, TICK))

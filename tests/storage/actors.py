@@ -38,6 +38,11 @@ class Worker:
         with self.database.write() as connection:
             return claim.claim(self.database, connection, key(queue), limit, self.id, front)
 
+    def wait_for(self, *queues: str) -> None:
+        """Say that this node waits for these."""
+        with self.database.write() as connection:
+            nodes.wait_for(connection, self.id, list(queues))
+
     def claim_told(self, job: Job, queue: str = "default") -> list[Job]:
         """The job that this node was called for, by the number of its row."""
         with self.database.once() as connection:

@@ -160,8 +160,7 @@ def test_a_publication_calls_one_idle_node_that_waits_for_its_queue(postgresql_s
     storage = postgresql_storage
     worker, other = Worker(storage), Worker(storage)
     for one, names in ((worker, ["mails"]), (other, ["default", "mails"])):
-        with storage.database.write() as connection:
-            nodes.wait_for(connection, one.id, names)
+        one.wait_for(*names)
     wakeups = [storage.database.wakeup(one.id) for one in (worker, other)]
     assert all(wakeup.wait(10) for wakeup in wakeups)  # they listen now
     storage.insert(new_job())
@@ -229,8 +228,7 @@ def test_a_claim_says_that_the_node_waits_if_it_has_room_for_more(
 def test_a_publication_is_heard(storage: Storage) -> None:
     worker = Worker(storage)
     if storage.database.dialect.wakes_by_name:
-        with storage.database.write() as connection:
-            nodes.wait_for(connection, worker.id, ["default"])
+        worker.wait_for("default")
     wakeup = storage.database.wakeup(worker.id)
     while wakeup.wait(0.05):
         pass

@@ -13,7 +13,7 @@ from sqlalchemy import text
 
 from kathikon_celery.job import Job, State
 from kathikon_celery.settings import Settings
-from kathikon_celery.storage import Storage, Unavailable, claim, nodes
+from kathikon_celery.storage import Storage, Unavailable, claim
 from kathikon_celery.storage.dialects.sqlite import FLUSHES
 from kathikon_celery.storage.engine import Database
 from tests.storage.actors import Worker, new_job, the_job
@@ -74,12 +74,6 @@ def test_a_log_that_is_gone_is_on_disk_already(tmp_path: Path) -> None:
     storage.database.dialect.flush({})
 
 
-def have_a_node_wait(storage: Storage) -> None:
-    worker = Worker(storage)
-    with storage.database.write() as connection:
-        nodes.wait_for(connection, worker.id, ["default"])
-
-
 @pytest.mark.postgresql
 class TestPublicationThatWakes:
     """On PostgreSQL the node that is woken begins while the publication is on its way to the disk."""
@@ -93,7 +87,7 @@ class TestPublicationThatWakes:
 
     @pytest.mark.parametrize(("storage", "flushes"), [("disk", [True]), ("server", [])], indirect=["storage"])
     def test_it_waits_for_the_disk_by_itself(self, storage: Storage, flushes: list[bool]) -> None:
-        have_a_node_wait(storage)
+        Worker(storage).wait_for("default")
         with counted() as statements:
             storage.insert(new_job())
         assert [FLUSH in one for one in statements] == [False, *flushes]
@@ -104,8 +98,8 @@ class TestPublicationThatWakes:
         assert [FLUSH in one for one in statements] == [False]
 
     def test_what_was_committed_before_its_connection_was_lost_is_flushed(self, storage: Storage) -> None:
-        """Though nothing is written the second time."""
-        have_a_node_wait(storage)
+        """By the second try, which cannot know how far the first one came."""
+        Worker(storage).wait_for("default")
         flushes: list[bool] = []
 
         def lose(statement: str, _values: Any, _many: bool) -> None:
@@ -133,7 +127,7 @@ class TestCrashOfTheServer:
     def test_a_publication_that_wakes_is_on_disk_when_it_returns(
         self, storage: Storage, own_postgresql_server: Any
     ) -> None:
-        have_a_node_wait(storage)
+        Worker(storage).wait_for("default")
         storage.insert(new_job())
         own_postgresql_server.stop("immediate")
         own_postgresql_server.start()
@@ -146,7 +140,7 @@ class TestCrashOfTheServer:
         worker = Worker(storage)
         with storage.database.read() as connection:
             connection.execute(text("CHECKPOINT"))  # after which the sequence writes its next step
-        have_a_node_wait(storage)
+        Worker(storage).wait_for("default")
         held: list[Job] = []
 
         def crash(statement: str, _values: Any, _many: bool) -> None:

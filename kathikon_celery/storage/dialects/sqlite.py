@@ -120,7 +120,7 @@ class SQLite(Dialect):
         self._depth += 1
         if self._depth == 1 and fcntl is not None:
             try:
-                fcntl.flock(self._descriptor or self._lock_file(), fcntl.LOCK_EX)
+                fcntl.flock(self._lock_file(), fcntl.LOCK_EX)
             except BaseException:
                 self._end_turn()
                 raise
@@ -134,10 +134,8 @@ class SQLite(Dialect):
                 if self._rings and self._descriptor is not None:
                     call = (os.urandom(MARK), 0) if self._rings_all else (b"\0", MARK)
                     self._rings = self._rings_all = False
-                    try:  # noqa: SIM105 (`suppress` would take as long as the call)
+                    with suppress(OSError):  # what was written is written; the others look by themselves
                         os.pwrite(self._descriptor, *call)
-                    except OSError:  # what was written is written; the others look by themselves
-                        pass
                 if self._tells:
                     self._tells = False
                     with suppress(OSError, Unavailable):
