@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
 from time import monotonic, sleep
 from typing import Any
@@ -19,13 +17,14 @@ from sqlalchemy import Connection
 
 from kathikon_celery.job import Hold, Job, State
 from kathikon_celery.presence import Presence
-from kathikon_celery.storage import Storage, claim, finish, messages, nodes, outlook, prepared, results
+from kathikon_celery.storage import Storage, claim, finish, messages, nodes, outlook, prepared
 from kathikon_celery.storage.errors import in_words, is_lost
-from kathikon_celery.storage.front import Front, rest
+from kathikon_celery.storage.front import rest
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.wake import Wakeup
+from kathikon_celery.transport import reporting
 from kathikon_celery.transport.delivery import BACK, DONE, PASSED_ON, WRITTEN, Delivery, Outcome, Verdict
-from kathikon_celery.transport.pace import Pace
+from kathikon_celery.transport.subscriptions import UNLIMITED, Subscription, Subscriptions
 
 logger = logging.getLogger(__name__)
 
@@ -43,45 +42,12 @@ DOUBTS = (0.002, 0.02, 0.2, 1.0)
 BUSY = 150.0
 #: The same while the pool has room: a caller who sends a task each time he has got the last result is not much.
 RUSH = 600.0
-#: Deliveries that a consumer without prefetch limit has in hand at most.
-UNLIMITED = 200
-#: Deliveries that are handed out together when what was handed out ahead becomes less.
-HANDFUL = 8
-#: Seconds for which reports are remembered, should the server forget them: PostgreSQL writes them out in a third of it.
-MEMORY = 2.0
 #: Longest pause between two attempts to reach a database that is away, in seconds.
 PAUSE = 0.5
 
 
 #: A task that must not run twice was cut short.
 LOST = Outcome(Verdict.ENDED, State.DEAD, finish.LOST_AT_MOST_ONCE)
-
-
-@dataclass(slots=True)
-class Subscription:
-    """A queue that is consumed."""
-
-    queue: str
-    no_ack: bool
-    deliver: Callable[[Delivery], None]
-    #: How many deliveries its channel may have in hand; 0 is no limit.
-    prefetch: Callable[[], int]
-    #: How many of its jobs may be in hand at once; `None` is no limit.
-    concurrency: int | None = None
-    pace: Pace = field(default_factory=Pace)
-    front: Front = field(default_factory=Front)
-    waiting: deque[Delivery] = field(default_factory=deque)
-    in_hand: int = 0
-    #: How many more may be handed out before that is to be reckoned anew.
-    allowed: int = 0
-    #: Whether that holds for jobs, which need slots, or for messages.
-    are_jobs: bool = True
-    #: How many may be in hand when the next are handed out: a handful at once costs less than one by one.
-    refill: int = UNLIMITED
-
-    @property
-    def outstanding(self) -> int:
-        return self.in_hand + len(self.waiting)
 
 
 class Intake:
@@ -96,12 +62,9 @@ class Intake:
         self.storage = storage
         self.database = storage.database
         self.presence = Presence.of(storage)
-        #: How many jobs the worker's pool can run at once; `None` where there is no pool.
-        self.slots: Callable[[], int] | None = None
+        self.subscriptions = Subscriptions(storage.settings.claim_horizon)
         #: Whether the pool runs as many jobs as it can, so that what is behind them waits for their end.
         self.is_pool_full: Callable[[], bool] = lambda: True
-        #: Whether jobs are claimed before a slot is free for them.
-        self.claims_ahead = True
         #: Whether a task's message is acknowledged before it runs.
         self.is_early: Callable[[str], bool] = lambda task: False
         #: What an acknowledgement of a task means as long as the consumer says nothing else.
@@ -119,15 +82,14 @@ class Intake:
         #: Monotonic time of the last transaction that went well.
         self.last_success = monotonic()
         self._concurrency = concurrency
-        self._lock = threading.RLock()
-        self._subscriptions: dict[str, Subscription] = {}
+        self._lock = self.subscriptions.lock
         self._in_hand: dict[str, Delivery] = {}
         self._reports: list[tuple[Delivery, Outcome]] = []
         self._to_mark: list[Delivery] = []
         self._server: object = None  # which life of the server we know
         self._opened = 0  # how many connections had been made when we last made sure
         self._claims_from = 0.0  # after its restart, all nodes first claim anew what they hold
-        self._said: deque[tuple[float, Delivery, Outcome]] = deque()
+        self._said = reporting.Said()
         self._wakeup: Wakeup | None = None
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -140,8 +102,7 @@ class Intake:
         self._doubts: list[float] = []  # pauses until it is looked for what came while we said so
         self._unsure = True  # a commit may have happened of which we did not hear
         self._unprepared = claim.statements(self.database.dialect)  # not until there is nothing else to do
-        self._first = 0  # the queue that is served first this time
-        self._turn = 0  # the same, of `pump`
+        self._turn = 0  # the queue that `pump` serves first
         self._ready = threading.Condition(self._lock)
         self._interrupted = False
 
@@ -151,16 +112,14 @@ class Intake:
         self, queue: str, no_ack: bool, deliver: Callable[[Delivery], None], prefetch: Callable[[], int]
     ) -> None:
         """Consume *queue*. *deliver* is called from `pump`, for each delivery."""
-        with self._lock:
-            limit = self._concurrency(queue)
-            self._subscriptions[key(queue)] = Subscription(queue, no_ack, deliver, prefetch, limit)
+        self.subscriptions.add(Subscription(queue, no_ack, deliver, prefetch, self._concurrency(queue)))
         self.start()
         self.look()
 
     def unsubscribe(self, queue: str) -> None:
         """Consume *queue* no longer; what was claimed for it and not delivered is given back."""
         with self._lock:
-            subscription = self._subscriptions.pop(key(queue), None)
+            subscription = self.subscriptions.pop(queue)
             if subscription is not None:
                 self._reports += [(delivery, BACK) for delivery in subscription.waiting]
                 self._waits = False
@@ -225,11 +184,11 @@ class Intake:
             if delivery is None:
                 return
             self._reports.append((delivery, outcome or delivery.outcome))
-            subscription = self._subscriptions.get(delivery.queue)
+            subscription = self.subscriptions.get(delivery.queue)
             if subscription is not None:
                 subscription.in_hand = max(0, subscription.in_hand - 1)
                 subscription.pace.count()
-            awaited = subscription is not None and self._is_awaited(subscription)
+            awaited = subscription is not None and self.subscriptions.is_awaited(subscription)
         # Whoever calls lets other threads run, which must not find the lock taken.
         if awaited:
             self.on_ready()
@@ -244,9 +203,8 @@ class Intake:
     def pump(self, most: int | None = None) -> int:
         """Hand out what is waiting and allowed, in the consumer's thread, up to *most*; how much it was."""
         handed = 0
-        with self._lock:
-            self._turn += 1
-            every = list(self._subscriptions.values())
+        self._turn += 1
+        every = self.subscriptions.every()
         first = self._turn % len(every) if every else 0
         for subscription in every[first:] + every[:first]:
             subscription.allowed = 0
@@ -258,9 +216,9 @@ class Intake:
     def wait(self, timeout: float) -> bool:
         """Sleep until something can be handed out, at most *timeout* seconds; false when nothing can."""
         with self._ready:
-            self._ready.wait_for(lambda: self._interrupted or self._can_hand_out(), timeout)
+            self._ready.wait_for(lambda: self._interrupted or self.subscriptions.can_hand_out(), timeout)
             self._interrupted = False
-            return self._can_hand_out()
+            return self.subscriptions.can_hand_out()
 
     def interrupt(self) -> None:
         """End the `wait` that the consumer is in, or else its next one. Any thread may call it."""
@@ -279,8 +237,8 @@ class Intake:
             thread, self._thread = self._thread, None
             if thread is None:
                 return
-            for name in list(self._subscriptions):
-                self.unsubscribe(self._subscriptions[name].queue)
+            for subscription in self.subscriptions.every():
+                self.unsubscribe(subscription.queue)
             for delivery in list(self._in_hand.values()):
                 if self.is_in_pool(delivery):
                     continue
@@ -298,7 +256,7 @@ class Intake:
         with self._lock:
             while subscription.waiting and (
                 (subscription.allowed > 0 and subscription.waiting[0].is_job is subscription.are_jobs)
-                or self._may_hand_out(subscription)
+                or self.subscriptions.may_hand_out(subscription)
             ):
                 delivery = subscription.waiting.popleft()
                 subscription.allowed -= 1
@@ -313,71 +271,28 @@ class Intake:
                 self._notify()
             return None
 
-    def _may_hand_out(self, subscription: Subscription) -> bool:
-        subscription.are_jobs, limits = subscription.waiting[0].is_job, [UNLIMITED]
-        if subscription.concurrency is not None:
-            limits.append(subscription.concurrency - subscription.in_hand)
-        limit, slots = subscription.prefetch(), 0
-        if self.slots is not None and subscription.are_jobs:
-            slots = self.slots()
-            limit = min(limit or UNLIMITED, slots + self._ahead(slots))
-        if limit:
-            limits.append(limit - self._in_hand_beside(subscription))
-            if limits[-1] <= 0:
-                subscription.refill = max(slots, limit // 2, limit - HANDFUL)
-        subscription.allowed = min(limits)
-        return subscription.allowed > 0
-
-    def _is_awaited(self, subscription: Subscription) -> bool:
-        """Whether a handful waits for the delivery that has just ended."""
-        return bool(subscription.waiting) and self._in_hand_beside(subscription) <= subscription.refill
-
-    def _in_hand_beside(self, subscription: Subscription) -> int:
-        """What all consumers have in hand that share the prefetch limit of *subscription*."""
-        return sum(one.in_hand for one in self._subscriptions.values() if one.prefetch == subscription.prefetch)
-
-    def _can_hand_out(self) -> bool:
-        return any(one.waiting and self._may_hand_out(one) for one in self._subscriptions.values())
-
     def _gap(self) -> float:
         """Seconds that the next transaction waits for what comes meanwhile."""
         if not self._is_busy():
             return 0.0
-        if self.slots is None:
+        subscriptions = self.subscriptions
+        if subscriptions.slots is None:
             return BUSY_GAP
-        ahead = sum(one.outstanding for one in list(self._subscriptions.values())) - self.slots()
-        return min(max(BUSY_GAP, ahead / self._rate() / 2), LONGEST_GAP)
+        ahead = subscriptions.outstanding() - subscriptions.slots()
+        return min(max(BUSY_GAP, ahead / subscriptions.rate() / 2), LONGEST_GAP)
 
     def _is_busy(self) -> bool:
         """Whether there is so much to do that transactions should be shared."""
-        if self._rate() <= BUSY or self._is_rush():
-            return self._rate() > BUSY
+        rate = self.subscriptions.rate()
+        if rate <= BUSY or self._is_rush():
+            return rate > BUSY
         was_called = self._look and not self._look_from
         must_say_so = self.database.dialect.wakes_by_name and not self._waits
         return not (was_called or must_say_so)
 
     def _is_rush(self) -> bool:
         """Whether nobody is helped by an answer at once: there is very much to do, or no slot is free."""
-        return self._rate() > RUSH or not self._has_room()
-
-    def _has_room(self) -> bool:
-        """Whether one more job could start at once."""
-        return self._in_hand_at_all() < (self.slots() if self.slots is not None else 1)
-
-    def _in_hand_at_all(self) -> int:
-        with self._lock:
-            return sum(one.outstanding for one in self._subscriptions.values())
-
-    def _rate(self) -> float:
-        return sum(one.pace.rate() for one in self._subscriptions.values())
-
-    def _horizon(self) -> float:
-        return self.storage.settings.claim_horizon if self.claims_ahead else 0.0
-
-    def _ahead(self, slots: int) -> int:
-        """How many jobs may be in hand beside those of the *slots*."""
-        horizon = self._horizon()
-        return round(sum(one.pace.ahead(horizon, slots) for one in self._subscriptions.values()))
+        return self.subscriptions.rate() > RUSH or not self.subscriptions.has_room()
 
     # --- the thread
 
@@ -416,7 +331,7 @@ class Intake:
                 if due_soon:
                     due_soon = False
                     self.on_call()
-                elif not is_ready and not self._in_hand and self.slots is not None:
+                elif not is_ready and not self._in_hand and self.subscriptions.slots is not None:
                     self._prepare()
                 last = self.last_success = monotonic()
                 next_look = last + max(self.storage.settings.poll_interval, self._rest)
@@ -448,36 +363,10 @@ class Intake:
         """When the next transaction is worth while."""
         if self._reports or self._to_mark or self._called:
             return now
-        if self._look and self._wanted():
+        if self._look and self.subscriptions.wanted():
             return self._look_from
         started = [one.accepted for one in list(self._in_hand.values()) if one.accepted and not one.running]
         return min(started) + RUNNING_AFTER if started else next_look
-
-    def _wanted(self) -> list[tuple[Subscription, int]]:
-        """How many jobs to claim for which queue, in the order of this turn."""
-        with self._lock:
-            every = [one for one in self._subscriptions.values() if self.slots is None or not one.no_ack]
-        if not every:
-            return []
-        self._first = (self._first + 1) % len(every)
-        every = every[self._first :] + every[: self._first]
-        if self.slots is None:
-            # No pool: as much as each channel may have in hand.
-            free = [(one, (one.prefetch() or UNLIMITED) - one.outstanding) for one in every]
-            return [(one, limit) for one, limit in free if limit > 0]
-        horizon = self._horizon()
-        slots = max(self.slots(), 1)
-        outstanding = sum(one.outstanding for one in every)
-        target = slots + self._ahead(slots)
-        if outstanding >= slots and outstanding > target // 2:
-            return []
-        wanted = []
-        for one in every:
-            most = slots if one.concurrency is None else one.concurrency
-            limit = min(target - outstanding, most + round(one.pace.ahead(horizon, most)) - one.outstanding)
-            if limit > 0:
-                wanted.append((one, limit))
-        return wanted
 
     def _step(self) -> bool:
         """One transaction: write the reports, claim what is wanted. True when there is something to deliver."""
@@ -487,7 +376,7 @@ class Intake:
             called, self._called = self._called or any(not one.is_job for one, _ in reports), False
             look, self._look = self._look or called or bool(reports), False
             tells = any(outcome not in (WRITTEN, PASSED_ON) for _, outcome in reports)
-            names = list(self._subscriptions)
+            names = self.subscriptions.names()
             now = monotonic()
             started = [
                 one
@@ -497,7 +386,7 @@ class Intake:
         try:
             if to_mark:
                 self._mark(to_mark)
-            wanted = self._wanted() if look else []
+            wanted = self.subscriptions.wanted() if look else []
             claimed: list[tuple[Subscription, Delivery]] = []
             if tells or started or self._unsure or (look and names and self._is_worth_a_claim(names, called)):
                 claimed = self._write(reports, started, wanted, names, called)
@@ -508,15 +397,13 @@ class Intake:
                 self._called = True
             raise
         self._unsure = False
-        self._said += [(now, delivery, outcome) for delivery, outcome in reports if not delivery.stored]
-        while self._said and self._said[0][0] < now - MEMORY:
-            self._said.popleft()
+        self._said.add(now, reports)
         with self._ready:
             for one in started:
                 one.running = True
             for subscription, delivery in claimed:
                 delivery.claimed = monotonic()  # a large payload's commit takes its time, in which nobody could run it
-                if self._subscriptions.get(delivery.queue) is subscription:
+                if self.subscriptions.get(delivery.queue) is subscription:
                     subscription.waiting.append(delivery)
                 else:
                     self._reports.append((delivery, BACK))
@@ -578,16 +465,11 @@ class Intake:
         there = self._look_for(names, called)
         self._rest = rest(monotonic() - began)
         if there:  # perhaps before the front: where that was found, the claim shall look as well
-            self._forget_fronts()
+            self.subscriptions.forget_fronts()
         self._waits = not there
         if self._waits and self._doubts:
             self._look, self._look_from = True, monotonic() + self._doubts.pop(0)
         return there
-
-    def _forget_fronts(self) -> None:
-        with self._lock:
-            for one in self._subscriptions.values():
-                one.front.forget()
 
     def _look_for(self, names: list[str], with_messages: bool) -> bool:
         """Whether there is work. With that statement the lease is renewed, or it asks what others will soon ask."""
@@ -612,75 +494,27 @@ class Intake:
             for delivery in deliveries:
                 delivery.marked = delivery.running = True
                 self._in_hand.pop(delivery.tag, None)
-                subscription = self._subscriptions.get(delivery.queue)
+                subscription = self.subscriptions.get(delivery.queue)
                 if subscription is None:
                     self._reports.append((delivery, BACK))
                 else:
                     subscription.in_hand -= 1
                     subscription.waiting.appendleft(delivery)
 
-    def _report(self, connection: Connection, reports: Sequence[tuple[Delivery, Outcome]]) -> None:
-        done: list[Delivery] = []
-        back: list[Delivery] = []
-        crashed: list[Delivery] = []
-        gone: list[Delivery] = []
-        returned: list[Delivery] = []
-        ends: dict[Hold, Mapping[str, str | None]] = {}
-        replaced: list[Delivery] = []
-        for delivery, outcome in reports:
-            verdict = outcome.verdict
-            if not delivery.is_job:
-                (gone if verdict in (Verdict.DONE, Verdict.ENDED) else returned).append(delivery)
-            elif outcome.written is not None:
-                ends[delivery.hold] = outcome.written
-            elif verdict is Verdict.DONE:
-                done.append(delivery)
-            elif verdict is Verdict.BACK:
-                back.append(delivery)
-            elif verdict is Verdict.CRASHED:
-                crashed.append(delivery)
-            elif verdict is Verdict.REPLACED:
-                replaced.append(delivery)
-            elif outcome.state is not None and not finish.ended(
-                connection, delivery.hold, outcome.state, outcome.reason, outcome.traceback, outcome.status
-            ):
-                self._complain(connection, [delivery])
-        database = self.database
-        if done and finish.completed(database, connection, [one.hold for one in done]) != len(done):
-            self._complain(connection, done)
-        if ends and results.end_many(database, connection, ends) != len(ends):
-            self._complain(connection, [one for one, outcome in reports if outcome.written is not None])
-        if back:
-            finish.given_back(database, connection, [one.hold for one in back])
-        if crashed and finish.given_back(database, connection, [one.hold for one in crashed], True) != len(crashed):
-            self._complain(connection, crashed)
-        if replaced:
-            finish.replaced(database, connection, [one.hold for one in replaced])
-        for one in back + crashed:
-            if (consumed := self._subscriptions.get(one.queue)) is not None:
-                consumed.front.forget()
-        if back or crashed:
-            database.dialect.wake(connection, {one.queue for one in back + crashed}, len(back) + len(crashed))
-        if gone:
-            messages.acknowledge(database, connection, [one.hold for one in gone])
-        if returned:
-            messages.give_back(database, connection, [one.hold for one in returned])
+    def _report(self, connection: Connection, reports: reporting.Reports) -> None:
+        returned = reporting.write(self.database, connection, reports, partial(self._complain, connection))
+        self.subscriptions.forget_fronts(returned)
 
     def _complain(self, connection: Connection, deliveries: list[Delivery]) -> None:
-        """Say which deliveries were others' when they were reported; the report has changed nothing."""
-        holds = [one.hold for one in deliveries if not one.stored]
-        if holds and not self._unsure and (lost := finish.moved_on(connection, holds)):
-            logger.warning(
-                "Kathikon: %s had been given to others, or published anew, before this worker reported its end;"
-                " the report changed nothing", ", ".join(lost),
-            )  # fmt: skip
+        if not self._unsure:
+            reporting.complain(connection, deliveries)
 
     def _take(self, connection: Connection, filled: list[str]) -> list[tuple[Subscription, Delivery]]:
         """Take the messages, which are no jobs, from the queues that are *filled* with some."""
         taken = []
-        with self._lock:
-            subscriptions = [(name, self._subscriptions[name]) for name in filled if name in self._subscriptions]
-        for name, one in subscriptions:
+        for name in filled:
+            if (one := self.subscriptions.get(name)) is None:
+                continue
             limit = (one.prefetch() or UNLIMITED) - one.outstanding
             if limit > 0:
                 batch = messages.take(self.database, connection, name, limit, self.presence.id, not one.no_ack)
@@ -696,39 +530,23 @@ class Intake:
         done: Sequence[Delivery] = (),
     ) -> list[tuple[Subscription, Delivery]]:
         """Claim jobs, or say that we wait for them. With the first claim, *done* is reported."""
-        claimed: list[tuple[Subscription, Delivery]] = []
-        room = max((limit for _, limit in wanted), default=0)
-        slots = self.slots() if self.slots is not None else UNLIMITED
-        hungry = False
-        by_name = self.database.dialect.wakes_by_name
+        subscriptions = self.subscriptions
+        slots = subscriptions.slots() if subscriptions.slots is not None else UNLIMITED
         # With the first claim, unless that fills all slots, it is said that we wait.
-        free = slots - self._in_hand_at_all()
-        stays = by_name and not self._waits and self._rate() <= RUSH and free > 0
+        free = slots - subscriptions.outstanding()
+        says_so = self.database.dialect.wakes_by_name and not self._waits and free > 0 and subscriptions.rate() <= RUSH
         told, self._told = self._told, {}
-        for subscription, limit in wanted:
-            name, limit = key(subscription.queue), min(limit, room)
-            if limit <= 0:
+        claimed: list[tuple[Subscription, Delivery]] = []
+        room, hungry = max((limit for _, limit in wanted), default=0), False
+        for subscription, most in wanted:
+            if (limit := min(most, room)) <= 0:
                 break
-            jobs: list[Job] = []
-            waiting = claim.Waiting(names, min(limit, free)) if stays else None
-            # With one slot the other claim is worth more: it takes what comes behind as well.
-            if waiting and waiting.room > 1 and not done and (seq := told.get(name)) is not None:
-                jobs = claim.claim_told(self.database, connection, name, seq, self.presence.id, waiting)
-            if done:
-                holds = [one.hold for one in done]
-                completed, jobs = claim.complete_and_claim(
-                    self.database, connection, holds, name, limit, self.presence.id, subscription.front, waiting
-                )
-                if completed != len(done):
-                    self._complain(connection, list(done))
-                done = ()
-            elif not jobs:
-                jobs = claim.claim(
-                    self.database, connection, name, limit, self.presence.id, subscription.front, waiting
-                )
+            waiting = claim.Waiting(names, min(limit, free)) if says_so else None
+            name = key(subscription.queue)
+            jobs = self._claim_from(connection, subscription, limit, waiting, done, told.get(name))
             if waiting is not None and len(jobs) < waiting.room:
                 self._says_that_we_wait()
-            stays = False
+            says_so, done = False, ()
             now = monotonic()
             for job in jobs:
                 early, outcome = self.is_early(job.task), self.outcome_of(job.task)
@@ -736,19 +554,49 @@ class Intake:
                 claimed.append((subscription, Delivery(job, name, now, early, carried=carried, outcome=outcome)))
             room -= len(jobs)
             hungry = hungry or len(jobs) < limit
-        # Idle and hungry: whoever publishes shall wake us. Busy and hungry: look again soon, which costs less.
-        has_room = self._in_hand_at_all() + len(claimed) < slots
-        busy = (claimed and not has_room) or self._rate() > (RUSH if has_room else BUSY)
-        waits = hungry and not (by_name and busy)
-        if waits != self._waits and by_name and wanted:
+        if wanted:
+            self._wait_or_look(connection, names, hungry, len(claimed), slots)
+        return claimed
+
+    def _claim_from(
+        self,
+        connection: Connection,
+        subscription: Subscription,
+        limit: int,
+        waiting: claim.Waiting | None,
+        done: Sequence[Delivery],
+        seq: int | None,
+    ) -> list[Job]:
+        """Claim jobs of one queue, by one statement: that for which we were called, *seq*, or as many as may be."""
+        database, name, node = self.database, key(subscription.queue), self.presence.id
+        if done:
+            holds = [one.hold for one in done]
+            completed, jobs = claim.complete_and_claim(
+                database, connection, holds, name, limit, node, subscription.front, waiting
+            )
+            if completed != len(done):
+                self._complain(connection, list(done))
+            return jobs
+        # With one slot the other claim is worth more: it takes what comes behind as well.
+        if waiting and waiting.room > 1 and seq is not None:
+            jobs = claim.claim_told(database, connection, name, seq, node, waiting)
+            if jobs:
+                return jobs
+        return claim.claim(database, connection, name, limit, node, subscription.front, waiting)
+
+    def _wait_or_look(self, connection: Connection, names: list[str], hungry: bool, claimed: int, slots: int) -> None:
+        """After claims, which left us hungry or not: whoever publishes shall wake us, or we look again soon."""
+        by_name = self.database.dialect.wakes_by_name
+        has_room = self.subscriptions.outstanding() + claimed < slots
+        busy = (claimed and not has_room) or self.subscriptions.rate() > (RUSH if has_room else BUSY)
+        waits = hungry and not (by_name and busy)  # to look again costs less, when there is much to do
+        if waits != self._waits and by_name:
             nodes.wait_for(connection, self.presence.id, names if waits else None)
             if waits:
                 self._says_that_we_wait()
-        if wanted:
-            self._waits = waits
-            if hungry and not waits:
-                self._look, self._look_from = True, monotonic() + LOOK_AGAIN
-        return claimed
+        self._waits = waits
+        if hungry and not waits:
+            self._look, self._look_from = True, monotonic() + LOOK_AGAIN
 
     def _says_that_we_wait(self) -> None:
         """Our row says so from now on: who publishes at this moment does not see it yet."""
@@ -758,12 +606,12 @@ class Intake:
     def _say_again(self, connection: Connection) -> None:
         """Claim and report anew what a server that crashed has forgotten, since it had not yet written it to disk."""
         with self._lock:
-            held = [*self._in_hand.values(), *(one for _, one, _ in self._said)]
-            held += [one for subscription in self._subscriptions.values() for one in subscription.waiting]
+            held = [*self._in_hand.values(), *(one for one, _ in self._said.reports())]
+            held += [one for subscription in self.subscriptions.every() for one in subscription.waiting]
         holds = [one.hold for one in held if one.is_job]
         if holds:
             claim.claim_again(self.database, connection, holds, self.presence.id)
-        self._report(connection, [(delivery, outcome) for _, delivery, outcome in self._said])
+        self._report(connection, self._said.reports())
         self._opened = self.database.opened
         server, self._server = self._server, self.database.dialect.incarnation(connection)
         if server not in (None, self._server):
@@ -773,7 +621,7 @@ class Intake:
         with self._lock:
             held = {one.hold for one in self._in_hand.values()}
             held |= {one.hold for one, _ in self._reports}
-            return held | {one.hold for subscription in self._subscriptions.values() for one in subscription.waiting}
+            return held | {one.hold for subscription in self.subscriptions.every() for one in subscription.waiting}
 
     def _reconcile(self, connection: Connection, reports: list[tuple[Delivery, Outcome]]) -> None:
         """Give back what the table says that this process holds and nobody here knows of: a claim's answer was lost."""
@@ -784,10 +632,10 @@ class Intake:
 
     def _return_stale(self) -> None:
         """Give back what was claimed ahead and waits for too long: the tasks have become slower."""
-        if self.slots is None or not self.is_pool_full():
+        if self.subscriptions.slots is None or not self.is_pool_full():
             return
         oldest = monotonic() - max(0.25, 5 * self.storage.settings.claim_horizon)
-        for subscription in self._subscriptions.values():
+        for subscription in self.subscriptions.every():
             stale = [one for one in subscription.waiting if one.is_job and one.claimed < oldest]
             for delivery in stale:
                 subscription.waiting.remove(delivery)
@@ -799,13 +647,13 @@ class Intake:
             if is_stale and self.withdraw(delivery):
                 del self._in_hand[delivery.tag]
                 self._reports.append((delivery, BACK))
-                if (consumed := self._subscriptions.get(delivery.queue)) is not None:
+                if (consumed := self.subscriptions.get(delivery.queue)) is not None:
                     consumed.in_hand -= 1
 
     def _reborn(self, old: int, new: int) -> None:
         """This process was taken for dead: what it has claimed and not begun is others' now."""
         with self._lock:
-            for subscription in self._subscriptions.values():
+            for subscription in self.subscriptions.every():
                 subscription.waiting.clear()
             if self._wakeup is not None and self._thread is not None:
                 old_wakeup, self._wakeup = self._wakeup, self.database.wakeup(new)

@@ -16,7 +16,7 @@ from kathikon_celery.settings import SettingError, mask
 from kathikon_celery.storage import SchemaError
 from kathikon_celery.storage.sql import SQLBackend
 from kathikon_celery.transport.delivery import DONE, Delivery, Outcome, Verdict
-from kathikon_celery.transport.intake import UNLIMITED
+from kathikon_celery.transport.subscriptions import UNLIMITED
 from kathikon_celery.worker.request import Request
 from kathikon_celery.worker.tracing import carry_results
 
@@ -54,8 +54,8 @@ class Supply(bootsteps.StartStopStep):
         intake.outcome_of = outcome_of
         intake.is_in_pool = is_in_pool
         intake.withdraw = withdraw
-        intake.claims_ahead = not c.app.conf.worker_disable_prefetch
-        intake.slots = lambda: _slots(c)
+        intake.subscriptions.claims_ahead = not c.app.conf.worker_disable_prefetch
+        intake.subscriptions.slots = lambda: _slots(c)
         intake.is_pool_full = lambda: len(state.active_requests) >= _processes(c)
         promoter = getattr(c.controller, "kathikon_promoter", None)
         if promoter is not None:

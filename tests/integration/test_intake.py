@@ -46,7 +46,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def intake(client: Celery, jobs: Jobs, clock: Clock) -> Iterator[Intake]:
     """The intake of a worker that has one slot."""
     intake = Intake(jobs.storage)
-    intake.slots = lambda: 1
+    intake.subscriptions.slots = lambda: 1
     yield intake
     intake.stop()
 
@@ -117,7 +117,7 @@ def test_a_job_before_the_front_is_found(client: Celery, jobs: Jobs, intake: Int
         pytest.skip("SQLite keeps no old rows: a queue has no front")
     got: list[Delivery] = []
     intake.subscribe("default", False, got.append, lambda: 10)
-    (subscription,) = intake._subscriptions.values()
+    (subscription,) = intake.subscriptions.every()
     wait_until(lambda: intake._waits)
     ahead = datetime.now(timezone.utc) + timedelta(hours=1)
     subscription.front.looked([(0, ahead)], True, 1e6)
@@ -132,7 +132,7 @@ def test_a_worker_with_a_slot_to_spare_is_called_while_it_works(client: Celery, 
     if not database.dialect.wakes_by_name:
         pytest.skip("SQLite calls whoever sleeps")
     got: list[Delivery] = []
-    intake.slots = lambda: 2
+    intake.subscriptions.slots = lambda: 2
     intake.subscribe("default", False, got.append, lambda: 10)
 
     def waiting() -> object:
@@ -155,7 +155,7 @@ def test_an_idle_worker_compiles_what_its_first_jobs_ask_for(
 ) -> None:
     """That takes longer than to run a job."""
     got: list[Delivery] = []
-    intake.slots = lambda: 2
+    intake.subscriptions.slots = lambda: 2
     intake.subscribe("default", False, got.append, lambda: 10)
     wait_until(lambda: getgeneratorstate(intake._unprepared) == GEN_CLOSED)
     compiled: list[str] = []
@@ -177,7 +177,7 @@ def test_an_idle_worker_compiles_what_its_first_jobs_ask_for(
 
 def test_who_is_rung_finds_the_intake_free(client: Celery, jobs: Jobs, intake: Intake) -> None:
     """To ring lets other threads run: those that report the end of a task must not wait for it."""
-    intake.slots = lambda: 3
+    intake.subscriptions.slots = lambda: 3
     for _ in range(3):
         apps.add.delay(1, 1)
     got: list[Delivery] = []
@@ -191,7 +191,7 @@ def test_who_is_rung_finds_the_intake_free(client: Celery, jobs: Jobs, intake: I
         other.join(10)
         free.append(not other.is_alive())
 
-    wait_until(lambda: intake._subscriptions["default"].waiting)
+    wait_until(lambda: intake.subscriptions.get("default").waiting)
     intake.on_ready = ring
     intake.finish(got[0].tag)
     assert free[0]

@@ -1,0 +1,97 @@
+"""Writes how deliveries ended, and remembers for a while what was written."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+
+from sqlalchemy import Connection
+
+from kathikon_celery.job import Hold
+from kathikon_celery.storage import finish, messages, results
+from kathikon_celery.storage.engine import Database
+from kathikon_celery.transport.delivery import Delivery, Outcome, Verdict
+
+logger = logging.getLogger(__name__)
+
+#: Seconds for which reports are remembered, should the server forget them: PostgreSQL writes them out in a third of it.
+MEMORY = 2.0
+
+#: Deliveries, and how they ended.
+Reports = Sequence[tuple[Delivery, Outcome]]
+
+
+def write(
+    database: Database, connection: Connection, reports: Reports, complain: Callable[[list[Delivery]], None]
+) -> set[str]:
+    """Write *reports*; the keys of the queues to which jobs were returned.
+
+    Arguments:
+        complain: told of deliveries of which at least one was another's when it was reported.
+    """
+    jobs: defaultdict[Verdict, list[Delivery]] = defaultdict(list)
+    gone: list[Hold] = []
+    returned: list[Hold] = []
+    ends: dict[Hold, Mapping[str, str | None]] = {}
+    for delivery, outcome in reports:
+        if not delivery.is_job:
+            (gone if outcome.verdict in (Verdict.DONE, Verdict.ENDED) else returned).append(delivery.hold)
+        elif outcome.written is not None:
+            ends[delivery.hold] = outcome.written
+        elif outcome.state is None:
+            jobs[outcome.verdict].append(delivery)
+        elif not finish.ended(
+            connection, delivery.hold, outcome.state, outcome.reason, outcome.traceback, outcome.status
+        ):
+            complain([delivery])
+    if (done := jobs[Verdict.DONE]) and finish.completed(database, connection, _holds(done)) != len(done):
+        complain(done)
+    if ends and results.end_many(database, connection, ends) != len(ends):
+        complain([one for one, outcome in reports if outcome.written is not None])
+    if back := jobs[Verdict.BACK]:
+        finish.given_back(database, connection, _holds(back))
+    crashed = jobs[Verdict.CRASHED]
+    if crashed and finish.given_back(database, connection, _holds(crashed), True) != len(crashed):
+        complain(crashed)
+    if replaced := jobs[Verdict.REPLACED]:
+        finish.replaced(database, connection, _holds(replaced))
+    queues = {one.queue for one in back + crashed}
+    if queues:
+        database.dialect.wake(connection, queues, len(back) + len(crashed))
+    if gone:
+        messages.acknowledge(database, connection, gone)
+    if returned:
+        messages.give_back(database, connection, returned)
+    return queues
+
+
+def _holds(deliveries: list[Delivery]) -> list[Hold]:
+    return [one.hold for one in deliveries]
+
+
+def complain(connection: Connection, deliveries: list[Delivery]) -> None:
+    """Say which deliveries were others' when they were reported; the report has changed nothing."""
+    holds = [one.hold for one in deliveries if not one.stored]
+    if holds and (lost := finish.moved_on(connection, holds)):
+        logger.warning(
+            "Kathikon: %s had been given to others, or published anew, before this worker reported its end;"
+            " the report changed nothing", ", ".join(lost),
+        )  # fmt: skip
+
+
+class Said:
+    """The reports of the last moments: a server that crashed may have forgotten them."""
+
+    def __init__(self) -> None:
+        self._said: deque[tuple[float, Delivery, Outcome]] = deque()
+
+    def add(self, now: float, reports: Reports) -> None:
+        """Remember *reports*, which were written at the monotonic time *now*, and forget the old ones."""
+        self._said += [(now, delivery, outcome) for delivery, outcome in reports if not delivery.stored]
+        while self._said and self._said[0][0] < now - MEMORY:
+            self._said.popleft()
+
+    def reports(self) -> list[tuple[Delivery, Outcome]]:
+        """All that is remembered."""
+        return [(delivery, outcome) for _, delivery, outcome in self._said]

@@ -1,0 +1,173 @@
+"""The queues that one connection consumes: what of them is in hand, and how much more may be claimed and handed out."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from kathikon_celery.storage.front import Front
+from kathikon_celery.storage.names import key
+from kathikon_celery.transport.delivery import Delivery
+from kathikon_celery.transport.pace import Pace
+
+#: Deliveries that a consumer without prefetch limit has in hand at most.
+UNLIMITED = 200
+#: Deliveries that are handed out together when what was handed out ahead becomes less.
+HANDFUL = 8
+
+
+@dataclass(slots=True)
+class Subscription:
+    """A queue that is consumed."""
+
+    queue: str
+    no_ack: bool
+    deliver: Callable[[Delivery], None]
+    #: How many deliveries its channel may have in hand; 0 is no limit.
+    prefetch: Callable[[], int]
+    #: How many of its jobs may be in hand at once; `None` is no limit.
+    concurrency: int | None = None
+    pace: Pace = field(default_factory=Pace)
+    front: Front = field(default_factory=Front)
+    waiting: deque[Delivery] = field(default_factory=deque)
+    in_hand: int = 0
+    #: How many more may be handed out before that is to be reckoned anew.
+    allowed: int = 0
+    #: Whether that holds for jobs, which need slots, or for messages.
+    are_jobs: bool = True
+    #: How many may be in hand when the next are handed out: a handful at once costs less than one by one.
+    refill: int = UNLIMITED
+
+    @property
+    def outstanding(self) -> int:
+        return self.in_hand + len(self.waiting)
+
+
+class Subscriptions:
+    """Those of one connection, by the keys of their queues.
+
+    Arguments:
+        horizon: seconds for which jobs are claimed ahead, see ``kathikon_claim_horizon``.
+    """
+
+    def __init__(self, horizon: float) -> None:
+        #: Who changes anything here holds it.
+        self.lock = threading.RLock()
+        #: How many jobs the worker's pool can run at once; `None` where there is no pool.
+        self.slots: Callable[[], int] | None = None
+        #: Whether jobs are claimed before a slot is free for them.
+        self.claims_ahead = True
+        self._horizon = horizon
+        self._by_key: dict[str, Subscription] = {}
+        self._first = 0  # the queue that is served first this time
+
+    def add(self, subscription: Subscription) -> None:
+        """Consume one more queue."""
+        with self.lock:
+            self._by_key[key(subscription.queue)] = subscription
+
+    def pop(self, queue: str) -> Subscription | None:
+        """Consume *queue* no longer."""
+        with self.lock:
+            return self._by_key.pop(key(queue), None)
+
+    def get(self, name: str) -> Subscription | None:
+        """The subscription of the queue with that key."""
+        return self._by_key.get(name)
+
+    def names(self) -> list[str]:
+        """The keys of all queues."""
+        with self.lock:
+            return list(self._by_key)
+
+    def every(self) -> list[Subscription]:
+        """All of them."""
+        with self.lock:
+            return list(self._by_key.values())
+
+    def forget_fronts(self, names: Iterable[str] | None = None) -> None:
+        """Have the next claims look everywhere in the queues with these keys, or in all."""
+        with self.lock:
+            for name in self._by_key if names is None else names:
+                if (one := self._by_key.get(name)) is not None:
+                    one.front.forget()
+
+    # --- handing out
+
+    def may_hand_out(self, subscription: Subscription) -> bool:
+        """Whether the next delivery that waits may be handed out; `Subscription.allowed` says how many more."""
+        subscription.are_jobs, limits = subscription.waiting[0].is_job, [UNLIMITED]
+        if subscription.concurrency is not None:
+            limits.append(subscription.concurrency - subscription.in_hand)
+        limit, slots = subscription.prefetch(), 0
+        if self.slots is not None and subscription.are_jobs:
+            slots = self.slots()
+            limit = min(limit or UNLIMITED, slots + self._ahead(slots))
+        if limit:
+            limits.append(limit - self._in_hand_beside(subscription))
+            if limits[-1] <= 0:
+                subscription.refill = max(slots, limit // 2, limit - HANDFUL)
+        subscription.allowed = min(limits)
+        return subscription.allowed > 0
+
+    def is_awaited(self, subscription: Subscription) -> bool:
+        """Whether a handful waits for the delivery that has just ended."""
+        return bool(subscription.waiting) and self._in_hand_beside(subscription) <= subscription.refill
+
+    def can_hand_out(self) -> bool:
+        """Whether anything that waits may be handed out."""
+        return any(one.waiting and self.may_hand_out(one) for one in self._by_key.values())
+
+    def _in_hand_beside(self, subscription: Subscription) -> int:
+        """What all consumers have in hand that share the prefetch limit of *subscription*."""
+        return sum(one.in_hand for one in self._by_key.values() if one.prefetch == subscription.prefetch)
+
+    # --- claiming
+
+    def outstanding(self) -> int:
+        """What is claimed and has not ended."""
+        with self.lock:
+            return sum(one.outstanding for one in self._by_key.values())
+
+    def has_room(self) -> bool:
+        """Whether one more job could start at once."""
+        return self.outstanding() < (self.slots() if self.slots is not None else 1)
+
+    def rate(self) -> float:
+        """Jobs that end in a second."""
+        return sum(one.pace.rate() for one in self._by_key.values())
+
+    def wanted(self) -> list[tuple[Subscription, int]]:
+        """How many jobs to claim for which queue, in the order of this turn."""
+        every = [one for one in self.every() if self.slots is None or not one.no_ack]
+        if not every:
+            return []
+        self._first = (self._first + 1) % len(every)
+        every = every[self._first :] + every[: self._first]
+        if self.slots is None:
+            # No pool: as much as each channel may have in hand.
+            free = [(one, (one.prefetch() or UNLIMITED) - one.outstanding) for one in every]
+            return [(one, limit) for one, limit in free if limit > 0]
+        horizon = self._reach()
+        slots = max(self.slots(), 1)
+        outstanding = sum(one.outstanding for one in every)
+        target = slots + self._ahead(slots)
+        if outstanding >= slots and outstanding > target // 2:
+            return []
+        wanted = []
+        for one in every:
+            most = slots if one.concurrency is None else one.concurrency
+            limit = min(target - outstanding, most + round(one.pace.ahead(horizon, most)) - one.outstanding)
+            if limit > 0:
+                wanted.append((one, limit))
+        return wanted
+
+    def _reach(self) -> float:
+        return self._horizon if self.claims_ahead else 0.0
+
+    def _ahead(self, slots: int) -> int:
+        """How many jobs may be in hand beside those of the *slots*."""
+        horizon = self._reach()
+        return round(sum(one.pace.ahead(horizon, slots) for one in self._by_key.values()))
