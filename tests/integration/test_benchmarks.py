@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def measure(url: str, *options: str) -> subprocess.CompletedProcess[str]:
+def measure(url: str, *options: str, program: str = "benchmarks") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks", "--small", *options],
+        [sys.executable, "-m", program, *options],
         cwd=ROOT, env=os.environ | {"BENCHMARKS_POSTGRESQL": url},
         capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
@@ -30,7 +30,7 @@ def test_the_table_is_printed_and_the_plot_drawn(postgresql_url: str, tmp_path: 
     only = ["enqueue", "drain with", "pickup, p50", "delay()"]
     chosen = [option for name in only for option in ("--scenario", name)]
     plot = tmp_path / "plot.svg"
-    done = measure(postgresql_url, "--system", "kathikon", "--plot", str(plot), *chosen)
+    done = measure(postgresql_url, "--small", "--system", "kathikon", "--plot", str(plot), *chosen)
     assert done.returncode == 0, done.stderr
     figures = table(done.stdout)
     assert figures.pop("") == ["kathikon, SQLite", "kathikon, PostgreSQL"]
@@ -46,7 +46,7 @@ def test_what_postgresql_counts_is_printed(postgresql_url: str) -> None:
     options = [
         option for name in ("transactions, 4", "lock waits, 1 w", "calls, 1 w") for option in ("--scenario", name)
     ]
-    done = measure(postgresql_url, "--system", "kathikon, P", *options)
+    done = measure(postgresql_url, "--small", "--system", "kathikon, P", *options)
     figures = table(done.stdout)
     assert float(figures["transactions, 4 workers, a job"][0]) > 0
     assert float(figures["calls, 1 workers, per 1,000 jobs"][0]) > 0
@@ -54,7 +54,16 @@ def test_what_postgresql_counts_is_printed(postgresql_url: str) -> None:
 
 
 def test_what_cannot_be_reached_is_said() -> None:
-    done = measure("postgresql+psycopg://127.0.0.1:9/none", "--system", "kathikon, P")
+    done = measure("postgresql+psycopg://127.0.0.1:9/none", "--small", "--system", "kathikon, P")
     assert done.returncode == 2
     assert "not reachable, left out: kathikon, PostgreSQL" in done.stdout
     assert "there is nothing to measure" in done.stderr
+
+
+@pytest.mark.timeout(300)
+def test_the_profile_says_what_each_part_costs(postgresql_url: str) -> None:
+    done = measure(postgresql_url, "--number", "500", program="benchmarks.profile")
+    assert done.returncode == 0, done.stderr
+    for part in ("kathikon, SQLite", "kathikon, PostgreSQL", "main thread", "processes", "reads results"):
+        assert part in done.stdout
+    assert "no statements: " in done.stdout  # the tests' server has no pg_stat_statements
