@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from hashlib import blake2b
+from uuid import UUID
 
 #: Longest key in bytes of UTF-8: below what an index entry may measure on every database.
 MAX_KEY_BYTES = 190
 
 
-def key(name: str) -> str:
-    """*name* itself where it can be a key, else a digest of it that stands for it."""
+def key(name: str | UUID) -> str:
+    """*name* itself where it can be a key, else a digest of it that stands for it. Raises `TypeError` for no name."""
+    if not isinstance(name, str):
+        if not isinstance(name, UUID):
+            raise TypeError(f"{name!r} is no name: give a text or a UUID")
+        name = str(name)
     if len(name) <= MAX_KEY_BYTES // 4 and name.isascii() and "\0" not in name:
         return name
     data = name.encode("utf-8", "surrogatepass")

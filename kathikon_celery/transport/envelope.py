@@ -7,6 +7,7 @@ from base64 import b64decode, b64encode
 from datetime import datetime, timezone
 from random import getrandbits
 from typing import Any
+from uuid import UUID
 
 from kombu import serialization
 from kombu.utils import json as kombu_json
@@ -20,9 +21,14 @@ LOWEST, HIGHEST = -(2**63), 2**63 - 1
 _HEADERS, _PROPERTIES, _TYPE, _ENCODING, _BASE64 = "headers", "properties", "content-type", "content-encoding", "base64"
 #: Its mark of a task of which only what differs from `_usual` is written: most of a message is the same for all.
 _BRIEF = "brief"
+#: What stands before the first header in JSON.
+_BEFORE_HEADERS = f'{{"{_HEADERS}":{{'
 #: A property that is ours: see `to_job`.
 PUBLICATION = "kathikon_publication"
 
+
+#: Headers and properties that are ids of tasks.
+_IDS = ("id", "root_id", "parent_id", "group", "correlation_id")
 
 #: The usual kind of a body.
 _JSON = {_TYPE: "application/json", _ENCODING: "utf-8"}
@@ -30,6 +36,7 @@ _JSON = {_TYPE: "application/json", _ENCODING: "utf-8"}
 _compact = json.JSONEncoder(separators=(",", ":")).encode
 _decoded = json.JSONDecoder().decode
 _encoded = json.JSONEncoder().encode
+_quoted = json.encoder.encode_basestring_ascii
 
 #: What follows a call that is part of no workflow.
 _NOTHING: dict[str, None] = dict.fromkeys(("callbacks", "errbacks", "chain", "chord"))
@@ -126,24 +133,35 @@ def fold(message: dict[str, Any]) -> tuple[str, str]:
     headers = message[_HEADERS]
     properties = {name: value for name, value in message[_PROPERTIES].items() if value not in (None, "")}
     properties.pop(PUBLICATION, None)
-    envelope = _brief(headers, properties) or {_HEADERS: headers, _PROPERTIES: properties}
-    return _folded(envelope, message["body"], message.get(_TYPE), message.get(_ENCODING))
+    envelope = _brief(headers, properties)
+    text, more = _of_body(message["body"], message.get(_TYPE), message.get(_ENCODING), envelope is not None)
+    return _dumps((envelope or {_HEADERS: headers, _PROPERTIES: properties}) | more), text
 
 
-def fold_usual(
-    headers: dict[str, Any], properties: dict[str, Any], body: Any, content_type: str, content_encoding: str
-) -> tuple[str, str]:
-    """As `fold`, of a task of which only those *headers* and *properties* are given that differ from the usual."""
-    return _folded({_BRIEF: 1, _HEADERS: headers, _PROPERTIES: properties}, body, content_type, content_encoding)
+def common(headers: dict[str, Any], properties: dict[str, Any]) -> str:
+    """What calls that differ in a few headers only have in common, for `fold_call`: it is encoded once.
+
+    Those *headers* (at least one) and *properties* are given that differ from the usual.
+    """
+    return _dumps({_HEADERS: headers, _PROPERTIES: properties})[len(_BEFORE_HEADERS) : -1]
 
 
-def _folded(envelope: dict[str, Any], body: Any, content_type: str | None, encoding: str | None) -> tuple[str, str]:
-    if _BRIEF not in envelope or content_type != _JSON[_TYPE] or encoding != _JSON[_ENCODING]:
-        envelope |= {_TYPE: content_type, _ENCODING: encoding}
+def fold_call(own: dict[str, str], common: str, body: Any, content_type: str, content_encoding: str) -> tuple[str, str]:
+    """As `fold`, of a call with those headers of its *own*, and what it has in *common* with others."""
+    text, more = _of_body(body, content_type, content_encoding, True)
+    headers = "".join([f'"{name}":{_quoted(value)},' for name, value in own.items()])
+    return f'{{"{_BRIEF}":1,"{_HEADERS}":{{{headers}{common}{"," + _dumps(more)[1:] if more else "}"}', text
+
+
+def _of_body(body: Any, content_type: str | None, encoding: str | None, is_brief: bool) -> tuple[str, dict[str, Any]]:
+    """The body as text, and what the envelope says of it."""
     text, encoded = _as_text(body)
+    said: dict[str, Any] = {}
+    if not is_brief or content_type != _JSON[_TYPE] or encoding != _JSON[_ENCODING]:
+        said = {_TYPE: content_type, _ENCODING: encoding}
     if encoded:
-        envelope[_BASE64] = True
-    return _dumps(envelope), text
+        said[_BASE64] = True
+    return text, said
 
 
 def unfold(envelope: str, body: str, tag: str, redelivered: bool) -> dict[str, Any]:
@@ -230,9 +248,14 @@ def checked_priority(value: Any) -> int:
 
 
 def task_of(message: dict[str, Any]) -> dict[str, Any] | None:
-    """The Celery headers of a message, whichever protocol it speaks, or `None` when it is no task."""
+    """The Celery headers of a message, whichever protocol it speaks, or `None` when it is no task.
+
+    Ids that Celery was given as UUIDs become text in it.
+    """
     headers = message[_HEADERS]
     if headers:
+        for part in (headers, message[_PROPERTIES]):
+            part |= {name: str(part[name]) for name in _IDS if isinstance(part.get(name), UUID)}
         return headers if isinstance(headers.get("task"), str) and isinstance(headers.get("id"), str) else None
     if message.get(_TYPE) == "application/json" and isinstance(message["body"], str) and '"task"' in message["body"]:
         body = json.loads(message["body"])

@@ -28,7 +28,7 @@ from kathikon_celery.job import Job
 from kathikon_celery.routing import Router
 from kathikon_celery.storage import Storage
 from kathikon_celery.storage.errors import LOST
-from kathikon_celery.transport.envelope import PUBLICATION, checked_priority, dumps_call, fold_usual
+from kathikon_celery.transport.envelope import PUBLICATION, checked_priority, common, dumps_call, fold_call
 from kathikon_celery.transport.publishing import publish_new
 
 #: Options of a plain call; any other one is none, unless it says nothing.
@@ -133,37 +133,23 @@ class Sender:
         root, group, parent = given("root_id") or task_id, given("group_id"), given("parent_id")
         root = root if root != task_id else None
         of_args, of_kwargs, levels = known.reprs
-        headers: dict[str, Any] = {
-            "task": name,
-            "id": task_id,
-            "argsrepr": _simple_repr(args, of_args) or saferepr(args, of_args, maxlevels=levels),
-            "origin": _origin(os.getpid()),
-        }
+        own = {"id": task_id, "argsrepr": _simple_repr(args, of_args) or saferepr(args, of_args, maxlevels=levels)}
         if kwargs:
-            headers["kwargsrepr"] = saferepr(kwargs, of_kwargs, maxlevels=levels)
-        if (ignored := given("ignore_result")) is not False:
-            headers["ignore_result"] = ignored
-        limits = [given("time_limit"), given("soft_time_limit")]
-        if limits != [None, None]:
-            headers["timelimit"] = limits
-        of_workflow = {"root_id": root, "parent_id": parent, "group": group, "group_index": given("group_index")}
-        more = {**of_workflow, "shadow": given("shadow")}
-        headers |= {header: value for header, value in more.items() if value is not None}
-        properties = {
-            "reply_to": self._app.thread_oid,
-            "delivery_info": {"exchange": "", "routing_key": way.queue},
-        }
-        if way.delivery_mode != 2:
-            properties["delivery_mode"] = way.delivery_mode
-        if (priority := given("priority") or 0) != 0:
-            properties["priority"] = priority
+            own["kwargsrepr"] = saferepr(kwargs, of_kwargs, maxlevels=levels)
+        priority = checked_priority(given("priority") or 0)
+        said = (name, _origin(os.getpid()), self._app.thread_oid, way, given("ignore_result"), priority)
+        more = (given("time_limit"), given("soft_time_limit"), given("group_index"), given("shadow"))
+        try:
+            common = _common(*said, *more, root, parent, group)
+        except TypeError:  # some value cannot be looked up
+            common = _common.__wrapped__(*said, *more, root, parent, group)
         content_type, encoding, body = dumps_call(args, kwargs, given("serializer") or known.serializer)
-        envelope, body = fold_usual(headers, properties, body, content_type, encoding)
+        envelope, body = fold_call(own, common, body, content_type, encoding)
         return Job(
             id=task_id,
             queue=way.queue,
             task=name,
-            priority=checked_priority(priority),
+            priority=priority,
             envelope=envelope,
             body=body,
             max_attempts=known.storage.settings.max_attempts,
@@ -236,6 +222,41 @@ class Sender:
         return _Way(queue.name, maybe_delivery_mode(mode))
 
 
+@lru_cache(maxsize=_MEMO, typed=True)
+def _common(
+    name: str,
+    origin: str,
+    reply_to: str,
+    way: _Way,
+    ignored: Any,
+    priority: int,
+    time_limit: Any,
+    soft_time_limit: Any,
+    group_index: Any,
+    shadow: Any,
+    root: Any,
+    parent: Any,
+    group: Any,
+) -> str:
+    """What the messages of calls with these options have in common."""
+    of_workflow = {"root_id": root, "parent_id": parent, "group": group, "group_index": group_index}
+    given = {**of_workflow, "shadow": shadow}
+    headers = {"task": name, "origin": origin} | {key: value for key, value in given.items() if value is not None}
+    if ignored is not False:
+        headers["ignore_result"] = ignored
+    if (time_limit, soft_time_limit) != (None, None):
+        headers["timelimit"] = [time_limit, soft_time_limit]
+    properties: dict[str, Any] = {
+        "reply_to": reply_to,
+        "delivery_info": {"exchange": "", "routing_key": way.queue},
+    }
+    if way.delivery_mode != 2:
+        properties["delivery_mode"] = way.delivery_mode
+    if priority:
+        properties["priority"] = priority
+    return common(headers, properties)
+
+
 def new_id() -> str:
     """A random UUID (RFC 9562, version 4), as kombu's `uuid` makes it in three times as long."""
     digits = os.urandom(16).hex()
@@ -257,6 +278,7 @@ def _is_plain(args: Any, kwargs: Any, options: dict[str, Any]) -> bool:
     return (
         options.get("task_type") is not None
         and (queue is None or type(queue) is str)
+        and type(options.get("task_id") or "") is str
         and (args is None or type(args) in (tuple, list))
         and (kwargs is None or type(kwargs) is dict)
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from celery import Celery, chain, chord, group
@@ -65,6 +66,20 @@ class TestWhatIsKnown:
             assert abs(result.date_done - before) < timedelta(minutes=1)
             assert (result.name, result.args, result.kwargs) == (add.name, [1], {"y": 2})
             assert (result.worker, result.retries, result.queue) == (worker.hostname, 0, "default")
+
+    def test_under_a_uuid_as_its_id(self, app: Celery) -> None:
+        first, second, third = uuid4(), uuid4(), uuid4()
+        assert app.send_task(add.name, (1, 2), task_id=first).get(timeout=60) == 3
+        result = app.AsyncResult(first)
+        assert (result.get(timeout=60), result.status, result.exists()) == (3, "SUCCESS", True)
+        result.forget()
+        assert not app.AsyncResult(str(first)).exists()
+        assert chain(add.si(1, 1), add.s(2)).apply_async(task_id=second, countdown=0.1).get(timeout=60) == 4
+        assert app.AsyncResult(str(second)).get(timeout=60) == 4
+        assert group(add.s(1, 1).set(task_id=third), add.s(2, 2)).apply_async().get(timeout=60) == [2, 4]
+        assert app.AsyncResult(third).get(timeout=60) == 2
+        with pytest.raises(TypeError, match="5 is no name: give a text or a UUID"):
+            app.AsyncResult(5).get(timeout=60)
 
     def test_of_a_failure(self, app: Celery) -> None:
         result = fail.delay("broken")

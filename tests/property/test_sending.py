@@ -45,8 +45,8 @@ calls = st.fixed_dictionaries(
         "serializer": st.sampled_from([None, "json", "pickle", "yaml"]),
         "time_limit": st.none() | st.integers(1, 9),
         "soft_time_limit": st.none() | st.integers(1, 9),
-        "ignore_result": st.none() | st.booleans(),
-        "shadow": st.none() | text,
+        "ignore_result": st.none() | st.booleans() | st.sampled_from([0, 1]),
+        "shadow": st.none() | text | st.lists(text, max_size=1),  # a list cannot be looked up
         "group_id": ids,
         "group_index": st.none() | st.integers(0, 9),
         "root_id": ids,
