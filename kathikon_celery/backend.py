@@ -71,8 +71,8 @@ class KathikonBackend(CanvasBackend):
 
     def __init__(self, app: Any, url: str | None = None, **kwargs: Any) -> None:
         super().__init__(app=app, url=url, **kwargs)
-        own = url if url and not url.startswith("kathikon:") else None
-        self._own_url = own
+        broker_database(url, "result_backend")
+        self._own_url = url if url and not url.startswith("kathikon:") else None
 
     @cached_property
     def storage(self) -> Storage:

@@ -103,7 +103,7 @@ class CanvasBackend(BaseBackend):
             if hold is not None and not is_stored and (ending.jobs or ending.parts):
                 ending.ends.insert(0, End(task_id=task_id, hold=hold, state=state, written=_NOTHING))
             # What stores no result is reported once more by the worker, which would make up for the end alone.
-            if not self._settle(ending, on_disk=not is_stored):
+            if not self._settle(ending, on_disk=not is_stored) and not getattr(request, "has_failed", False):
                 logger.warning(
                     "Kathikon: job %s had ended, or had been given to others, before it ended here;"
                     " this end changed nothing", task_id,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kathikon_celery.settings import mask
+from kathikon_celery.settings import mask, shown
 from kathikon_celery.storage import Storage, schema
 
 if TYPE_CHECKING:
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 #: Width of a column from which on a longer name makes its own line longer, not every line.
 WIDEST = 60
+#: What stands for the queue of rows that are only a result, such as that of a chord's body that never ran.
+NO_QUEUE = "(none)"
 
 
 def _storage(context: CLIContext) -> Storage:
@@ -50,8 +52,7 @@ def schema_command(context: CLIContext, sql: bool, since: str | None) -> None:
         click.echo(schema.ddl(storage.database.url, since), nl=False)
         return
     storage.setup()
-    url = storage.database.url.render_as_string(hide_password=True)
-    click.echo(f"The schema of {url} has version {schema.HEAD}.")
+    click.echo(f"The schema of {shown(storage.database.url)} has version {schema.HEAD}.")
 
 
 @kathikon.command()
@@ -60,7 +61,10 @@ def counts(context: CLIContext) -> None:
     """Count the jobs by queue and state."""
     storage = _storage(context)
     storage.setup()
-    found = [(_legible(queue), state, f"{number:,}") for (queue, state), number in sorted(storage.counts().items())]
+    found = [
+        (_legible(queue) or NO_QUEUE, state, f"{number:,}")
+        for (queue, state), number in sorted(storage.counts().items())
+    ]
     if not found:
         click.echo("There are no jobs.")
         return

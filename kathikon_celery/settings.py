@@ -45,6 +45,18 @@ DRIVERS: Mapping[str, tuple[str, ...]] = {
     "postgresql": ("psycopg",),
 }
 
+#: What is allowed as a URL.
+_URLS = (
+    "a SQLAlchemy URL such as sqlite:///kathikon.db or postgresql://user:password@host/database; "
+    "in user and password, percent-encode the characters @ : / ? #"
+)
+#: The longest time that a database can look back, in seconds: some three thousand years.
+_LONGEST = 1e11
+#: The longest time for which a thread can wait, in seconds: some thirty years.
+_LONGEST_WAIT = 1e9
+#: The largest number that a column of the tables holds.
+_LARGEST = 2**31 - 1
+
 _PREFIX = "kathikon_"
 _TEST_PREFIX = "KATHIKON_TEST_"
 _VALUE_LENGTH = 200
@@ -72,12 +84,23 @@ def mask(text: str) -> str:
     return re.sub(r"(?i)([?&][^=&]*(?:passw|pwd|secret|token)[^=&]*=)[^&]*", r"\1***", text)
 
 
+def shown(url: URL) -> str:
+    """Return *url* for people: without passwords, also those among its options."""
+    return mask(url.render_as_string(hide_password=True))
+
+
 def broker_database(url: str | None, setting: str = "broker_url") -> str | None:
     """Return the URL of the database in a *url* such as ``kathikon+postgresql://…``; None where it names none.
 
     Raises `SettingError`, naming the *setting*, for a database that Kathikon cannot use.
     """
-    prefix, _, url = (url or "").partition("+")
+    given = url or ""
+    prefix, _, url = given.partition("+")
+    if given.startswith("kathikon:") and not re.fullmatch(r"kathikon:(//(localhost)?/*)?", given):
+        raise SettingError(
+            f"{setting} = {mask(given)!r}: allowed is kathikon:// for the database that kathikon_database_url names,"
+            " or one such as kathikon+sqlite:///kathikon.db or kathikon+postgresql://user:password@host/database"
+        )
     if prefix != "kathikon" or not url:
         return None
     try:
@@ -100,12 +123,11 @@ def parse_url(value: str | URL) -> URL:
     try:
         url = make_url(value)
     except (ArgumentError, ValueError):  # its message may quote the password, so it is not chained
-        raise ValueError(
-            "a SQLAlchemy URL such as sqlite:///kathikon.db or postgresql://user:password@host/database; "
-            "in user and password, percent-encode the characters @ : / ? #"
-        ) from None
+        raise ValueError(_URLS) from None
     dialect, _, driver = url.drivername.partition("+")
     dialect = {"postgres": "postgresql"}.get(dialect, dialect)
+    if dialect != "sqlite" and "@" in f"{url.host}{url.database}":  # what follows the first slash of a password
+        raise ValueError(_URLS)
     if dialect not in DRIVERS:
         raise ValueError(f"a URL that begins with one of {', '.join(f'{name}://' for name in DRIVERS)}")
     if driver and driver not in DRIVERS[dialect]:
@@ -272,13 +294,14 @@ def _check_queues(value: Any) -> dict[str, QueueSettings]:
     return queues
 
 
-_seconds_to_keep = _number(0, above=True)
+_seconds_to_keep = _number(0, _LONGEST, above=True)
 
 
 def _check_retention(value: Any) -> dict[str, float | None]:
     """Take seconds or None for all but dead jobs, or a mapping or ``"state:seconds,…"`` that names states."""
     states = ", ".join(_RETENTION)
-    allowed = f"seconds above 0, None to keep for ever, or one of these for each of the states {states}"
+    times = f"seconds above 0 and up to {_LONGEST:g}, None to keep for ever"
+    allowed = f"{times}, or one of these for each of the states {states}"
 
     def keep(value: Any) -> float | None:
         if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
@@ -328,14 +351,14 @@ class Settings:
     scheduler_interval: float = _setting(1.0, _number(0.05, 60))
 
     #: How often a worker deletes the ended jobs that are older than their retention.
-    prune_interval: float = _setting(60.0, _number(0.1))
+    prune_interval: float = _setting(60.0, _number(0.1, _LONGEST_WAIT))
 
     #: For each state in which a job has ended, how long it stays in the table; None is for ever.
     retention_period: Mapping[str, float | None] = _setting(604800.0, _check_retention, hash=False)
 
     #: How often the process that ran a job may crash before the job is dead; with `retry_failed`, also the number of
     #: tries.
-    max_attempts: int = _setting(20, _integer(1))
+    max_attempts: int = _setting(20, _integer(1, _LARGEST))
 
     #: Whether a task that raised is tried again: after n failures in ``min(n² * 5, 86400)`` seconds, as in Kathikon.
     retry_failed: bool = _setting(False, _check_bool)
@@ -483,12 +506,12 @@ def _from_pyproject(directory: str | os.PathLike[str] | None) -> Iterator[tuple[
     try:
         start = Path(directory or os.curdir).resolve()
         path = next((path for folder in (start, *start.parents) if (path := folder / "pyproject.toml").is_file()), None)
-        text = path.read_text("utf-8") if path else ""
+        data = path.read_bytes() if path else b""
     except OSError:  # a directory that is gone, or that may not be read
         return
     try:
-        tool = tomllib.loads(text).get("tool", {})
-    except tomllib.TOMLDecodeError as error:
+        tool = tomllib.loads(data.decode()).get("tool", {})
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingError(f"{path} cannot be read for [tool.kathikon]: {error}") from error
     table = tool.get("kathikon", {}) if isinstance(tool, dict) else {}
     if not isinstance(table, dict):

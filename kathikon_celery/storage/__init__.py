@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kathikon_celery.storage.errors import MovedOn, NotFound, SchemaError, StorageError, Unavailable
+from kathikon_celery.storage.errors import Forbidden, MovedOn, NotFound, SchemaError, StorageError, Unavailable
 from kathikon_celery.storage.facade import Storage
 
-__all__ = ["MovedOn", "NotFound", "SchemaError", "Storage", "StorageError", "Unavailable"]
+__all__ = ["Forbidden", "MovedOn", "NotFound", "SchemaError", "Storage", "StorageError", "Unavailable"]

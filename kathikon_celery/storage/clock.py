@@ -12,6 +12,9 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import ColumnElement, FunctionElement
 from sqlalchemy.types import TypeDecorator
 
+#: Seconds until a moment that is later than any that the database can reckon with.
+FAR = 1e12
+
 
 class Instant(TypeDecorator[datetime]):
     """A moment in UTC with microseconds; aware datetimes in Python."""
@@ -85,6 +88,8 @@ def _(element: now, compiler: Any, **kw: Any) -> str:
 @compiles(seconds_until, "sqlite")
 def _(element: seconds_until, compiler: Any, **kw: Any) -> str:
     moment = compiler.process(element.clauses, **kw)
-    # Of what is no moment but compares as past, so that it is promoted, say so: others wait behind it.
-    past = f"CASE WHEN {moment} <= strftime('%Y-%m-%d %H:%M:%f000', 'now') THEN -1.0 END"
-    return f"coalesce((julianday({moment}) - julianday('now')) * 86400.0, {past})"
+    # What is no moment compares as past, and is promoted, since others wait behind it; or as one that is far away, as
+    # does the last one that Python knows: SQLite rounds it up to one that it does not.
+    past = f"{moment} <= strftime('%Y-%m-%d %H:%M:%f000', 'now')"
+    other = f"CASE WHEN {past} THEN -1.0 WHEN {moment} IS NOT NULL THEN {FAR} END"
+    return f"coalesce((julianday({moment}) - julianday('now')) * 86400.0, {other})"

@@ -17,6 +17,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
+from kathikon_celery.settings import shown
 from kathikon_celery.storage import prepared
 from kathikon_celery.storage.dialects import Dialect, dialect_for
 from kathikon_celery.storage.errors import Unavailable, in_words, is_lost
@@ -160,7 +161,7 @@ class Database:
         _databases.add(self)
 
     def __repr__(self) -> str:
-        return f"<Database {self.url.render_as_string(hide_password=True)}>"
+        return f"<Database {shown(self.url)}>"
 
     @cached_property
     def _durable(self) -> Engine:

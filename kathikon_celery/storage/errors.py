@@ -23,6 +23,10 @@ class SchemaError(StorageError):
     """The tables do not fit this version of the code."""
 
 
+class Forbidden(StorageError):
+    """The database gives the role that is connected no right to do what is needed."""
+
+
 class NotFound(StorageError):
     """There is no job of that id."""
 

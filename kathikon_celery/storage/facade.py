@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from kathikon_celery.job import Job, State
-from kathikon_celery.settings import SettingError, Settings, broker_database
+from kathikon_celery.settings import SettingError, Settings, broker_database, shown
 from kathikon_celery.storage.backend import StorageBackend
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.promote import CHUNK as PROMOTED_AT_ONCE
@@ -57,7 +57,7 @@ class Storage:
         self._is_set_up = False
 
     def __repr__(self) -> str:
-        return f"<Storage {self.database.url.render_as_string(hide_password=True)}>"
+        return f"<Storage {shown(self.database.url)}>"
 
     @classmethod
     def shared(cls, url: str | None, settings: Settings, connect_timeout: float | None = None) -> Storage:
@@ -179,9 +179,12 @@ class Storage:
 def _backend_class(path: str) -> Callable[[Database], StorageBackend]:
     module, _, name = path.partition(":")
     try:
-        return cast("Callable[[Database], StorageBackend]", getattr(import_module(module), name))
+        found = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise SettingError(f"kathikon_storage_backend = {path!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise SettingError(f"kathikon_storage_backend = {path!r} is no class but {found!r}")
+    return cast("Callable[[Database], StorageBackend]", found)
 
 
 @cache

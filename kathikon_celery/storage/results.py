@@ -144,7 +144,7 @@ def end_alone(
     row = dict(
         id=key(task_id), task="", priority=0, publication=0, fence=database.dialect.first_fence,
         attempts=0, crashes=0, max_attempts=0, acked=false(), state=becomes.value,
-        inserted_at=now(), available_at=now(), ended_at=now(), envelope="{}", body="", **new,
+        inserted_at=now(), available_at=now(), ended_at=now(), envelope="{}", body="", reason=printable(reason), **new,
     )  # fmt: skip
     statement = database.dialect.insert_or_update(jobs).values(row)
     changes: dict[str, Any] = dict(new)

@@ -18,7 +18,7 @@ from sqlalchemy import Connection
 from kathikon_celery.job import Hold, Job, State
 from kathikon_celery.presence import Presence
 from kathikon_celery.storage import Storage, claim, finish, messages, nodes, outlook, prepared
-from kathikon_celery.storage.errors import in_words, is_lost
+from kathikon_celery.storage.errors import StorageError, in_words, is_lost
 from kathikon_celery.storage.front import rest
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.wake import Wakeup
@@ -340,7 +340,7 @@ class Intake:
                     pause = 0.0
             except Exception as error:
                 self._unsure, self._waits, self._called = True, False, True
-                if not is_lost(error):
+                if not is_lost(error) and not isinstance(error, StorageError):
                     logger.exception("Kathikon: unexpected error while claiming")
                 elif not pause:
                     logger.warning("Kathikon: the database is away, trying until it is back: %s", in_words(error))

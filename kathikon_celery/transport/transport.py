@@ -109,7 +109,8 @@ class Transport(virtual.Transport):
             app = self._app
             settings = Settings.load(app.conf if app is not None else None)
             url = self.client.hostname
-            url = None if url is None or url.startswith("kathikon:") else broker_database(f"kathikon+{url}")
+            if url is not None:
+                url = broker_database(url if url.startswith("kathikon:") else f"kathikon+{url}")
             self._storage = Storage.shared(url, settings, self.client.connect_timeout)
         return self._storage
 

@@ -45,6 +45,7 @@ class Request(CeleryRequest):
         self._delivery: Delivery | None = getattr(message, "delivery", None)
         #: Whoever takes it decides: the pool, which runs the task, or the intake, which gives it to others.
         self._decision = Lock()
+        self._has_failed = False
         try:
             super().__init__(message, **options)
             _check_limits(self.time_limits)
@@ -108,6 +109,7 @@ class Request(CeleryRequest):
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         self._decide(exc_info)
+        self._has_failed = True
         try:
             return super().on_failure(exc_info, send_failed_event, return_ok)
         finally:
@@ -116,6 +118,7 @@ class Request(CeleryRequest):
     def on_timeout(self, soft: bool, timeout: float) -> None:
         if not soft:
             self._set_outcome(_ended(State.DEAD, f"hard time limit ({timeout} s) exceeded"))
+            self._context.has_failed = self._has_failed  # billiard tells of it first: what Celery stores is no news
         try:
             super().on_timeout(soft, timeout)
         finally:

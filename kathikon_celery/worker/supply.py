@@ -13,7 +13,7 @@ from kombu.utils.imports import symbol_by_name
 
 from kathikon_celery.job import Job, State
 from kathikon_celery.settings import SettingError, mask
-from kathikon_celery.storage import SchemaError
+from kathikon_celery.storage import StorageError
 from kathikon_celery.storage.sql import SQLBackend
 from kathikon_celery.transport.delivery import DONE, Delivery, Outcome, Verdict
 from kathikon_celery.transport.subscriptions import UNLIMITED
@@ -111,8 +111,9 @@ def _processes(c: Any) -> int:
     """How many jobs the pool can run at once, when it has grown as far as it may."""
     autoscaler = getattr(c.controller, "autoscaler", None)
     # The autoscaler grows the pool for what was delivered and finds no process.
-    processes: int = autoscaler.max_concurrency if autoscaler is not None else c.pool.num_processes
-    return processes
+    if autoscaler is not None:
+        return int(autoscaler.max_concurrency)
+    return int(getattr(c.pool, "num_processes", 0))  # a pool that has ended has no such number
 
 
 def _slots(c: Any) -> int:
@@ -143,7 +144,7 @@ class InWords(logging.Filter):
     """Leaves out the traceback of an error that ends the worker and says by itself what is wrong."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], SettingError | SchemaError):
+        if record.exc_info and isinstance(record.exc_info[1], SettingError | StorageError):
             record.exc_info = None
         return True
 

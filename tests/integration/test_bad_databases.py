@@ -8,16 +8,17 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from celery.bin.base import CLIContext
 from click.testing import CliRunner
 from kombu.exceptions import OperationalError
-from sqlalchemy import make_url, text
+from sqlalchemy import NullPool, create_engine, make_url, text
 
 from kathikon_celery.cli import kathikon
 from kathikon_celery.job import Job, State
@@ -243,7 +244,20 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "broker_url = 'oracle://app:***@h/d' after 'kathikon+': allowed is",
     ),
     "backend": ({"env": {"KATHIKON_STORAGE_BACKEND": "no.such:Module"}}, "kathikon_storage_backend = 'no.such:Module'"),
+    "no-class": ({"env": {"KATHIKON_STORAGE_BACKEND": "os:path"}}, "kathikon_storage_backend = 'os:path' is no class"),
     "driver": ({"module": NO_DRIVER}, "needs the package psycopg, which cannot be imported"),
+    "option": (
+        {"env": {"KATHIKON_DATABASE_URL": f"postgresql://app@127.0.0.1:1/d?password={PASSWORD}&sslmod=require"}},
+        'postgresql+psycopg://app@127.0.0.1:1/d?password=***&sslmod=require: invalid connection option "sslmod"',
+    ),
+    "no-plus": (
+        {"conf": {"broker_url": f"kathikon://app:{PASSWORD}@h/d"}},
+        "broker_url = 'kathikon://app:***@h/d': allowed is kathikon:// for the database that",
+    ),
+    "no-plus-results": (
+        {"conf": {"result_backend": "kathikon:///results.db"}},
+        "result_backend = 'kathikon:///results.db': allowed is kathikon:// for the database that",
+    ),
 }  # fmt: skip
 
 
@@ -261,6 +275,42 @@ def test_a_wrong_setting_ends_the_worker_at_once(begin: Begin, tmp_path: Path, w
     assert said in worker.log
     assert "Traceback" not in worker.log
     assert PASSWORD not in worker.log
+
+
+@pytest.fixture
+def role(postgresql_url: str) -> Iterator[str]:
+    """The URL of a role that may do no more than to connect."""
+    engine = create_engine(postgresql_url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    name = f"kathikon_{uuid4().hex}"
+    with engine.connect() as connection:
+        connection.execute(text("REVOKE CREATE ON SCHEMA public FROM public"))
+        connection.execute(text(f"CREATE ROLE {name} LOGIN"))
+        yield make_url(postgresql_url).set(username=name).render_as_string(hide_password=False)
+        connection.execute(text(f"DROP OWNED BY {name}"))
+        connection.execute(text(f"DROP ROLE {name}"))
+
+
+@pytest.mark.postgresql
+def test_a_role_that_may_not(begin: Begin, postgresql_url: str, role: str) -> None:
+    """The worker ends, and says in a line what is to be done; once it is done, it works."""
+
+    def says(what: str) -> None:
+        worker = begin(role, name=what.replace(" ", "-"))
+        assert worker.wait(30) == 1
+        remedy = f"{what}; have the owner of the database run what 'celery -A proj kathikon schema --sql' prints"
+        assert remedy in worker.log.replace("\n", " ")
+        assert "Traceback" not in worker.log
+
+    with closing(Storage(postgresql_url)) as owner:
+        says("permission denied for schema public")
+        owner.setup()
+        says("permission denied for table kathikon_version")
+        for what, other in (("TABLES", "permission denied for sequence kathikon_nodes_id_seq"), ("SEQUENCES", None)):
+            with owner.database.write() as connection:
+                connection.execute(text(f"GRANT ALL ON ALL {what} IN SCHEMA public TO {make_url(role).username}"))
+            if other:
+                says(other)
+    is_at_work(role, begin(role))
 
 
 @pytest.mark.postgresql
@@ -289,6 +339,7 @@ def test_no_password_is_shown_anywhere(begin: Begin, postgresql_url: str, capfd:
     context = CLIContext(app=app, no_color=True, workdir=None)
     shown += [CliRunner().invoke(kathikon, [name], obj=context).output for name in ("counts", "schema")]
     away = make_url(own).set(port=1).render_as_string(hide_password=False)
+    shown.append(repr(Storage(make_url(away).update_query_dict({"password": PASSWORD}).render_as_string(False))))
     gone = apps.create_app("gone", broker_url=f"kathikon+{away}", result_backend=f"kathikon+{away}")
     for call in (lambda: gone.send_task("any"), lambda: gone.AsyncResult("any").state, gone.control.inspect().ping):
         with pytest.raises(Exception, match="is away") as caught:

@@ -343,11 +343,12 @@ def test_callbacks_of_a_canvas(app: Celery, jobs: Jobs, journal: Journal, shape:
     assert_no_more(jobs, journal, 1)
 
 
-def test_an_exception_with_arguments_fails_a_chord_with_its_words(app: Celery) -> None:
+def test_an_exception_with_arguments_fails_a_chord_with_its_words(app: Celery, jobs: Jobs) -> None:
     result = chord([add.s(1, 1), print_page.s()], total.s()).apply_async()
     failed = ready(result)
     assert isinstance(failed.result, ChordError)
     assert str(failed.result) == f"Dependency {result.parent.results[1].id} raised OutOfPaper(2, [1, 2])"
+    assert jobs.of(result).reason == f"ChordError({str(failed.result)!r})"
     error = result.parent.results[1].result
     assert isinstance(error, apps.OutOfPaper)
     assert error.args == (2, [1, 2])

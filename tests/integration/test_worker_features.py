@@ -49,6 +49,7 @@ def test_a_hard_time_limit_kills_the_process(app: Celery, jobs: Jobs, worker: Wo
     job = jobs.wait(result, State.DEAD)
     assert job.crashes == 0
     assert "TimeLimitExceeded" in job.reason
+    assert f"job {result.id} had ended" not in worker.log  # the pool tells of it twice
     assert [apps.add.delay(number, 1).get(timeout=60) for number in range(4)] == [1, 2, 3, 4]
 
 

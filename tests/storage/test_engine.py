@@ -176,8 +176,9 @@ class TestSQLiteFile:
         path = tmp_path / "kathikon.db"
         path.write_text("this is a text, and a long one " * 100)
         with closing(Storage(f"sqlite:///{path}", SETTINGS)) as storage:
-            with pytest.raises(Unavailable, match="is no SQLite database"):
+            with pytest.raises(Unavailable) as caught:
                 storage.setup()
+            assert str(caught.value) == f"{str(path)!r} is no SQLite database, or a damaged one: file is not a database"
             with pytest.raises(Unavailable, match="is no SQLite database"):
                 storage.counts()
 

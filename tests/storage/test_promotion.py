@@ -33,6 +33,14 @@ def test_next_due_is_the_earliest(storage: Storage, state: State) -> None:
     assert due == pytest.approx(100, abs=5)
 
 
+def test_the_last_moment_that_python_knows_is_far_away(storage: Storage) -> None:
+    storage.insert(new_job(scheduled_at=datetime.max.replace(tzinfo=timezone.utc)))
+    due = storage.next_due()
+    assert due is not None
+    assert due > 1e11
+    assert storage.promote_scheduled() == 0
+
+
 def test_what_is_due_becomes_available_together_and_priority_decides(
     storage: Storage, worker: Worker, set_row: Callable[..., None]
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kathikon_celery.worker import prefork
+from kathikon_celery.worker import prefork, supply
 
 
 @pytest.fixture
@@ -98,3 +98,9 @@ def test_an_error_keeps_no_message_from_being_told(pipe: tuple[int, int]) -> Non
     with pytest.raises(ValueError, match="1"):
         next(reading.step)
     assert reading.got == [1, 2]
+
+
+def test_a_pool_that_has_ended_runs_nothing() -> None:
+    """The intake may ask as the worker ends."""
+    pool = prefork.TaskPool(2)  # as before its start, it has no processes
+    assert supply._processes(SimpleNamespace(controller=SimpleNamespace(autoscaler=None), pool=pool)) == 0

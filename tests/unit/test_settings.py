@@ -120,6 +120,12 @@ def test_nearest_pyproject_upward_counts(tmp_path: Path) -> None:
     assert Settings.load(None, {}, below).lease == 20
 
 
+def test_a_pyproject_in_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_bytes("[project]\nauthors = ['Jürgen']\n".encode("latin-1"))
+    with pytest.raises(SettingError, match=r"pyproject.toml cannot be read for \[tool.kathikon\]: 'utf-8' codec"):
+        Settings.load(None, {}, tmp_path)
+
+
 def test_pyproject_is_looked_for_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pyproject.toml").write_text("[tool.kathikon]\nlease = 9\n")
     monkeypatch.chdir(tmp_path)
@@ -217,9 +223,13 @@ def test_given_looks_at_environment_and_pyproject(tmp_path: Path, monkeypatch: p
 WRONG = [
     ("poll_interval", ["0.001", 61, "abc", True, math.nan, [], "nan"], "seconds from 0.01 to 60"),
     ("scheduler_interval", [0.04, 61], "seconds from 0.05 to 60"),
-    ("prune_interval", [0, math.inf], "seconds from 0.1"),
-    ("retention_period", [0, -1, "soon", {"completed": 0}, {"done": 5}, "completed:x"], "seconds above 0"),
-    ("max_attempts", [0, 1.5, "many", True], "a whole number from 1"),
+    ("prune_interval", [0, math.inf, 1e10], "seconds from 0.1 to 1e+09"),
+    (
+        "retention_period",
+        [0, -1, "soon", {"completed": 0}, {"done": 5}, "completed:x", 1e12],
+        "seconds above 0 and up to 1e+11",
+    ),
+    ("max_attempts", [0, 1.5, "many", True, 2**31], "a whole number from 1 to 2147483647"),
     ("retry_failed", ["maybe", 2, 0.5], "true or false"),
     ("insert_many_chunk_size", [0, 10001], "a whole number from 1 to 10000"),
     ("timezone", ["Europe/Sparta", "", 3, "../etc"], "the name of a time zone"),
@@ -432,6 +442,7 @@ SECRET = "hush-hush"
         f"postgresql+psycopg2://h/d?password={SECRET}&sslmode=require",
         f"postgresql+psycopg2://h/d?sslmode=require&sslpassword={SECRET}",
         f"postgresql://app:{SECRET}@h:port/d",
+        f"postgresql://app:a@b/{SECRET}@h/d",
     ],
 )
 def test_no_password_in_errors(url: str) -> None:

@@ -12,6 +12,7 @@ from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
 
 from kathikon_celery.job import Hold
 from kathikon_celery.storage import prepared
+from kathikon_celery.storage.errors import StorageError
 from kathikon_celery.storage.wake import Wakeup
 
 
@@ -62,6 +63,9 @@ class Dialect(ABC):
 
     def explain(self, error: Exception) -> Exception:
         """*error*, or one that says better what is wrong."""
+        return error if isinstance(error, StorageError) else self._explained(error)
+
+    def _explained(self, error: Exception) -> Exception:
         return error
 
     @abstractmethod

@@ -41,10 +41,11 @@ from sqlalchemy.dialects.postgresql import ARRAY, TEXT
 from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
 
 from kathikon_celery.job import Hold
+from kathikon_celery.settings import shown
 from kathikon_celery.storage import prepared
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.dialects.base import Dialect
-from kathikon_celery.storage.errors import Unavailable, UnknownDatabase, in_words
+from kathikon_celery.storage.errors import Forbidden, Unavailable, UnknownDatabase, in_words
 from kathikon_celery.storage.tables import OUTCOME, jobs, nodes, waits
 from kathikon_celery.storage.wake import ENDED, NEWS, PUBLISHED, Wakeup
 from kathikon_celery.storage.wake import OUTCOME as OUTCOME_CALL
@@ -59,6 +60,10 @@ LOCK_SPACE = 0x6B61
 UNANSWERED = 25_000
 #: Bytes of what a call says, at most: PostgreSQL takes less than 8,000.
 LONGEST_CALL = 7900
+#: PostgreSQL's code for what a role has no right to do.
+FORBIDDEN = "42501"
+#: What psycopg's connect() takes beside the parameters of libpq.
+_OPTIONS_OF_PSYCOPG = ("autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory")
 #: libpq's word for a connection that is within no transaction.
 IDLE = 0
 #: Seconds between two attempts to listen again after a lost connection.
@@ -130,12 +135,19 @@ class PostgreSQL(Dialect):
     def __init__(self, url: URL) -> None:
         super().__init__(url)
         try:
-            import psycopg  # noqa: F401
+            import psycopg
         except ImportError as error:
             raise UnknownDatabase(
-                f"{url.render_as_string(hide_password=True)} needs the package psycopg, which cannot be imported"
+                f"{shown(url)} needs the package psycopg, which cannot be imported"
                 f" ({error}); say pip install 'kathikon-celery[postgresql]', or set another kathikon_database_url"
             ) from None
+        _, options = url.get_dialect()().create_connect_args(url)
+        try:
+            psycopg.conninfo.make_conninfo(
+                **{name: value for name, value in options.items() if name not in _OPTIONS_OF_PSYCOPG}
+            )
+        except psycopg.ProgrammingError as error:
+            raise UnknownDatabase(f"{shown(url)}: {in_words(error)}; allowed are the parameters of libpq") from None
 
     def connect_args(self, timeout: float, on_disk: bool) -> dict[str, Any]:
         return {
@@ -149,6 +161,15 @@ class PostgreSQL(Dialect):
             # What was sent and is not acknowledged by the peer's system counts as lost, where TCP itself takes minutes.
             "tcp_user_timeout": UNANSWERED,
         }
+
+    def _explained(self, error: Exception) -> Exception:
+        cause = getattr(error, "orig", None)
+        if getattr(cause, "sqlstate", None) == FORBIDDEN:
+            return Forbidden(
+                f"{shown(self.url)}: {cause.diag.message_primary}; have the owner of the database run what"  # type: ignore[union-attr]
+                " 'celery -A proj kathikon schema --sql' prints, and grant its tables and sequences to this role"
+            )
+        return error
 
     def is_at_rest(self, connection: Any) -> bool:
         return connection.pgconn.transaction_status == IDLE  # type: ignore[no-any-return]

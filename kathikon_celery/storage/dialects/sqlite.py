@@ -176,7 +176,7 @@ class SQLite(Dialect):
                 " the folder of the SQLite file must be writable"
             ) from error
 
-    def explain(self, error: Exception) -> Exception:
+    def _explained(self, error: Exception) -> Exception:
         said = in_words(error)
         if "readonly database" in said:
             return self._read_only()
