@@ -79,6 +79,10 @@ class Presence:
         self._renewed = 0.0
         self._is_lost = False  # a renewal has found no row of ours
 
+    def _replaced(self) -> None:
+        """No row is ours, and our number will be another node's: the lease's thread gets a new one."""
+        self.id, self._is_lost = 0, True
+
     @classmethod
     def of(cls, storage: Storage) -> Presence:
         """The one presence of this process on a database."""
@@ -99,6 +103,8 @@ class Presence:
         """Become a node, or count one more user of it. Raises the database's error when it is away."""
         with _all_lock:
             if not self._users:
+                if self._replaced not in self.storage.database.on_replaced:
+                    self.storage.database.on_replaced.append(self._replaced)
                 self._register()
                 self._stopped.clear()
                 self._thread = threading.Thread(target=self._run, name="kathikon-lease", daemon=True)
@@ -184,11 +190,12 @@ class Presence:
             return
         old = self.id
         self._register()
-        logger.warning(
-            "Kathikon: node %s was silent for longer than its lease of %g s and was taken for dead; its jobs were"
-            " given to others, what it still does with them changes nothing. It goes on as node %s",
-            old, self.lease, self.id,
-        )  # fmt: skip
+        if old:
+            logger.warning(
+                "Kathikon: node %s was silent for longer than its lease of %g s and was taken for dead; its jobs were"
+                " given to others, what it still does with them changes nothing. It goes on as node %s",
+                old, self.lease, self.id,
+            )  # fmt: skip
         for callback in self.on_reborn:
             callback(old, self.id)
 

@@ -155,6 +155,8 @@ class Database:
         self.opened = 0
         #: Called before the connections are closed, by those who keep some for themselves.
         self.on_close: list[Callable[[], None]] = []
+        #: Called when another database has taken the place of this one, which holds nothing of what was there.
+        self.on_replaced: list[Callable[[], None]] = []
         self._on_disk = {True: publish_durability == "disk", False: worker_durability == "disk"}
         self._gate = self._new_gate()
         self._idle: dict[bool, list[tuple[float, Connection]]] = {True: [], False: []}
@@ -191,6 +193,11 @@ class Database:
 
     def _connect(self, durable: bool) -> Connection:
         """A connection for one use: one that was used lately, which costs much less than to ask the pool for one."""
+        if self.dialect.is_replaced():
+            self._dispose()
+            for callback in list(self.on_replaced):
+                callback()
+            raise Unavailable(f"{self!r} was deleted or replaced while it was in use; what it held is gone")
         idle = self._idle[durable]
         while idle:
             try:
@@ -208,7 +215,8 @@ class Database:
         if connection.in_transaction():  # SQLAlchemy's notion of one: here each statement commits itself
             with suppress(DBAPIError):  # what was done is done
                 connection.rollback()
-        if connection.invalidated or len(idle) >= MOST_IDLE:
+        engine = self.__dict__.get("_durable" if durable else "_relaxed")
+        if connection.invalidated or len(idle) >= MOST_IDLE or connection.engine is not engine:
             connection.close()
         else:
             idle.append((monotonic(), connection))

@@ -55,6 +55,10 @@ class Storage:
             backend = _backend_class(self.settings.storage_backend)(self.database)
         self.backend: StorageBackend = backend
         self._is_set_up = False
+        self.database.on_replaced.append(self._replaced)
+
+    def _replaced(self) -> None:
+        self._is_set_up = False
 
     def __repr__(self) -> str:
         return f"<Storage {shown(self.database.url)}>"

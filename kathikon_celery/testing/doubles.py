@@ -49,7 +49,7 @@ def _database_double() -> Database:
     database.url = make_url("sqlite:///no-file")
     database.dialect = dialect_for(database.url)
     database.patience = 0.0
-    database.on_close = []
+    database.on_close, database.on_replaced = [], []
     database.hearing.side_effect = lambda listener: Wakeup()
     database.patiently.side_effect = lambda call, *_: call(False)
     for way in (database.read, database.once, database.write):

@@ -18,7 +18,7 @@ from sqlalchemy import Connection
 from kathikon_celery.job import Hold, Job, State
 from kathikon_celery.presence import Presence
 from kathikon_celery.storage import Storage, claim, finish, messages, nodes, outlook, prepared
-from kathikon_celery.storage.errors import StorageError, in_words, is_lost
+from kathikon_celery.storage.errors import StorageError, Unavailable, in_words, is_lost
 from kathikon_celery.storage.front import rest
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.wake import Wakeup
@@ -105,6 +105,7 @@ class Intake:
         self._turn = 0  # the queue that `pump` serves first
         self._ready = threading.Condition(self._lock)
         self._interrupted = False
+        self._loss: Unavailable | None = None  # what the consumer is to be told
 
     # --- what the channels call
 
@@ -133,6 +134,7 @@ class Intake:
             self.presence.enter()
             self.presence.on_reborn.append(self._reborn)
             self.presence.holds.append(self._holds)
+            self.database.on_replaced.append(self._replaced)
             self._wakeup = self.database.wakeup(self.presence.id)
             self._stopping = False
             self._thread = threading.Thread(target=self._run, name="kathikon-intake", daemon=True)
@@ -201,8 +203,14 @@ class Intake:
                 self.finish(delivery.tag, BACK)
 
     def pump(self, most: int | None = None) -> int:
-        """Hand out what is waiting and allowed, in the consumer's thread, up to *most*; how much it was."""
+        """Hand out what is waiting and allowed, in the consumer's thread, up to *most*; how much it was.
+
+        Raises `Unavailable` when the database was replaced: the consumer is to connect, and to declare all, anew.
+        """
         handed = 0
+        loss, self._loss = self._loss, None
+        if loss is not None:
+            raise loss
         self._turn += 1
         every = self.subscriptions.every()
         first = self._turn % len(every) if every else 0
@@ -218,7 +226,7 @@ class Intake:
         with self._ready:
             self._ready.wait_for(lambda: self._interrupted or self.subscriptions.can_hand_out(), timeout)
             self._interrupted = False
-            return self.subscriptions.can_hand_out()
+            return self._loss is not None or self.subscriptions.can_hand_out()
 
     def interrupt(self) -> None:
         """End the `wait` that the consumer is in, or else its next one. Any thread may call it."""
@@ -351,6 +359,7 @@ class Intake:
         self._wakeup.close()
         self.presence.on_reborn.remove(self._reborn)
         self.presence.holds.remove(self._holds)
+        self.database.on_replaced.remove(self._replaced)
         self.presence.leave()
 
     def _prepare(self) -> None:
@@ -649,6 +658,12 @@ class Intake:
                 self._reports.append((delivery, BACK))
                 if (consumed := self.subscriptions.get(delivery.queue)) is not None:
                     consumed.in_hand -= 1
+
+    def _replaced(self) -> None:
+        """The database was replaced; called by whoever has noticed it."""
+        self._loss = Unavailable("the database was deleted or replaced while it was in use")
+        self.interrupt()
+        self.on_ready()
 
     def _reborn(self, old: int, new: int) -> None:
         """This process was taken for dead: what it has claimed and not begun is others' now."""

@@ -18,11 +18,12 @@ import pytest
 from celery.bin.base import CLIContext
 from click.testing import CliRunner
 from kombu.exceptions import OperationalError
-from sqlalchemy import NullPool, create_engine, make_url, text
+from sqlalchemy import NullPool, create_engine, make_url, select, text
 
 from kathikon_celery.cli import kathikon
 from kathikon_celery.job import Job, State
 from kathikon_celery.storage import SchemaError, Storage
+from kathikon_celery.storage.tables import nodes
 from tests.integration.conftest import client_of
 from tests.support import apps
 from tests.support.postgresql import PostgreSQLServer
@@ -185,6 +186,30 @@ def test_a_full_disk(begin: Begin, small_disk: Path) -> None:
         assert apps.add.delay(2, 2).get(timeout=60) == 4
         storage.close()
     assert worker.stop() == 0
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_file_that_is_deleted_while_all_are_at_work(begin: Begin, sqlite_url: str, pool: str) -> None:
+    """Its jobs are gone, but no other job is sent to a file that has no name any more."""
+    worker = begin(sqlite_url, pool=pool)
+    is_at_work(sqlite_url, worker)
+    path = Path(make_url(sqlite_url).database or "")
+    with client_of(sqlite_url) as client:
+        assert apps.add.delay(1, 1).get(timeout=60) == 2
+        for file in path.parent.glob(f"{path.name}*"):
+            file.unlink()
+        assert [apps.add.delay(number, 1).get(timeout=60) for number in range(5)] == [1, 2, 3, 4, 5]
+        wait_until(lambda: client.control.ping([worker.hostname], timeout=1), 60, "an answer")
+        assert nodes_of(sqlite_url).count(worker.hostname) == 1
+    assert "was deleted or replaced while it was in use; what it held is gone" in worker.log
+    assert "taken for dead" not in worker.log
+    assert worker.stop() == 0
+    assert worker.hostname not in nodes_of(sqlite_url)
+
+
+def nodes_of(url: str) -> list[str]:
+    with closing(Storage(url)) as storage, storage.database.read() as connection:
+        return list(connection.scalars(select(nodes.c.name)))
 
 
 def test_tables_of_a_newer_version(begin: Begin, sqlite_url: str) -> None:

@@ -50,6 +50,10 @@ class Dialect(ABC):
     def check_usable(self) -> None:
         """Raise `Unavailable` where a connection would only fail in a way that is hard to read."""
 
+    def is_replaced(self) -> bool:
+        """Whether what we are connected to is no longer the database that has this URL."""
+        return False
+
     def writing(self) -> AbstractContextManager[None]:
         """Held around a transaction that writes."""
         return nullcontext()

@@ -67,6 +67,8 @@ class SQLite(Dialect):
         self.lock_path = self.path.with_name(self.path.name + "-lock")
         #: SQLite's log. It is no file that SQLite locks: one may open and close it.
         self.wal_path = self.path.with_name(self.path.name + "-wal")
+        #: Device and number of the file that is open.
+        self._file: tuple[int, int] | None = None
         self._turn = _Turn(self)
         self._lock = threading.RLock()
         self._depth = 0
@@ -92,6 +94,17 @@ class SQLite(Dialect):
         cursor.execute("PRAGMA cache_size=-16000")
         cursor.execute("PRAGMA journal_size_limit=67108864")
         cursor.close()
+        self._file = self._stat()
+
+    def is_replaced(self) -> bool:
+        try:
+            return self._file is not None and self._stat() != self._file
+        except OSError as error:
+            return isinstance(error, FileNotFoundError)
+
+    def _stat(self) -> tuple[int, int]:
+        found = os.stat(self.path)
+        return found.st_dev, found.st_ino
 
     def is_at_rest(self, connection: Any) -> bool:
         return not connection.in_transaction
@@ -250,6 +263,7 @@ class SQLite(Dialect):
 
     def close(self) -> None:
         with self._lock:
+            self._file = None
             if self._descriptor is not None and not self._depth:
                 os.close(self._descriptor)
                 self._descriptor = None
