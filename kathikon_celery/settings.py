@@ -126,8 +126,8 @@ def parse_url(value: str | URL) -> URL:
         raise ValueError(_URLS) from None
     dialect, _, driver = url.drivername.partition("+")
     dialect = {"postgres": "postgresql"}.get(dialect, dialect)
-    if dialect != "sqlite" and "@" in f"{url.host}{url.database}":  # what follows the first slash of a password
-        raise ValueError(_URLS)
+    if dialect != "sqlite" and "@" in (url.database or "") and "%40" not in str(value):
+        raise ValueError(_URLS)  # it is the end of a password
     if dialect not in DRIVERS:
         raise ValueError(f"a URL that begins with one of {', '.join(f'{name}://' for name in DRIVERS)}")
     if driver and driver not in DRIVERS[dialect]:

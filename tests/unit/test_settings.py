@@ -443,6 +443,7 @@ SECRET = "hush-hush"
         f"postgresql+psycopg2://h/d?sslmode=require&sslpassword={SECRET}",
         f"postgresql://app:{SECRET}@h:port/d",
         f"postgresql://app:a@b/{SECRET}@h/d",
+        f"postgresql://app:a@{SECRET}/b@h",
     ],
 )
 def test_no_password_in_errors(url: str) -> None:
