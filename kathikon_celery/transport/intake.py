@@ -315,6 +315,9 @@ class Intake:
             try:
                 if self._stopping and not self._reports and not self._in_hand:
                     break
+                if self._loss is not None:
+                    self.interrupt()
+                    self.on_ready()
                 now = monotonic()
                 due_at = min(self._due_at(now, next_look), next_look)
                 pause_until = last + self._gap()
@@ -660,10 +663,8 @@ class Intake:
                     consumed.in_hand -= 1
 
     def _replaced(self) -> None:
-        """The database was replaced; called by whoever has noticed it."""
+        """The database was replaced; called by whoever has noticed it, so it waits for no lock."""
         self._loss = Unavailable("the database was deleted or replaced while it was in use")
-        self.interrupt()
-        self.on_ready()
 
     def _reborn(self, old: int, new: int) -> None:
         """This process was taken for dead: what it has claimed and not begun is others' now."""
