@@ -18,7 +18,7 @@ from tests.support.waiting import wait_until
 PARENT = """
 import os, signal, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-signal.signal(signal.SIGUSR1, lambda *_: print("heard", flush=True))
+signal.signal(signal.SIGUSR1, lambda *_: os.write(1, b"heard"))  # print() may be under way
 print("hello", os.environ["GREETED"], sys.argv[1:], child.pid, "ready.", flush=True)
 while True:
     time.sleep(0.01)
