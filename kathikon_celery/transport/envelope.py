@@ -21,8 +21,6 @@ LOWEST, HIGHEST = -(2**63), 2**63 - 1
 _HEADERS, _PROPERTIES, _TYPE, _ENCODING, _BASE64 = "headers", "properties", "content-type", "content-encoding", "base64"
 #: Its mark of a task of which only what differs from `_usual` is written: most of a message is the same for all.
 _BRIEF = "brief"
-#: What stands before the first header in JSON.
-_BEFORE_HEADERS = f'{{"{_HEADERS}":{{'
 #: A property that is ours: see `to_job`.
 PUBLICATION = "kathikon_publication"
 
@@ -143,7 +141,7 @@ def common(headers: dict[str, Any], properties: dict[str, Any]) -> str:
 
     Those *headers* (at least one) and *properties* are given that differ from the usual.
     """
-    return _dumps({_HEADERS: headers, _PROPERTIES: properties})[len(_BEFORE_HEADERS) : -1]
+    return f'{_dumps(headers)[1:]},"{_PROPERTIES}":{_dumps(properties)}'
 
 
 def fold_call(own: dict[str, str], common: str, body: Any, content_type: str, content_encoding: str) -> tuple[str, str]:

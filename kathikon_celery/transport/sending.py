@@ -36,6 +36,8 @@ _PLAIN = {
     *("task_id", "task_type", "result_cls", "ignore_result", "queue", "priority", "serializer", "shadow", "producer"),
     *("time_limit", "soft_time_limit", "add_to_parent", "group_id", "group_index", "root_id", "parent_id"),
 }
+#: Those of them that are ids: of one that is no text, Celery's way makes one.
+_IDS = {"task_id", "group_id", "root_id", "parent_id"}
 #: Routes that are remembered.
 _MEMO = 4096
 #: Types whose `str` is what `saferepr` makes of them.
@@ -140,11 +142,11 @@ class Sender:
         said = (name, _origin(os.getpid()), self._app.thread_oid, way, given("ignore_result"), priority)
         more = (given("time_limit"), given("soft_time_limit"), given("group_index"), given("shadow"))
         try:
-            common = _common(*said, *more, root, parent, group)
+            shared = _common(*said, *more, root, parent, group)
         except TypeError:  # some value cannot be looked up
-            common = _common.__wrapped__(*said, *more, root, parent, group)
+            shared = _common.__wrapped__(*said, *more, root, parent, group)
         content_type, encoding, body = dumps_call(args, kwargs, given("serializer") or known.serializer)
-        envelope, body = fold_call(own, common, body, content_type, encoding)
+        envelope, body = fold_call(own, shared, body, content_type, encoding)
         return Job(
             id=task_id,
             queue=way.queue,
@@ -272,13 +274,12 @@ def _origin(pid: int) -> str:
 def _is_plain(args: Any, kwargs: Any, options: dict[str, Any]) -> bool:
     """Whether a call is one that is sent here, once it is known where it goes."""
     for name, value in options.items():
-        if value is not None and name not in _PLAIN:
+        if value is not None and (name not in _PLAIN or (name in _IDS and type(value) is not str)):
             return False
     queue = options.get("queue")
     return (
         options.get("task_type") is not None
         and (queue is None or type(queue) is str)
-        and type(options.get("task_id") or "") is str
         and (args is None or type(args) in (tuple, list))
         and (kwargs is None or type(kwargs) is dict)
     )

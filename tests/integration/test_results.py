@@ -78,6 +78,7 @@ class TestWhatIsKnown:
         assert app.AsyncResult(str(second)).get(timeout=60) == 4
         assert group(add.s(1, 1).set(task_id=third), add.s(2, 2)).apply_async().get(timeout=60) == [2, 4]
         assert app.AsyncResult(third).get(timeout=60) == 2
+        assert group(add.s(1, 1), add.s(2, 2)).apply_async(task_id=uuid4()).get(timeout=60) == [2, 4]
         with pytest.raises(TypeError, match="5 is no name: give a text or a UUID"):
             app.AsyncResult(5).get(timeout=60)
 

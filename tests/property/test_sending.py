@@ -43,7 +43,7 @@ calls = st.fixed_dictionaries(
         "queue": st.sampled_from([None, "default", "urgent", "other"]),
         "priority": st.none() | st.integers(-3, 10),
         "serializer": st.sampled_from([None, "json", "pickle", "yaml"]),
-        "time_limit": st.none() | st.integers(1, 9),
+        "time_limit": st.none() | st.integers(1, 9) | st.decimals(1, 9, places=1),  # kombu has a notation for these
         "soft_time_limit": st.none() | st.integers(1, 9),
         "ignore_result": st.none() | st.booleans() | st.sampled_from([0, 1]),
         "shadow": st.none() | text | st.lists(text, max_size=1),  # a list cannot be looked up
