@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,10 @@ VERSION_TABLE = "kathikon_version"
 
 _version = Table(VERSION_TABLE, MetaData(), Column("version_num", String(32), primary_key=True))
 _MIGRATIONS = Path(__file__).parent / "migrations"
+#: What alembic runs on is global: one thread of a process at a time.
+_turn = threading.Lock()
+if hasattr(os, "register_at_fork"):  # whoever has it is not in the child
+    os.register_at_fork(after_in_child=_turn._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 def current(connection: Connection) -> str | None:
@@ -74,11 +80,12 @@ def _alembic(attributes: dict[str, Any], out: io.StringIO | None = None, since: 
 
     config = _config()
     config.attributes.update(attributes)
-    if out is None:
-        command.upgrade(config, HEAD)
-    else:
-        config.output_buffer = out
-        command.upgrade(config, f"{since}:{HEAD}" if since else HEAD, sql=True)
+    with _turn:
+        if out is None:
+            command.upgrade(config, HEAD)
+        else:
+            config.output_buffer = out
+            command.upgrade(config, f"{since}:{HEAD}" if since else HEAD, sql=True)
 
 
 def _config() -> Any:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from threading import Barrier
 
 import psycopg
 import pytest
@@ -15,6 +17,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
+from kathikon_celery.job import Job
 from kathikon_celery.settings import Settings
 from kathikon_celery.storage import SchemaError, Storage, schema
 from kathikon_celery.storage.engine import Database
@@ -56,6 +59,21 @@ def test_many_processes_set_up_an_empty_database_at_once(database_url: str, tmp_
     assert outcomes == [("", 0)] * count
     with closing(Storage(database_url, SETTINGS)) as storage:
         assert {job.id for job in storage.all()} == {str(number) for number in range(count)}
+
+
+def test_many_threads_set_up_databases_of_their_own_at_once(tmp_path: Path) -> None:
+    """What alembic runs on is global. A server's lock may end with an error, so it does not keep threads apart."""
+    count = 8
+    start = Barrier(count)
+
+    def set_up(number: int) -> list[Job]:
+        with closing(Storage(f"sqlite:///{tmp_path}/{number}.db", SETTINGS)) as storage:
+            start.wait(60)
+            storage.setup()
+            return storage.all()
+
+    with ThreadPoolExecutor(count) as threads:
+        assert list(threads.map(set_up, range(count))) == [[]] * count
 
 
 def test_the_migrations_make_what_the_tables_say(database_url: str) -> None:
