@@ -159,6 +159,7 @@ class Database:
         self.on_replaced: list[Callable[[], None]] = []
         self._on_disk = {True: publish_durability == "disk", False: worker_durability == "disk"}
         self._gate = self._new_gate()
+        self._noticing = threading.Lock()
         self._idle: dict[bool, list[tuple[float, Connection]]] = {True: [], False: []}
         _databases.add(self)
 
@@ -194,9 +195,7 @@ class Database:
     def _connect(self, durable: bool) -> Connection:
         """A connection for one use: one that was used lately, which costs much less than to ask the pool for one."""
         if self.dialect.is_replaced():
-            self._dispose()
-            for callback in list(self.on_replaced):
-                callback()
+            self._notice()
             raise Unavailable(f"{self!r} was deleted or replaced while it was in use; what it held is gone")
         idle = self._idle[durable]
         while idle:
@@ -208,6 +207,18 @@ class Database:
                 return connection
             connection.close()
         return (self._durable if durable else self._relaxed).connect()
+
+    def _notice(self) -> None:
+        """Tell that the database was replaced, once, whichever threads see it; who comes second waits for no lock."""
+        if not self._noticing.acquire(blocking=False):
+            return
+        try:
+            if self.dialect.is_replaced():  # else somebody has noticed it meanwhile, and perhaps begun anew
+                for callback in list(self.on_replaced):
+                    callback()
+                self._dispose()
+        finally:
+            self._noticing.release()
 
     def _keep(self, durable: bool, connection: Connection) -> None:
         """Keep *connection* for the next use, or give it back to the pool."""
@@ -336,6 +347,7 @@ class Database:
                 engine.dispose(close=False)  # the sockets are the parent's
         self.dialect = dialect_for(self.url)
         self._gate = self._new_gate()
+        self._noticing = threading.Lock()
 
 
 def _before_fork() -> None:

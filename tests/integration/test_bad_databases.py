@@ -74,7 +74,7 @@ def test_a_server_that_is_silent_then_away_then_there(begin: Begin) -> None:
                 with pytest.raises(OperationalError, match="is away: connection timeout expired") as caught:
                     apps.add.delay(1, 1)
                 assert monotonic() - started < 60
-            worker.wait_for_log("is away: connection timeout expired", 30)
+            worker.wait_for_log("is away: connection timeout expired", 60)
         worker.wait_for_log("is away: connection failed", 60)
         server.start()
         is_at_work(url, worker)
@@ -88,7 +88,7 @@ def test_a_folder_that_is_made_later(begin: Begin, tmp_path: Path) -> None:
     words = f"the folder '{tmp_path}/later' of the SQLite file does not exist; create it"
     with client_of(url), pytest.raises(OperationalError, match=words):
         apps.add.delay(1, 1)
-    worker.wait_for_log(words, 30)
+    worker.wait_for_log(words, 60)
     (tmp_path / "later").mkdir()
     is_at_work(url, worker)
     assert "Traceback" not in worker.log
@@ -132,7 +132,7 @@ def test_a_file_that_is_read_only(begin: Begin, tmp_path: Path, unprivileged: li
     assert refused.returncode != 0
     assert f"the SQLite file '{file}' is read-only; give its owner the right to write" in refused.stderr
     worker = begin(url, unprivileged)
-    worker.wait_for_log("is read-only; give its owner the right to write", 30)
+    worker.wait_for_log("is read-only; give its owner the right to write", 60)
     file.chmod(0o644)
     is_at_work(url, worker)
     assert storage.fetch("before") is not None
@@ -177,7 +177,7 @@ def test_a_full_disk(begin: Begin, small_disk: Path) -> None:
         more = (apps.echo.apply_async(("x" * 10_000,), ignore_result=True) for _ in range(2000))
         with pytest.raises(OperationalError, match="is full or broken"):
             accepted.extend(more)  # one after the other: SQLite's log of changes may have room left in it
-        worker.wait_for_log("is full", 30)
+        worker.wait_for_log("is full", 60)
         assert worker.running
         filler.unlink()
         storage = Storage.for_app(app)
@@ -219,7 +219,7 @@ def test_tables_of_a_newer_version(begin: Begin, sqlite_url: str) -> None:
         connection.execute(text("UPDATE kathikon_version SET version_num = '9999'"))
     storage.close()
     worker = begin(sqlite_url)
-    assert worker.wait(30) != 0
+    assert worker.wait(60) != 0
     assert "have version '9999', this code knows versions up to" in worker.log
     assert "waits for the database" not in worker.log
     assert "Traceback" not in worker.log
@@ -296,7 +296,7 @@ def test_a_wrong_setting_ends_the_worker_at_once(begin: Begin, tmp_path: Path, w
             if key == "module":
                 options["app"] = "proj"
     worker = begin(None, pool="solo", **options)
-    assert worker.wait(30) == 1
+    assert worker.wait(60) == 1
     assert said in worker.log
     assert "Traceback" not in worker.log
     assert PASSWORD not in worker.log
@@ -316,12 +316,13 @@ def role(postgresql_url: str) -> Iterator[str]:
 
 
 @pytest.mark.postgresql
+@pytest.mark.timeout(300)  # four workers, one after the other
 def test_a_role_that_may_not(begin: Begin, postgresql_url: str, role: str) -> None:
     """The worker ends, and says in a line what is to be done; once it is done, it works."""
 
     def says(what: str) -> None:
         worker = begin(role, name=what.replace(" ", "-"))
-        assert worker.wait(30) == 1
+        assert worker.wait(60) == 1
         remedy = f"{what}; have the owner of the database run what 'celery -A proj kathikon schema --sql' prints"
         assert remedy in worker.log.replace("\n", " ")
         assert "Traceback" not in worker.log

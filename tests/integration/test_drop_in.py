@@ -39,7 +39,7 @@ TASKS = """
     @shared_task
     def timed(path, line):
         note(path, f"start {line}")
-        time.sleep(0.1)
+        time.sleep(0.3)
         note(path, f"end {line}")
 
     @shared_task
@@ -262,16 +262,17 @@ def test_django(project: Project) -> None:
 def test_a_queues_concurrency_is_never_exceeded(project: Project, tmp_path: Path) -> None:
     project.environment["KATHIKON_QUEUES"] = "default:none,narrow:2,one:1"
     journals = {name: Journal(tmp_path / name) for name in ("default", "narrow", "one")}
+    # All of them wait before anybody runs the first: so it is the worker alone that decides what runs together.
+    project.run(
+        f"""
+        from proj.tasks import timed
+        for number in range(10):
+            for queue in {list(journals)!r}:
+                timed.apply_async(({str(tmp_path)!r} + "/" + queue, number), queue=queue)
+        answer = None
+        """
+    )
     with project.worker(pool="prefork", concurrency=6):
-        project.run(
-            f"""
-            from proj.tasks import timed
-            for number in range(10):
-                for queue in {list(journals)!r}:
-                    timed.apply_async(({str(tmp_path)!r} + "/" + queue, number), queue=queue)
-            answer = None
-            """
-        )
         for journal in journals.values():
             journal.wait(20)
     assert journals["narrow"].most_at_once() == 2
@@ -369,14 +370,16 @@ def test_base_classes_and_requests_of_ones_own(project: Project, tmp_path: Path)
         pending = {State.AVAILABLE, State.CLAIMED, State.RUNNING, State.RETRYABLE}
         wait_until(lambda: not [job for job in rows(url) if job.state in pending], what="all jobs have ended")
         jobs = {job.task.rpartition(".")[2]: job for job in rows(url)}
-        log = worker.log
+        for said in (
+            "loud failure of proj.tasks.bad",
+            "hook of proj.tasks.good: 1 pears",
+            "hook of proj.tasks.count: 2 apples",
+        ):
+            worker.wait_for_log(said)  # by a process whose result is known before
     expected = dict.fromkeys(("good", "early", "again", "count"), State.COMPLETED) | {"rejected": State.DISCARDED}
     assert {name: job.state for name, job in jobs.items()} == expected | {"bad": State.DEAD, "slow": State.DEAD}
     assert jobs["bad"].reason == "ValueError('as asked')"
     assert jobs["slow"].reason == "TimeLimitExceeded(0.3)"
-    assert "loud failure of proj.tasks.bad" in log
-    assert "hook of proj.tasks.good: 1 pears" in log
-    assert "hook of proj.tasks.count: 2 apples" in log
 
 
 def ends(pid: int) -> Callable[[], bool]:
@@ -394,9 +397,14 @@ def ends(pid: int) -> Callable[[], bool]:
 @contextmanager
 def daemons(project: Project, *names: str) -> Iterator[list[int]]:
     """The process ids in so many pid files; what still runs in the end is killed."""
-    files = [project.directory / name for name in names]
-    wait_until(lambda: all(file.exists() and file.read_text().strip() for file in files), 30, "pid files")
-    pids = [int(file.read_text()) for file in files]
+
+    def found() -> list[int]:
+        try:
+            return [int((project.directory / name).read_text()) for name in names]
+        except (FileNotFoundError, ValueError):  # it is not there, or not written: Celery makes it twice
+            return []
+
+    pids = wait_until(found, what="pid files")
     try:
         yield pids
     finally:
@@ -419,6 +427,8 @@ def test_celery_multi(project: Project) -> None:
     project._call("-m", "celery", "multi", "start", "one", "two", *arguments)
     with daemons(project, "one.pid", "two.pid") as pids:
         assert project.run(USE) == RESULTS
+        for name in ("one", "two"):  # who has not begun yet has no pid file, and so is not stopped
+            wait_until(lambda name=name: "ready." in (project.directory / f"{name}.log").read_text(), what="both")
         project._call("-m", "celery", "multi", "stopwait", "one", "two", *arguments)
         for pid in pids:
             wait_until(ends(pid), 60, "the worker has ended")
@@ -441,14 +451,17 @@ def test_beat(project: Project, tmp_path: Path) -> None:
             command, cwd=tmp_path, env=project.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
         try:
-            wait_until(lambda: len(rows(file_of(project))) >= 3, 30, "three jobs")
+            wait_until(lambda: len(rows(file_of(project))) >= 3, 60, "three jobs")
             assert beat.poll() is None
         finally:
             beat.kill()
             beat.wait()
     sent = {job.id for job in rows(file_of(project))}
     with project.worker("-B", "--schedule=embedded", pool="prefork", concurrency=1):
-        journal.wait(len(sent) + 3, 30)
-    done = [job for job in rows(file_of(project)) if job.state is State.COMPLETED]
-    assert len({job.id for job in done} - sent) >= 2
-    assert {job.task for job in done} == {"proj.tasks.tick"}
+        journal.wait(len(sent) + 3)
+
+        def done() -> list[Job]:
+            found = [job for job in rows(file_of(project)) if job.state is State.COMPLETED]
+            return found if len({job.id for job in found} - sent) >= 2 else []
+
+        assert {job.task for job in wait_until(done)} == {"proj.tasks.tick"}

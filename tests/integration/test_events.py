@@ -6,7 +6,6 @@ import json
 import socket
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
@@ -74,11 +73,11 @@ def test_a_worker_tells_its_life(app: Celery, worker: WorkerProcess, shared_work
 
         [online] = wait_until(lambda: of_the_second("worker-online"), what="worker-online")
         assert (online["sw_ident"], online["pid"]) == ("py-celery", second.pid)
-        beats = wait_until(lambda: of_the_second("worker-heartbeat"), 20, "worker-heartbeat")
+        beats = wait_until(lambda: of_the_second("worker-heartbeat"), 60, "worker-heartbeat")
         assert beats[0]["active"] == 0
         apps.add.apply_async((1, 1), queue="other").get(timeout=60)
         assert second.stop() == 0
-        wait_until(lambda: of_the_second("worker-offline"), 20, "worker-offline")
+        wait_until(lambda: of_the_second("worker-offline"), 60, "worker-offline")
         # Without -E a worker says nothing of its tasks.
         assert [event for event in events.seen if event["type"].startswith("task-")] == []
 
@@ -97,9 +96,9 @@ def test_celery_events_dumps_them(app: Celery, worker: WorkerProcess, shared_dat
             app.control.broadcast("heartbeat")
             return text in program.log
 
-        wait_until(lambda: told(f"{worker.hostname} ["), 30, "a first event", interval=0.3)
+        wait_until(lambda: told(f"{worker.hostname} ["), 60, "a first event", interval=0.3)
         result = apps.echo.delay("an argument")
-        wait_until(lambda: f"task succeeded: tests.support.apps.echo({result.id})" in program.log, 30, "the task's end")
+        wait_until(lambda: f"task succeeded: tests.support.apps.echo({result.id})" in program.log, 60, "the task's end")
         assert "heartbeat" in program.log
         assert "an argument" in program.log
 
@@ -118,9 +117,9 @@ def test_flower_shows_live_workers_and_tasks(
     def get(path: str) -> Any:
         assert program.process.poll() is None, program.log
         try:
-            with urlopen(f"http://127.0.0.1:{port}{path}", timeout=30) as response:
+            with urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as response:
                 return json.load(response)
-        except URLError:
+        except OSError:  # also one of an answer that is cut off, or late
             return None
 
     with program:
@@ -130,7 +129,7 @@ def test_flower_shows_live_workers_and_tasks(
         assert [queue["name"] for queue in shown["active_queues"]] == ["default"]
         assert shown["stats"]["pid"] == worker.pid
         assert "tests.support.apps.echo" in shown["registered"]
-        wait_until(lambda: get("/api/workers?status=1") == {worker.hostname: True}, 30, "the worker's heart")
+        wait_until(lambda: get("/api/workers?status=1") == {worker.hostname: True}, 60, "the worker's heart")
         result = apps.echo.delay("an argument")
         failed = apps.fail.delay()
 
@@ -142,6 +141,6 @@ def test_flower_shows_live_workers_and_tasks(
                 else None
             )
 
-        shown = wait_until(tasks, 30, "both tasks", interval=0.2)[result.id]
+        shown = wait_until(tasks, 60, "both tasks", interval=0.2)[result.id]
         assert (shown["name"], shown["state"]) == ("tests.support.apps.echo", "SUCCESS")
         assert shown["worker"] == worker.hostname

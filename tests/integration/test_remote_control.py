@@ -71,7 +71,7 @@ def run(app: Celery, command: Any, *arguments: str) -> str:
 
 def inspected(app: Celery, name: str, *arguments: str) -> dict[str, Any]:
     """What both workers answer to ``celery inspect``, which ends as soon as they have."""
-    output = run(app, inspect, name, "--json", "--timeout", "20", "--destination", f"{ONE},{TWO}", *arguments)
+    output = run(app, inspect, name, "--json", "--timeout", "60", "--destination", f"{ONE},{TWO}", *arguments)
     answers: dict[str, Any] = json.loads(output)
     assert set(answers) == {ONE, TWO}
     return answers
@@ -79,7 +79,7 @@ def inspected(app: Celery, name: str, *arguments: str) -> dict[str, Any]:
 
 def controlled(app: Celery, name: str, *arguments: str, to: str = f"{ONE},{TWO}") -> dict[str, Any]:
     """What the workers answer to ``celery control``."""
-    output = run(app, control, name, "--json", "--timeout", "20", "--destination", to, *arguments)
+    output = run(app, control, name, "--json", "--timeout", "60", "--destination", to, *arguments)
     answers = {worker: answer for reply in json.loads(output) for worker, answer in reply.items()}
     assert set(answers) == set(to.split(","))
     return answers
@@ -87,12 +87,12 @@ def controlled(app: Celery, name: str, *arguments: str, to: str = f"{ONE},{TWO}"
 
 def processes(app: Celery, worker: str) -> set[int]:
     """The process ids of a worker's pool."""
-    return set(app.control.inspect([worker], timeout=20).stats()[worker]["pool"]["processes"])
+    return set(app.control.inspect([worker], timeout=60).stats()[worker]["pool"]["processes"])
 
 
 def queues(app: Celery, worker: str) -> list[str]:
     """The queues that a worker consumes."""
-    return [queue["name"] for queue in app.control.inspect([worker], timeout=20).active_queues()[worker]]
+    return [queue["name"] for queue in app.control.inspect([worker], timeout=60).active_queues()[worker]]
 
 
 def test_every_command_is_tested() -> None:
@@ -135,7 +135,7 @@ def test_inspect_conf(app: Celery) -> None:
 
 def test_inspect_hello(app: Celery) -> None:
     # What workers ask each other; the command line does not have it.
-    answers = app.control.inspect([ONE, TWO], timeout=20).hello("three@test", revoked=["an id from elsewhere"])
+    answers = app.control.inspect([ONE, TWO], timeout=60).hello("three@test", revoked=["an id from elsewhere"])
     assert {worker for worker in answers if "an id from elsewhere" in answers[worker]["revoked"]} == {ONE, TWO}
     assert answers[ONE]["clock"] > 0
 
@@ -271,6 +271,7 @@ def test_control_disable_events(app: Celery) -> None:
     assert controlled(app, "disable_events") == {worker: {"ok": "task events disabled"} for worker in (ONE, TWO)}
     with listening(app) as events:
         apps.add.delay(1, 1).get(timeout=60)
+        wait_until(lambda: inspected(app, "active")[ONE] == [], what="the worker has heard of its end")
         controlled(app, "enable_events")
         result = apps.add.delay(1, 1)
         assert {event["uuid"] for event in events.wait("task-succeeded")} == {result.id}
@@ -291,7 +292,7 @@ def test_control_heartbeat(app: Celery) -> None:
 def test_control_election(app: Celery) -> None:
     # It needs the gossip between workers, which Celery has on RabbitMQ and Redis only: the command is refused.
     arguments = {"id": "an election", "topic": "task"}
-    replies = app.control.broadcast("election", arguments, [ONE, TWO], reply=True, timeout=20)
+    replies = app.control.broadcast("election", arguments, [ONE, TWO], reply=True, timeout=60)
     assert all("Gossip" in answer["error"] for reply in replies for answer in reply.values())
     assert inspected(app, "ping") == {ONE: {"ok": "pong"}, TWO: {"ok": "pong"}}
 
@@ -303,7 +304,7 @@ def test_control_pool_grow_and_pool_shrink(app: Celery, jobs: Jobs, journal: Jou
     # Celery's pool starts a process when it next looks after itself, every five seconds.
     results = [apps.wait_for_file.delay(str(gate)) for _ in range(2)]
     for result in results:
-        jobs.wait(result, State.RUNNING, timeout=30)
+        jobs.wait(result, State.RUNNING)
     assert len(processes(app, ONE)) == 2
     gate.touch()
     for result in results:
@@ -311,7 +312,7 @@ def test_control_pool_grow_and_pool_shrink(app: Celery, jobs: Jobs, journal: Jou
     # A process is busy until the worker has heard of its result.
     shrunk = wait_until(lambda: "ok" in controlled(app, "pool_shrink", "1", to=ONE)[ONE], what="an idle process")
     assert shrunk
-    wait_until(lambda: len(processes(app, ONE)) == 1, 20, what="one process")
+    wait_until(lambda: len(processes(app, ONE)) == 1, what="one process")
     for result in [apps.start_and_end.delay(journal.path, str(number)) for number in range(4)]:
         result.get(timeout=60)
     assert journal.most_at_once() == 1
@@ -322,7 +323,7 @@ def test_control_pool_restart(app: Celery) -> None:
     answers = controlled(app, "pool_restart")
     assert answers[ONE] == {"ok": "reload started"}
     assert "Pool restarts not enabled" in answers[TWO]["error"]
-    wait_until(lambda: not before & processes(app, ONE), 30, what="other processes")
+    wait_until(lambda: not before & processes(app, ONE), what="other processes")
     assert apps.add.delay(2, 2).get(timeout=60) == 4
 
 
@@ -395,7 +396,8 @@ def test_control_shutdown(app: Celery, shared_workers: Workers, shared_database_
     app.control.shutdown(destination=[three.hostname])
     assert three.wait() == 0
     assert "Got shutdown from remote" in three.log
-    assert "2 nodes online." in run(app, status)
+    # It gives them a second, which on a busy machine may not do.
+    wait_until(lambda: "2 nodes online." in invoke(app, status).output, what="two nodes")
 
 
 # --- to whom, and for how long
@@ -404,7 +406,7 @@ def test_control_shutdown(app: Celery, shared_workers: Workers, shared_database_
 def test_a_command_goes_to_everybody_or_to_whom_it_names(app: Celery) -> None:
     pong = {"ok": "pong"}
     assert app.control.inspect(timeout=20, limit=2).ping() == {ONE: pong, TWO: pong}
-    assert app.control.ping(destination=[TWO], timeout=20) == [{TWO: pong}]
+    assert app.control.ping(destination=[TWO], timeout=60) == [{TWO: pong}]
     assert app.control.ping(pattern="on*", matcher="glob", timeout=20, limit=1) == [{ONE: pong}]
 
 

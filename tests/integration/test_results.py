@@ -50,7 +50,7 @@ def again(result: AsyncResult) -> AsyncResult:
 
 
 def wait_for_state(result: AsyncResult, *states: str) -> AsyncResult:
-    wait_until(lambda: result.state in states, 30, f"{' or '.join(states)} of {result.id}")
+    wait_until(lambda: result.state in states, 60, f"{' or '.join(states)} of {result.id}")
     return result
 
 
@@ -95,7 +95,7 @@ class TestWhatIsKnown:
 
     def test_of_a_retry(self, app: Celery, tmp_path: Path) -> None:
         result = wait_for_state(outcomes.retry_once_there_is.delay(str(tmp_path / "file")), "RETRY")
-        wait_until(lambda: result.traceback, 30)  # it is noted once the retry is sent
+        wait_until(lambda: result.traceback, 60)  # it is noted once the retry is sent
         assert repr(result.info) == "KeyError('not yet')"
         assert "not yet" in result.traceback
         assert (result.retries, result.args, result.date_done) == (0, [str(tmp_path / "file")], None)
@@ -281,14 +281,14 @@ class TestSets:
         assert sent.save() is sent
         restored = app.GroupResult.restore(sent.id)
         assert restored == sent
-        assert repr(restored.join_native(timeout=30, propagate=False)) == repr([2, ValueError("broken")])
-        assert repr(restored.join(timeout=30, propagate=False)) == repr([2, ValueError("broken")])
+        assert repr(restored.join_native(timeout=60, propagate=False)) == repr([2, ValueError("broken")])
+        assert repr(restored.join(timeout=60, propagate=False)) == repr([2, ValueError("broken")])
         assert (restored.ready(), restored.waiting(), restored.completed_count()) == (True, False, 1)
         assert (restored.successful(), restored.failed()) == (False, True)
         with pytest.raises(ValueError, match="broken"):
             restored.get(timeout=60)
         with pytest.raises(ImproperlyConfigured):
-            restored.join(timeout=30, on_message=print)
+            restored.join(timeout=60, on_message=print)
         sent.delete()
         assert GroupResult.restore(sent.id, app=app) is None
 
@@ -304,10 +304,10 @@ class TestSets:
 
     def test_one_by_one(self, app: Celery) -> None:
         sent = group(add.s(number, 1) for number in range(5)).apply_async()
-        found = {task_id: meta["result"] for task_id, meta in sent.iter_native(timeout=30)}
+        found = {task_id: meta["result"] for task_id, meta in sent.iter_native(timeout=60)}
         assert found == {one.id: number + 1 for number, one in enumerate(sent)}
         values: list[Any] = []
-        assert sent.join(timeout=30, callback=lambda task_id, value: values.append(value)) == []
+        assert sent.join(timeout=60, callback=lambda task_id, value: values.append(value)) == []
         assert values == [1, 2, 3, 4, 5]
 
     def test_what_is_called_when_all_is_ready(self, app: Celery) -> None:
@@ -335,9 +335,9 @@ class TestTrees:
     def test_what_a_task_has_sent(self, app: Celery) -> None:
         result = outcomes.spread.delay(3)
         result.get(timeout=60)
-        wait_until(lambda: len(list(again(result).iterdeps(intermediate=True))) == 8 and _is_whole(again(result)), 30)
+        wait_until(lambda: len(list(again(result).iterdeps(intermediate=True))) == 8 and _is_whole(again(result)), 60)
         result = again(result)
-        collected = [(child, value) for child, value in result.collect(timeout=30)]
+        collected = [(child, value) for child, value in result.collect(timeout=60)]
         assert [value for child, value in collected if not child.children] == [1, 2, 3]
         assert result.get_leaf() == 3
         assert len(result.graph) == 8
@@ -381,7 +381,7 @@ class TestRevoking:
         app.AsyncResult(part.id).revoke()
         assert "TaskRevokedError" in str(wait_for_state(result, "FAILURE").result)
         revoked = wait_for_state(app.AsyncResult(part.id), "REVOKED")
-        assert wait_until(lambda: again(revoked).args, 30) == [1, 1]
+        assert wait_until(lambda: again(revoked).args, 60) == [1, 1]
 
     def test_what_runs(self, app: Celery, jobs: Jobs, tmp_path: Path) -> None:
         result = apps.wait_for_file.delay(str(tmp_path / "file"))
@@ -491,9 +491,9 @@ def test_how_long_a_result_stays(database_url: str, workers: Workers, conf: dict
             Jobs(client).wait(first, State.DISCARDED)  # the pruner has had its turn
             assert again(result).get(timeout=60) == 2
         else:
-            wait_until(lambda: storage.fetch(result.id) is None, 30)
+            wait_until(lambda: storage.fetch(result.id) is None, 60)
             assert (again(result).state, again(result).exists()) == ("PENDING", False)
-            wait_until(lambda: client.backend.restore_group("group", cache=False) is None, 30)
+            wait_until(lambda: client.backend.restore_group("group", cache=False) is None, 60)
         assert repr(again(other).result) == "ValueError('kept')"  # the dead stay
 
 
@@ -502,7 +502,7 @@ def test_failures_that_expire(database_url: str, workers: Workers) -> None:
     with client_of(database_url) as client:
         done, dead = add.delay(1, 1), fail.delay()
         done.get(timeout=60)
-        wait_until(lambda: Storage.for_app(client).fetch(dead.id) is None, 30)
+        wait_until(lambda: Storage.for_app(client).fetch(dead.id) is None, 60)
         assert again(done).result == 2
 
 
@@ -513,4 +513,4 @@ def test_results_beside_the_brokers_database(database_url: str, workers: Workers
         result = add.delay(1, 1)
         assert result.get(timeout=60) == 2
         assert not client.backend.supports_autoexpire  # so `celery beat` sends celery.backend_cleanup once a day
-        wait_until(lambda: client.backend.cleanup() or not again(result).exists(), 30)
+        wait_until(lambda: client.backend.cleanup() or not again(result).exists(), 60)

@@ -14,12 +14,12 @@ def test_retry_failed_waits_for_kathikons_backoff(database_url, start_worker, cl
     with start_worker(env={"KATHIKON_RETRY_FAILED": "true", "KATHIKON_MAX_ATTEMPTS": "2"}):
         sent = apps.fail.delay("no luck")
         storage = Storage.for_app(client)
-        wait_until(lambda: storage.fetch(sent.id).errors, 20, "the first failure is noted")
+        wait_until(lambda: storage.fetch(sent.id).errors, 60, "the first failure is noted")
         job = storage.fetch(sent.id)
         assert job.state is State.RETRYABLE
         assert "no luck" in job.last_error
         assert job.scheduled_at - job.inserted_at >= timedelta(seconds=5)
-        wait_until(lambda: storage.fetch(sent.id).state is State.DEAD, 20, "the second failure is the last")
+        wait_until(lambda: storage.fetch(sent.id).state is State.DEAD, 60, "the second failure is the last")
         assert len(storage.fetch(sent.id).errors) == 2
 
 

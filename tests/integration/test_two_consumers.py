@@ -20,13 +20,13 @@ def test_a_second_consumer_leaves_the_jobs_of_the_first_alone(client: Celery, jo
         client.connection_for_read() as second,
         Consumer(first, [Queue("default")], callbacks=[lambda _, message: got.append(message)]),
     ):
-        first.drain_events(timeout=15)
+        first.drain_events(timeout=60)
         claimed = jobs.of(result)
         assert claimed.state is State.CLAIMED
 
         with Consumer(second, [Queue("other")], callbacks=[lambda _, message: message.ack()]):
             apps.add.apply_async((3, 4), queue="other")
-            second.drain_events(timeout=15)  # so it has made sure of what it holds itself
+            second.drain_events(timeout=60)  # so it has made sure of what it holds itself
             assert jobs.of(result) == claimed
         got[0].ack()
         job = jobs.wait(result, State.COMPLETED)

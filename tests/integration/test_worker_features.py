@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
 
@@ -69,17 +70,19 @@ def test_a_rate_limit_is_kept_and_blocks_nobody_else(
     app: Celery, jobs: Jobs, journal: Journal, worker: WorkerProcess
 ) -> None:
     # The task is nobody else's here: Celery's token bucket is per worker and task.
-    app.control.rate_limit(apps.big_payload.name, "2/s", reply=True, destination=[worker.hostname], timeout=20)
-    limited = [apps.big_payload.delay("", number) for number in range(4)]
+    app.control.rate_limit(apps.big_payload.name, "2/s", reply=True, destination=[worker.hostname], timeout=60)
+    began = datetime.now(timezone.utc)
+    limited = [apps.big_payload.delay("", number) for number in range(10)]
     wait_until(lambda: jobs.of(limited[0]).state is State.COMPLETED, what="the first one")
     waiting = [apps.add.delay(number, 1) for number in range(10)]
     assert [result.get(timeout=60) for result in waiting] == list(range(1, 11))
     done = [jobs.wait(result, State.COMPLETED) for result in limited]
     ends = sorted(job.ended_at for job in done)
-    assert (ends[-1] - ends[0]).total_seconds() > 1.3  # three intervals of half a second
+    # Nine intervals of half a second. The first one may take its time as well, so they are counted from before it.
+    assert (ends[-1] - began).total_seconds() > 4.3
     assert jobs.of(waiting[-1]).ended_at < ends[-1]
     assert {job.crashes for job in done} == {0}
-    app.control.rate_limit(apps.big_payload.name, "0", reply=True, destination=[worker.hostname], timeout=20)
+    app.control.rate_limit(apps.big_payload.name, "0", reply=True, destination=[worker.hostname], timeout=60)
 
 
 # --- revoke
@@ -118,7 +121,7 @@ def test_a_task_that_no_worker_can_have_seen_is_revoked(
     result.revoke()
     assert jobs.wait(result, State.CANCELLED).reason == "revoked"
     kept = apps.append.apply_async((journal.path, "kept"), queue="of nobody yet")
-    app.control.add_consumer("of nobody yet", destination=[worker.hostname], reply=True, timeout=20)
+    app.control.add_consumer("of nobody yet", destination=[worker.hostname], reply=True, timeout=60)
     assert kept.get(timeout=60) == "kept"
     assert journal.lines == ["kept"]
 
@@ -126,7 +129,7 @@ def test_a_task_that_no_worker_can_have_seen_is_revoked(
 def test_a_task_is_revoked_before_it_is_published(
     app: Celery, jobs: Jobs, journal: Journal, worker: WorkerProcess
 ) -> None:
-    app.control.revoke("an id of the future", reply=True, timeout=20, destination=[worker.hostname])
+    app.control.revoke("an id of the future", reply=True, timeout=60, destination=[worker.hostname])
     result = apps.append.apply_async((journal.path, "revoked"), task_id="an id of the future")
     jobs.wait(result, State.CANCELLED)
     assert apps.add.delay(1, 1).get(timeout=60) == 2
@@ -139,7 +142,7 @@ def test_a_running_task_ends_unless_it_is_terminated(
     left, terminated = (apps.wait_for_file.delay(str(gate)) for _ in range(2))
     for result in (left, terminated):
         jobs.wait(result, State.RUNNING)
-    app.control.revoke(left.id, reply=True, timeout=20, destination=[worker.hostname])
+    app.control.revoke(left.id, reply=True, timeout=60, destination=[worker.hostname])
     app.control.revoke(terminated.id, terminate=True, signal="SIGKILL")
     job = jobs.wait(terminated, State.CANCELLED)
     assert (job.reason, job.crashes) == ("terminated", 0)
@@ -153,7 +156,7 @@ def test_a_running_task_ends_unless_it_is_terminated(
 def test_a_finished_task_is_not_revoked(app: Celery, jobs: Jobs, worker: WorkerProcess) -> None:
     result = apps.add.delay(1, 1)
     assert result.get(timeout=60) == 2
-    app.control.revoke(result.id, terminate=True, reply=True, timeout=20, destination=[worker.hostname])
+    app.control.revoke(result.id, terminate=True, reply=True, timeout=60, destination=[worker.hostname])
     assert (jobs.of(result).state, result.state) == (State.COMPLETED, "SUCCESS")
 
 
@@ -164,7 +167,7 @@ def test_a_task_that_acknowledges_early_is_dead_when_its_process_is_lost(
     app: Celery, jobs: Jobs, journal: Journal, worker: WorkerProcess
 ) -> None:
     result = apps.kill_own_process_early.delay(journal.path, "once")
-    job = jobs.wait(result, State.DEAD, timeout=30)
+    job = jobs.wait(result, State.DEAD)
     assert (journal.lines, job.acked) == (["once"], True)
 
 
@@ -176,7 +179,7 @@ def test_a_task_that_acknowledges_early_is_dead_when_its_worker_is_lost(
     journal.wait(1)
     first.kill9()
     workers(concurrency=1)
-    job = jobs.wait(result, State.DEAD, timeout=30)
+    job = jobs.wait(result, State.DEAD)
     assert apps.add.delay(1, 1).get(timeout=60) == 2
     assert (journal.lines, job.attempts) == (["once"], 1)
 
@@ -188,7 +191,7 @@ def test_autoscale(client: Celery, jobs: Jobs, gate: Path, workers: Workers) -> 
     worker = workers(args=["--autoscale", "3,1"], env={"AUTOSCALE_KEEPALIVE": "0.5"})
 
     def processes() -> int:
-        return len(client.control.inspect([worker.hostname], timeout=20).stats()[worker.hostname]["pool"]["processes"])
+        return len(client.control.inspect([worker.hostname], timeout=60).stats()[worker.hostname]["pool"]["processes"])
 
     assert processes() == 1
     results = [apps.wait_for_file.delay(str(gate)) for _ in range(4)]
@@ -198,7 +201,7 @@ def test_autoscale(client: Celery, jobs: Jobs, gate: Path, workers: Workers) -> 
     assert jobs.of(results[3]).state is State.AVAILABLE
     gate.touch()
     assert [result.get(timeout=60) for result in results] == ["done"] * 4
-    wait_until(lambda: processes() == 1, 30, what="a pool that has shrunk")
+    wait_until(lambda: processes() == 1, what="a pool that has shrunk")
     assert apps.add.delay(1, 1).get(timeout=60) == 2
 
 
@@ -283,7 +286,7 @@ def test_queues_are_chosen(client: Celery, jobs: Jobs, workers: Workers) -> None
     environment = {"KATHIKON_QUEUES": "default,mail,video"}
     one = workers(args=["-Q", "mail,another"], env=environment)
     two = workers(args=["-X", "mail"], env=environment)
-    found = client.control.inspect([one.hostname, two.hostname], timeout=20).active_queues()
+    found = client.control.inspect([one.hostname, two.hostname], timeout=60).active_queues()
     assert {worker: sorted(queue["name"] for queue in queues) for worker, queues in found.items()} == {
         one.hostname: ["another", "mail"],
         two.hostname: ["default", "video"],
@@ -327,32 +330,31 @@ def test_what_was_claimed_ahead_goes_back_at_a_warm_shutdown(
     first.process.terminate()
     workers(concurrency=2)
     for result in results:
-        jobs.wait(result, State.COMPLETED, timeout=30)
+        jobs.wait(result, State.COMPLETED)
     assert first.wait(60) == 0
     # Each ran once, whoever had claimed it first.
     assert sorted(journal.lines, key=int) == [str(number) for number in range(400)]
     assert {jobs.wait(result, State.COMPLETED).crashes for result in results} == {0}
 
 
-def test_a_cold_shutdown_gives_back_what_runs(client: Celery, jobs: Jobs, journal: Journal, workers: Workers) -> None:
+def test_a_cold_shutdown_gives_back_what_runs(client: Celery, jobs: Jobs, gate: Path, workers: Workers) -> None:
     first = workers(concurrency=1)
-    result = apps.append.delay(journal.path, "again", 3)
+    result = apps.wait_for_file.delay(str(gate))
     jobs.wait(result, State.RUNNING)
     first.process.send_signal(signal.SIGQUIT)
     second = workers(concurrency=1)
-    assert result.get(timeout=60) == "again"
-    job = jobs.wait(result, State.COMPLETED)
-    assert journal.lines == ["again", "again"]
-    assert job.attempts == 2
     first.wait(60)
     assert "Cold shutdown" in first.log
+    gate.touch()
+    assert result.get(timeout=60) == "done"
+    assert jobs.wait(result, State.COMPLETED).attempts == 2
     assert second.running
 
 
 def test_a_soft_shutdown_lets_short_tasks_end(
     client: Celery, jobs: Jobs, gate: Path, tmp_path: Path, workers: Workers
 ) -> None:
-    first = workers(concurrency=2, conf={"worker_soft_shutdown_timeout": 3})
+    first = workers(concurrency=2, conf={"worker_soft_shutdown_timeout": 8})
     short, long = (apps.wait_for_file.delay(str(path)) for path in (gate, tmp_path / "later"))
     for result in (short, long):
         jobs.wait(result, State.RUNNING)

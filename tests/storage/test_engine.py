@@ -239,3 +239,31 @@ def test_a_file_that_another_process_makes_meanwhile_is_not_taken_for_a_read_onl
     monkeypatch.setattr(os, "access", access)
     Database(f"sqlite:///{file}").dialect.check_usable()
     assert file.exists()
+
+
+def test_that_a_file_was_replaced_is_told_once_though_two_see_it(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one would close the connections, and forget the node, of those who have begun anew."""
+    with closing(Storage(sqlite_url, SETTINGS)) as storage:
+        storage.setup()
+        database, told = storage.database, []
+        database.on_replaced.append(lambda: told.append("replaced"))
+        path = Path(database.url.database or "")
+        for file in path.parent.glob(f"{path.name}*"):
+            file.unlink()
+        look = database.dialect.is_replaced
+
+        def look_and_be_late() -> bool:
+            seen = look()
+            monkeypatch.undo()
+            with pytest.raises(Unavailable), database.read():  # another one sees it as well
+                pass
+            storage.setup()
+            return seen
+
+        monkeypatch.setattr(database.dialect, "is_replaced", look_and_be_late)
+        with pytest.raises(Unavailable, match="was deleted or replaced"), database.read():
+            pass
+        assert told == ["replaced"]
+        storage.insert(new_job())

@@ -279,10 +279,17 @@ def exceed_hard_limit() -> None:
 @shared_task
 def wait_for_file(path: str) -> str:
     """Run until the file ``path`` appears."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 100  # shorter than a test may last
     while not os.path.exists(path) and time.monotonic() < deadline:
         time.sleep(0.01)
     return "done"
+
+
+@shared_task(acks_late=False)
+def wait_for_file_early(path: str, journal: str) -> str:
+    """As ``wait_for_file``, but acknowledged before it starts; its start is a line in the journal."""
+    append_line(journal, "early")
+    return wait_for_file.run(path)  # type: ignore[no-any-return]
 
 
 @shared_task(bind=True)

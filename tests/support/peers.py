@@ -13,7 +13,7 @@ from kombu.mixins import ConsumerProducerMixin
 import kathikon_celery  # noqa: F401  (teaches kombu the transport)
 
 #: Seconds after which something that should come is given up.
-TIMEOUT = 20.0
+TIMEOUT = 50.0
 
 
 def publish(url: str, messages: Iterable[tuple[Any, Mapping[str, Any]]]) -> None:
