@@ -18,7 +18,7 @@ def child_recycling(run: Run, *, jobs: int = 20_000, per_child: int = 50) -> Fig
     memory: list[float] = []
 
     def done() -> bool:
-        if len(run.journal.ended) > jobs * len(memory) / SAMPLES:
+        while len(run.journal.ended) > jobs * len(memory) / SAMPLES:  # several, when this process was slow
             memory.append(worker.memory())
         return not run.journal.unfinished()
 

@@ -207,6 +207,17 @@ class Run:
         yield
         self.disturbances.append(Disturbance(begin, time.monotonic(), worker.index if worker else None))
 
+    @contextmanager
+    def nobody_writes(self) -> Iterator[None]:
+        """Nobody holds the lock of a SQLite file meanwhile: a process that is stopped just then would keep it."""
+        if not self.ours:
+            yield
+            return
+        from kathikon_celery.storage import Storage
+
+        with closing(Storage(self.broker.partition("+")[2])) as storage, storage.database.write():
+            yield
+
     def rows(self) -> dict[str, Job]:
         """The jobs in our table, by id; none with the broker of somebody else."""
         if not self.ours:

@@ -44,6 +44,7 @@ def kill_chords(
                 children_killed += _kill_child(other)
         alive += run.start()
     run.finish()
+    run.wait(lambda: all(row.ended_at is not None for row in run.rows().values()))  # the last body's end is on its way
     rows = run.rows().values()
     return {
         **run.figures(),

@@ -13,12 +13,13 @@ def stopped_worker(run: Run, *, jobs: int = 8, seconds: float = 1.0, lease: floa
     were different when it had ended. `said` is what it logged meanwhile.
     """
     run.environ["KATHIKON_LEASE"] = str(lease)
-    (first,) = run.start_ready("--loglevel", "info")
     batch = run.send(jobs, seconds=seconds)
-    run.sent()
+    run.sent()  # before any is run: a slow producer would have the first ones done before the last is there
+    (first,) = run.start_ready("--loglevel", "info")
     run.expect("the first worker runs two jobs", lambda: len(run.journal.started(batch)) >= 2)
     with run.disturbance(first):
-        first.signal(signal.SIGSTOP)
+        with run.nobody_writes():
+            first.signal(signal.SIGSTOP)
         run.journal.read()
         frozen = [a for job in batch for a in run.journal.attempts.get(job, ()) if a.ended is None]
         (second,) = run.start_ready()

@@ -40,18 +40,19 @@ def assert_figures(figures: Figures, **expected: object) -> None:
 
 
 def test_a_killed_workers_jobs_are_run_again(run: Run) -> None:
-    figures = kill_workers(run, jobs=60, seconds=0.2, kills=2, every=1.0)
-    assert_figures(figures, sent=60, refused=0, twice_unacked=0, **NOT_LOST)
+    figures = kill_workers(run, jobs=100, seconds=0.2, kills=2, every=1.0)
+    assert_figures(figures, sent=100, refused=0, **NOT_LOST)  # whose end was on its way at a kill may run again
     assert 1 <= figures["twice_running"] <= 4
 
 
 def test_a_killed_workers_chords_end(run: Run) -> None:
-    figures = kill_chords(run, chords=8, parts=10, seconds=0.1, kills=2, every=1.0)
-    assert_figures(figures, **NOT_LOST, sent=8, refused=0, wrong=0, left_over=0, workers_killed=2)
+    figures = kill_chords(run, chords=16, parts=10, seconds=0.1, kills=2, every=1.0)
+    assert_figures(figures, **NOT_LOST, sent=16, refused=0, wrong=0, left_over=0)
+    assert figures["workers_killed"] >= 1  # the second one, unless all was done by then
 
 
 def test_a_worker_that_was_stopped_changes_nothing(run: Run) -> None:
-    figures = stopped_worker(run, jobs=4, seconds=0.5)
+    figures = stopped_worker(run, jobs=4, seconds=2.0)
     assert_figures(figures, **NOT_LOST, twice=2, taken_over=2, started_late=0, recorded=4, changed=0)
     assert figures["said"]
 

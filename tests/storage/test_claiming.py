@@ -92,7 +92,7 @@ def test_claims_of_many_threads_never_overlap(storage: Storage) -> None:
 
     def work(worker: Worker, size: int) -> None:
         try:
-            barrier.wait(10)
+            barrier.wait(60)
             while jobs := worker.claim(size):
                 fences.extend((job.seq, job.fence) for job in jobs)
                 back = jobs[0] if jobs[0].attempts == 1 and len(jobs) > 5 else None
@@ -124,9 +124,9 @@ def test_a_job_is_no_longer_there_once_another_has_claimed_it_in_an_open_transac
         (job,) = claim.claim(storage.database, connection, "default", 1, first.id)
         thread.start()
         if storage.database.dialect.name == "postgresql":
-            thread.join(10)
+            thread.join(60)
             assert [one.id for one in got] == ["2"]
-    thread.join(10)
+    thread.join(60)
     assert (job.id, [one.id for one in got]) == ("1", ["2"])
 
 
@@ -162,9 +162,9 @@ def test_a_publication_calls_one_idle_node_that_waits_for_its_queue(postgresql_s
     for one, names in ((worker, ["mails"]), (other, ["default", "mails"])):
         one.wait_for(*names)
     wakeups = [storage.database.wakeup(one.id) for one in (worker, other)]
-    assert all(wakeup.wait(10) for wakeup in wakeups)  # they listen now
+    assert all(wakeup.wait(60) for wakeup in wakeups)  # they listen now
     storage.insert(new_job())
-    assert wakeups[1].wait(10)
+    assert wakeups[1].wait(60)
     (job,) = storage.all()
     assert wakeups[1].jobs() == {"default": job.seq}
     assert wakeups[1].jobs() == {}
@@ -172,7 +172,7 @@ def test_a_publication_calls_one_idle_node_that_waits_for_its_queue(postgresql_s
     storage.insert(new_job("2"))  # nobody waits for it any more
     assert not wakeups[1].wait(0.05)
     storage.insert(new_job("3", queue="mails"))
-    assert wakeups[0].wait(10)
+    assert wakeups[0].wait(60)
     for wakeup in wakeups:
         wakeup.close()
 
@@ -233,11 +233,11 @@ def test_a_publication_is_heard(storage: Storage) -> None:
     while wakeup.wait(0.05):
         pass
     storage.insert(new_job())
-    assert wakeup.wait(10)
+    assert wakeup.wait(60)
     while wakeup.wait(0.05):
         pass
     storage.insert(new_job("later", scheduled_at=datetime.now(timezone.utc) + timedelta(hours=1)))
-    assert wakeup.wait(10)
+    assert wakeup.wait(60)
     wakeup.close()
 
 

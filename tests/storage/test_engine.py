@@ -34,16 +34,16 @@ class TestGate:
         def use() -> None:
             with gate, gate:
                 inside.set()
-                leave.wait(10)
+                leave.wait(60)
                 with gate:  # who is inside already may go on
                     order.append("left")
 
         thread = started(use)
-        assert inside.wait(10)
+        assert inside.wait(60)
         shutter = started(lambda: (gate.shut(), order.append("shut")))
         leave.set()
-        shutter.join(10)
-        thread.join(10)
+        shutter.join(60)
+        thread.join(60)
         assert order == ["left", "shut"]
 
     def test_nobody_passes_until_all_who_shut_it_have_opened_it(self) -> None:
@@ -59,7 +59,7 @@ class TestGate:
         gate.open()
         assert not passed.wait(0.05)
         gate.open()
-        thread.join(10)
+        thread.join(60)
         assert passed.is_set()
         gate.open()  # of a database that was made between the two sides of a fork
         gate.shut()

@@ -89,7 +89,7 @@ def test_takers_never_overlap(storage: Storage) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert sorted(taken, key=int) == [str(number) for number in range(60)]
 
 
@@ -147,6 +147,6 @@ def test_a_message_is_heard_by_everybody(storage: Storage) -> None:
         while wakeup.wait(0.05):
             pass
     put(storage, "hello", durable=False)
-    assert all(wakeup.wait(10) for wakeup in wakeups)
+    assert all(wakeup.wait(60) for wakeup in wakeups)
     for wakeup in wakeups:
         wakeup.close()

@@ -175,13 +175,13 @@ class TestIsAnythingOld:
 class TestRenewal:
     def test_it_is_a_look_as_well(self, storage: Storage, worker: Worker) -> None:
         with counted() as statements:
-            assert outlook.renew(storage.database, ["default"], True, worker.id, 30) is False
+            assert outlook.renew(storage.database, ["default"], True, worker.id, 300) is False
         assert len(statements) == 1
         storage.insert(new_job())
-        assert outlook.renew(storage.database, ["default"], True, worker.id, 30) is True
+        assert outlook.renew(storage.database, ["default"], True, worker.id, 300) is True
         with storage.database.read() as connection:
             (node,) = nodes.others(connection, 0)
-        assert node.lease == pytest.approx(30, abs=5)
+        assert node.lease == pytest.approx(300, abs=60)
 
     def test_who_was_taken_for_dead_learns_it(self, storage: Storage, worker: Worker) -> None:
         worker.die()

@@ -106,15 +106,14 @@ class TimeLimit(Exception):
 
 
 @pytest.fixture
-def time_limit() -> Iterator[None]:
-    """In a moment there is one."""
+def time_limit() -> Iterator[Callable[[], object]]:
+    """In a moment after its call there is one: what comes before the test must not meet it."""
 
     def exceeded(*_: object) -> None:
         raise TimeLimit
 
     before = signal.signal(signal.SIGALRM, exceeded)
-    signal.setitimer(signal.ITIMER_REAL, 0.2)
-    yield
+    yield lambda: signal.setitimer(signal.ITIMER_REAL, 0.2)
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
 
@@ -122,28 +121,34 @@ def time_limit() -> Iterator[None]:
 @pytest.mark.postgresql
 @pytest.mark.parametrize("run", [prepared.rows, Connection.execute], ids=["prepared", "SQLAlchemy"])
 def test_a_time_limit_in_the_middle_of_a_statement(
-    postgresql_storage: Storage, time_limit: None, run: Callable[..., object]
+    postgresql_storage: Storage, time_limit: Callable[[], object], run: Callable[..., object]
 ) -> None:
-    with pytest.raises(TimeLimit), postgresql_storage.database.once() as connection:
-        run(connection, select(func.pg_sleep(20)), {})
+    def sleep_until_it_is_enough() -> None:
+        with postgresql_storage.database.once() as connection:
+            time_limit()
+            run(connection, select(func.pg_sleep(20)), {})
+
+    with pytest.raises(TimeLimit):
+        sleep_until_it_is_enough()
     for _ in range(3):
         postgresql_storage.insert(new_job())
 
 
-def change_until_it_is_enough(storage: Storage) -> None:
+def change_until_it_is_enough(storage: Storage, time_limit: Callable[[], object]) -> None:
     numbers = select(literal(1).label("n")).cte("numbers", recursive=True)
     numbers = numbers.union_all(select(numbers.c.n + 1).where(numbers.c.n < 1_000_000))
     long = select(func.count()).select_from(numbers).union_all(select(literal(1)))
     with storage.database.write() as connection:
         prepared.count(connection, _CHANGE, {"of_id": "1"})
+        time_limit()
         while True:
             prepared.rows(connection, long, {})
 
 
-def test_a_time_limit_in_the_middle_of_a_transaction(storage: Storage, time_limit: None) -> None:
+def test_a_time_limit_in_the_middle_of_a_transaction(storage: Storage, time_limit: Callable[[], object]) -> None:
     """Others may write at once, though the statement was not over and its error is still being looked at."""
     with pytest.raises(TimeLimit) as raised:
-        change_until_it_is_enough(storage)
+        change_until_it_is_enough(storage, time_limit)
     storage.insert(new_job())
     with closing(Storage(storage.database.url.render_as_string(hide_password=False))) as others:
         others.insert(new_job("another"))

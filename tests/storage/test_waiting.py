@@ -147,13 +147,16 @@ def test_a_thousand_cost_a_handful_of_queries(own: Storage, pool: ThreadPoolExec
         waiter = pool.submit(wait_for, own, *ids)
         until_waiting(own, 1)
     looks = [statement for statement in statements if "FROM kathikon_jobs" in statement]
-    assert len(looks) <= 3
+    assert len(looks) <= 1 + len(waiting.DOUBTS)  # a slow machine may get to all of them
+    begin = monotonic()
     with counted() as statements:
         for job_id in ids[500:]:
             end(job_id)
         assert sorted(waiter.result(60)) == sorted(ids)
     looks = [statement for statement in statements if statement.lstrip().startswith("SELECT kathikon_jobs.id")]
-    assert 0 < len(looks) < 100  # of 500 that end one by one: a bound for the slowest of machines
+    # Of 500 that end one by one. The fewer are awaited, the shorter are the pauses: what ends slowly is seen sooner.
+    assert len(looks) < 50 + 25 * (monotonic() - begin)
+    assert looks or own.database.dialect.enters_waits  # where a call says the outcome nobody need look
 
 
 def test_an_error_in_the_listening_thread_leaves_no_one_alone(own: Storage, pool: ThreadPoolExecutor) -> None:

@@ -83,7 +83,7 @@ def test_a_call_says_what_a_look_would_find(postgresql_storage: Storage, how: st
     with closing(storage.database.hearing(LISTENER)) as hearing:
         waits.enter(storage.database, ["job"], LISTENER)
         ended(storage, worker, how)
-        assert hearing.wait(10)
+        assert hearing.wait(60)
         (call,) = hearing.named
     assert [waits.told(call.removeprefix(OUTCOME))] == waits.look(storage.database, ["job"])
 
