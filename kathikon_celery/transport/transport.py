@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timezone
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import sqlalchemy
 from kombu.transport import virtual
@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from kathikon_celery.routing import APP_OPTION, app_named
 from kathikon_celery.settings import Settings, broker_database, mask
 from kathikon_celery.storage import Storage, topology
-from kathikon_celery.storage.errors import LOST, in_words, is_lost
+from kathikon_celery.storage.errors import LOST, Unavailable, in_words, is_lost
 from kathikon_celery.storage.names import key
 from kathikon_celery.transport import sending
 from kathikon_celery.transport.channel import Channel
@@ -86,6 +86,9 @@ class Transport(virtual.Transport):
         asynchronous=True, exchange_type=frozenset(["direct", "topic", "fanout"]), heartbeats=False
     )
 
+    #: Called when the database cannot be reached: some of kombu's callers try again without an end, unless it raises.
+    on_unreachable: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
+
     def __init__(self, client: Any, **kwargs: Any) -> None:
         super().__init__(client, **kwargs)
         #: Queues that go when this connection is closed.
@@ -135,7 +138,11 @@ class Transport(virtual.Transport):
 
     def establish_connection(self) -> Transport:
         """Reach the database, and make its tables where need be."""
-        self.storage.setup()
+        try:
+            self.storage.setup()
+        except Unavailable:
+            type(self).on_unreachable()
+            raise
         if (app := app_named((self.client.transport_options or {}).get(APP_OPTION))) is not None:
             sending.install(app)
         return cast("Transport", super().establish_connection())

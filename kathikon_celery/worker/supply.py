@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from threading import current_thread, main_thread
 from typing import Any
 
 from celery import bootsteps
@@ -17,6 +18,7 @@ from kathikon_celery.storage import StorageError
 from kathikon_celery.storage.sql import SQLBackend
 from kathikon_celery.transport.delivery import DONE, Delivery, Outcome, Verdict
 from kathikon_celery.transport.subscriptions import UNLIMITED
+from kathikon_celery.transport.transport import Transport
 from kathikon_celery.worker.request import Request
 from kathikon_celery.worker.tracing import carry_results
 
@@ -33,6 +35,8 @@ class Supply(bootsteps.StartStopStep):
         """Tell the intake of the pool."""
         transport = c.connection.transport
         transport.is_worker = True
+        if current_thread() is main_thread():  # which hears the signals
+            Transport.on_unreachable = staticmethod(_end_if_asked)
         intake = transport.intake
         intake.presence.name = c.hostname
         tasks = c.app.tasks
@@ -83,6 +87,12 @@ class Supply(bootsteps.StartStopStep):
         """The pool has ended: what is left is nobody's."""
         if c.connection is not None:
             c.connection.transport.intake.is_in_pool = lambda delivery: False
+
+
+def _end_if_asked() -> None:
+    """As Celery does where it waits for the broker. It sends an event, such as its heartbeat, until it is sent."""
+    if current_thread() is main_thread():
+        state.maybe_shutdown()
 
 
 class SentJobs(bootsteps.StartStopStep):

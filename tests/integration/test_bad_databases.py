@@ -17,6 +17,7 @@ from uuid import uuid4
 import pytest
 from celery.bin.base import CLIContext
 from click.testing import CliRunner
+from kombu import Exchange, Queue
 from kombu.exceptions import OperationalError
 from sqlalchemy import NullPool, create_engine, make_url, select, text
 
@@ -205,6 +206,40 @@ def test_a_file_that_is_deleted_while_all_are_at_work(begin: Begin, sqlite_url: 
     assert "taken for dead" not in worker.log
     assert worker.stop() == 0
     assert worker.hostname not in nodes_of(sqlite_url)
+
+
+HEARTBEAT = """
+import os, shutil
+from celery.signals import heartbeat_sent
+from kathikon_celery.storage import Storage
+from tests.support.apps import app
+
+@heartbeat_sent.connect(weak=False)
+def lose_the_database(**_):
+    if os.path.exists("lose it"):
+        shutil.rmtree("folder")
+        Storage.for_app(app, setup=False)._replaced()  # as another thread does that sees it in this moment
+        os.remove("lose it")
+"""
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_heartbeat_that_meets_the_loss_first_can_be_stopped(begin: Begin, tmp_path: Path, pool: str) -> None:
+    """Celery sends it again until it is sent, in the thread that stops the worker."""
+    (tmp_path / "proj.py").write_text(HEARTBEAT)
+    (tmp_path / "folder").mkdir()
+    url = f"sqlite:///{tmp_path}/folder/k.db"
+    worker = begin(url, app="proj", pool=pool)
+    is_at_work(url, worker)
+    with client_of(url) as client, client.connection_for_write() as connection:
+        listener = Queue("listener", Exchange("celeryev", type="topic"), routing_key="#")(connection.default_channel)
+        listener.declare()
+        wait_until(listener.get, what="an event")
+    (tmp_path / "lose it").touch()
+    wait_until(lambda: not (tmp_path / "lose it").exists(), what="a heartbeat")
+    worker.process.terminate()
+    assert worker.wait(60) == 0
+    assert "Warm shutdown" in worker.log
 
 
 def nodes_of(url: str) -> list[str]:
