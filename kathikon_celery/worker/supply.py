@@ -35,8 +35,7 @@ class Supply(bootsteps.StartStopStep):
         """Tell the intake of the pool."""
         transport = c.connection.transport
         transport.is_worker = True
-        if current_thread() is main_thread():  # which hears the signals
-            Transport.on_unreachable = staticmethod(_end_if_asked)
+        Transport.on_unreachable = staticmethod(_end_if_asked)
         intake = transport.intake
         intake.presence.name = c.hostname
         tasks = c.app.tasks
@@ -91,7 +90,7 @@ class Supply(bootsteps.StartStopStep):
 
 def _end_if_asked() -> None:
     """As Celery does where it waits for the broker. It sends an event, such as its heartbeat, until it is sent."""
-    if current_thread() is main_thread():
+    if current_thread() is main_thread():  # which hears the signals
         state.maybe_shutdown()
 
 

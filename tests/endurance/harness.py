@@ -26,6 +26,7 @@ from tests.support.workers import ROOT, WorkerProcess
 
 if TYPE_CHECKING:
     from kathikon_celery.job import Job
+    from kathikon_celery.storage import Storage
 
 APP = "tests.endurance.app"
 
@@ -213,19 +214,20 @@ class Run:
         if not self.ours:
             yield
             return
-        from kathikon_celery.storage import Storage
-
-        with closing(Storage(self.broker.partition("+")[2])) as storage, storage.database.write():
+        with self._storage() as storage, storage.database.write():
             yield
 
     def rows(self) -> dict[str, Job]:
         """The jobs in our table, by id; none with the broker of somebody else."""
         if not self.ours:
             return {}
+        with self._storage() as storage:
+            return {job.id: job for job in storage.all()}
+
+    def _storage(self) -> closing[Storage]:
         from kathikon_celery.storage import Storage
 
-        with closing(Storage(self.broker.partition("+")[2])) as storage:
-            return {job.id: job for job in storage.all()}
+        return closing(Storage(self.broker.partition("+")[2]))
 
     def figures(self) -> Figures:
         """What became of the jobs: counts, and the seconds from the first ``delay()`` to the last job's end.

@@ -337,9 +337,11 @@ def test_what_was_claimed_ahead_goes_back_at_a_warm_shutdown(
     assert {jobs.wait(result, State.COMPLETED).crashes for result in results} == {0}
 
 
-def test_a_cold_shutdown_gives_back_what_runs(client: Celery, jobs: Jobs, gate: Path, workers: Workers) -> None:
+def test_a_cold_shutdown_gives_back_what_runs(
+    client: Celery, jobs: Jobs, journal: Journal, gate: Path, workers: Workers
+) -> None:
     first = workers(concurrency=1)
-    result = apps.wait_for_file.delay(str(gate))
+    result = apps.wait_for_file.delay(str(gate), journal.path, "again")
     jobs.wait(result, State.RUNNING)
     first.process.send_signal(signal.SIGQUIT)
     second = workers(concurrency=1)
@@ -347,6 +349,7 @@ def test_a_cold_shutdown_gives_back_what_runs(client: Celery, jobs: Jobs, gate: 
     assert "Cold shutdown" in first.log
     gate.touch()
     assert result.get(timeout=60) == "done"
+    assert journal.lines == ["again", "again"]
     assert jobs.wait(result, State.COMPLETED).attempts == 2
     assert second.running
 

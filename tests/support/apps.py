@@ -277,8 +277,10 @@ def exceed_hard_limit() -> None:
 
 
 @shared_task
-def wait_for_file(path: str) -> str:
-    """Run until the file ``path`` appears."""
+def wait_for_file(path: str, journal: str = "", line: str = "") -> str:
+    """Run until the file ``path`` appears. Where there is a journal, a line counts this start."""
+    if journal:
+        append_line(journal, line)
     deadline = time.monotonic() + 100  # shorter than a test may last
     while not os.path.exists(path) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -287,9 +289,8 @@ def wait_for_file(path: str) -> str:
 
 @shared_task(acks_late=False)
 def wait_for_file_early(path: str, journal: str) -> str:
-    """As ``wait_for_file``, but acknowledged before it starts; its start is a line in the journal."""
-    append_line(journal, "early")
-    return wait_for_file.run(path)  # type: ignore[no-any-return]
+    """As ``wait_for_file``, but acknowledged before it starts."""
+    return wait_for_file.run(path, journal, "early")  # type: ignore[no-any-return]
 
 
 @shared_task(bind=True)
