@@ -11,11 +11,13 @@ import os
 import pickle
 import select
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from celery.concurrency import asynpool, prefork
 
-from kathikon_celery.worker.request import Unsendable
+from kathikon_celery.worker import ahead
+from kathikon_celery.worker.request import Request, Unsendable
 
 #: Bytes up to which a write to a pipe happens as a whole or not at all.
 ATOMIC = getattr(select, "PIPE_BUF", 512)
@@ -95,7 +97,7 @@ class _Writers:
             self._hub.remove_writer(fd)
 
 
-class AsynPool(asynpool.AsynPool):
+class AsynPool(ahead.AsynPool):
     """The processes."""
 
     ResultHandler = ResultHandler
@@ -104,36 +106,38 @@ class AsynPool(asynpool.AsynPool):
         writers = _Writers(hub)
         super()._create_write_handlers(writers, **kwargs)
         hub.consolidate_callback = schedule_writes = writers.consolidate_callback
-        send_job, job_of, waiting = vars(self)["_quick_put"], self._cache.__getitem__, self.outbound_buffer
+        send_job, cache = vars(self)["_quick_put"], self._cache
 
         def send_whole_job(task: Any) -> None:
             try:
                 send_job(task)
             except Exception as error:
-                del self._cache[task[1][0]]
+                del cache[task[1][0]]
                 raise Unsendable(f"{type(error).__name__}: {error}") from error
-            job = job_of(task[1][0])
+            job = cache[task[1][0]]
             header, body, size = job._payload
             if HEADER + size <= ATOMIC:  # whoever has written the header is not asked to write more
                 job._payload = memoryview(b"".join((header, body))), memoryview(b""), 0
 
-        def write_at_once() -> None:
-            for _ in range(len(waiting)):
-                busy = self._busy_workers | self._active_writes
-                idle = next((fd for fd in self._all_inqueues if fd not in busy), None)
-                if idle is None or not waiting:
-                    break
-                schedule_writes([idle])
+        def write(pipe: int) -> None:
+            self._mark_worker_as_available(pipe)  # else Celery sends it nothing
+            schedule_writes([pipe])
 
         self._quick_put = send_whole_job
-        if self.sched_strategy == asynpool.SCHED_STRATEGY_FAIR:  # else a process is sent more than it can begin with
-            self.on_poll_start = write_at_once
+        if self.is_fair:
+            self.on_poll_start = partial(self.send_waiting, write)
 
 
 class TaskPool(prefork.TaskPool):
     """What a worker of ours uses where Celery's own prefork pool is asked for."""
 
     Pool = AsynPool
+
+    def give_back(self, request: Request) -> bool:
+        """Whether a request that the pool was given will not run: no process has begun it. For any thread."""
+        result = request._apply_result
+        job = None if result is None else result()
+        return job is not None and isinstance(self._pool, AsynPool) and self._pool.give_back(job, request._leave)
 
     def on_start(self) -> None:
         """Start the processes.

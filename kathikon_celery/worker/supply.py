@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from functools import cache
+from functools import cache, partial
 from threading import current_thread, main_thread
 from typing import Any
 
@@ -19,6 +19,7 @@ from kathikon_celery.storage.sql import SQLBackend
 from kathikon_celery.transport.delivery import DONE, Delivery, Outcome, Verdict
 from kathikon_celery.transport.subscriptions import UNLIMITED
 from kathikon_celery.transport.transport import Transport
+from kathikon_celery.worker.prefork import TaskPool
 from kathikon_celery.worker.request import Request
 from kathikon_celery.worker.tracing import carry_results
 
@@ -56,7 +57,7 @@ class Supply(bootsteps.StartStopStep):
         intake.is_early = is_early
         intake.outcome_of = outcome_of
         intake.is_in_pool = is_in_pool
-        intake.withdraw = withdraw
+        intake.withdraw = partial(withdraw, c.pool)
         intake.subscriptions.claims_ahead = not c.app.conf.worker_disable_prefetch
         intake.subscriptions.slots = lambda: _slots(c)
         intake.is_pool_full = lambda: len(state.active_requests) >= _processes(c)
@@ -71,7 +72,7 @@ class Supply(bootsteps.StartStopStep):
         """Give back at once what was claimed and not begun; the pool goes on with what it has."""
         if c.connection is not None:
             intake = c.connection.transport.intake
-            intake.give_back(lambda delivery: delivery.is_job and not is_in_pool(delivery))
+            intake.give_back(lambda one: one.is_job and (not is_in_pool(one) or withdraw(c.pool, one)))
 
     def info(self, c: Any) -> dict[str, Any]:
         """What ``celery inspect stats`` says of the broker: what Celery says, without the password in the URL."""
@@ -111,7 +112,10 @@ class SentJobs(bootsteps.StartStopStep):
         for job in list(pool._cache.values()):
             writer = getattr(job, "_writer", None)
             request = state.requests.get(job.correlation_id)
-            if job._write_to is not None and request is not None and not (writer and writer() in being_sent):
+            if request is not None and isinstance(w.pool, TaskPool) and pool.take_back(job):
+                job.discard()
+                request._leave()
+            elif job._write_to is not None and request is not None and not (writer and writer() in being_sent):
                 job._accepted = True
                 state.active_requests.add(request)
 
@@ -143,10 +147,12 @@ def is_in_pool(delivery: Delivery) -> bool:
     return request in state.active_requests or request._apply_result is not None
 
 
-def withdraw(delivery: Delivery) -> bool:
-    """Take a job back that waits for the pool; false if the pool has it, or if it waits for its rate limit."""
+def withdraw(pool: Any, delivery: Delivery) -> bool:
+    """Take a job back that nothing has begun; false if it runs, or if it waits for its rate limit."""
     request = state.requests.get(delivery.item.id) if isinstance(delivery.item, Job) else None
-    return isinstance(request, Request) and request._delivery is delivery and request.withdraw()
+    if not isinstance(request, Request) or request._delivery is not delivery:
+        return False
+    return request.withdraw() or (isinstance(pool, TaskPool) and pool.give_back(request))
 
 
 class InWords(logging.Filter):
