@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
 from celery import Celery
 from celery.exceptions import SoftTimeLimitExceeded, TaskRevokedError, TimeLimitExceeded
+from celery.result import AsyncResult
 
+from kathikon_celery import bulk
 from kathikon_celery.job import State
 from tests.integration.conftest import Jobs, Journal, Workers
 from tests.support import apps
@@ -244,6 +247,91 @@ def test_no_job_waits_behind_a_busy_worker_while_another_is_idle(
         jobs.wait(result, State.AVAILABLE)
     gate.touch()
     assert [result.get(timeout=60) for result in [*running, *waiting]] == ["done"] * 4 + [1, 2, 3]
+
+
+#: Seconds for which a worker claims ahead; what waits for five times as long is given back.
+FOR_LONG = {"KATHIKON_CLAIM_HORIZON": "5"}
+
+
+@pytest.fixture
+def behind(client: Celery, jobs: Jobs, journal: Journal, gate: Path) -> Callable[[], list[AsyncResult]]:
+    """Have a worker of one process run a task that waits for the gate: what it has claimed behind it, in that order."""
+
+    def send() -> list[AsyncResult]:
+        with bulk():  # the worker is to take them as what is as short as those before
+            short = [apps.add.delay(number, 1) for number in range(100)]
+            blocking = apps.wait_for_file.delay(str(gate))
+            behind = [apps.append.delay(journal.path, str(number)) for number in range(3)]
+        jobs.wait(blocking, State.RUNNING)
+        for result in short:
+            jobs.wait(result, State.COMPLETED)
+        for result in behind:
+            jobs.wait(result, State.CLAIMED)
+        return [blocking, *behind]
+
+    return send
+
+
+def test_what_waits_in_a_busy_process_goes_to_another_worker(
+    behind: Callable[[], list[AsyncResult]], jobs: Jobs, journal: Journal, gate: Path, workers: Workers
+) -> None:
+    first = workers(concurrency=1, env={"KATHIKON_CLAIM_HORIZON": "1"})
+    blocking, *waiting = behind()
+    second = workers(concurrency=1)
+    assert [result.get(timeout=60) for result in waiting] == ["0", "1", "2"]
+    gate.touch()
+    assert blocking.get(timeout=60) == "done"
+    second.stop()
+    # The process has found what was taken from it, and goes on.
+    assert apps.describe.delay().get(timeout=60)["hostname"] == first.hostname
+    assert journal.lines == ["0", "1", "2"]
+
+
+def test_what_waits_in_a_busy_process_can_be_revoked(
+    behind: Callable[[], list[AsyncResult]], jobs: Jobs, journal: Journal, gate: Path, workers: Workers
+) -> None:
+    worker = workers(concurrency=1, env=FOR_LONG)
+    blocking, first, *others = behind()
+    [answer] = first.app.control.revoke(first.id, reply=True, timeout=60, limit=1)
+    assert list(answer) == [worker.hostname]
+    jobs.wait(first, State.CANCELLED)
+    with pytest.raises(TaskRevokedError):
+        first.get(timeout=60)
+    gate.touch()
+    assert [result.get(timeout=60) for result in (blocking, *others)] == ["done", "1", "2"]
+    assert journal.lines == ["1", "2"]
+
+
+def test_what_waits_in_a_busy_process_is_left_to_others_at_a_warm_shutdown(
+    behind: Callable[[], list[AsyncResult]], jobs: Jobs, journal: Journal, gate: Path, workers: Workers
+) -> None:
+    first = workers(concurrency=1, env=FOR_LONG)
+    blocking, *waiting = behind()
+    first.process.terminate()
+    for result in waiting:
+        jobs.wait(result, State.AVAILABLE)
+    workers(concurrency=1)
+    assert [result.get(timeout=60) for result in waiting] == ["0", "1", "2"]
+    gate.touch()
+    assert blocking.get(timeout=60) == "done"
+    assert first.wait(60) == 0
+    assert journal.lines == ["0", "1", "2"]
+    assert jobs.wait(blocking, State.COMPLETED).attempts == 1
+
+
+def test_what_waits_in_a_process_that_is_killed_is_no_crash_of_its_own(
+    behind: Callable[[], list[AsyncResult]], jobs: Jobs, journal: Journal, gate: Path, workers: Workers
+) -> None:
+    worker = workers(concurrency=1, env=FOR_LONG)
+    blocking, *waiting = behind()
+    [process] = psutil.Process(worker.pid).children()
+    process.kill()
+    assert [result.get(timeout=60) for result in waiting] == ["0", "1", "2"]
+    gate.touch()
+    assert blocking.get(timeout=60) == "done"
+    assert [(job.attempts, job.crashes) for job in map(jobs.of, waiting)] == [(1, 0)] * 3
+    assert jobs.of(blocking).crashes == 1
+    assert journal.lines == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("conf", [{"worker_disable_prefetch": True}, {"worker_prefetch_multiplier": 1}], ids=str)

@@ -1,0 +1,243 @@
+"""The second job in a busy process's pipe, in a pool of real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+import pytest
+from kombu.asynchronous import Hub
+from kombu.asynchronous.semaphore import LaxBoundedSemaphore
+
+from kathikon_celery.worker.prefork import AsynPool
+from tests.support.waiting import wait_until
+
+
+def run(path: Path, name: str, text: str = "") -> tuple[int, str]:
+    """Say in a file of *path* which process has begun *name*, and end when there is the file ``name.go``."""
+    with (path / "begun").open("a") as begun:
+        begun.write(f"{name}\n")
+    while not (path / f"{name}.go").exists():
+        sleep(0.005)
+    return os.getpid(), name + text
+
+
+class Pool:
+    """The processes and the event loop that they are fed by, which runs while something is awaited."""
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        self.path = path
+        self.accepted: dict[str, int] = {}
+        self.ended: dict[str, tuple[int, str]] = {}
+        self.failed: dict[str, Any] = {}
+        self.hub = Hub()
+        self.places = LaxBoundedSemaphore(options["processes"])
+        self.pool = AsynPool(threads=False, semaphore=self.places, **options)
+        self.pool.register_with_event_loop(self.hub)
+        self.until_up(options["processes"])
+
+    def give(self, name: str, text: str = "") -> Any:
+        """As Celery does, which asks the semaphore first."""
+        given: list[Any] = []
+
+        def give() -> None:
+            job = self.pool.apply_async(
+                run, (self.path, name, text),
+                callback=lambda result: self.ended.update({name: result}),
+                error_callback=lambda error: self.failed.update({name: error}),
+                accept_callback=lambda pid, *_: self.accepted.update({name: pid}),
+                waitforslot=False, correlation_id=name,
+            )  # fmt: skip
+            given.append(job)
+
+        assert self.places.acquire(give), "no place is free"
+        return given[0]
+
+    def let_go(self, *names: str) -> None:
+        for name in names:
+            (self.path / f"{name}.go").touch()
+
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        def turn() -> object:
+            self.hub.call_later(0.01, int)
+            self.hub.run_once()
+            return condition()
+
+        wait_until(turn, what=what, interval=0)
+
+    def until_up(self, processes: int) -> None:
+        self.until(lambda: len(self.pool._all_inqueues) == processes, f"{processes} processes up")
+
+    def begin(self, *names: str) -> None:
+        """Fill the processes."""
+        for name in names:
+            self.give(name)
+        self.until(lambda: set(names) <= set(self.accepted), f"{names} accepted")
+
+    def send_behind(self, name: str, text: str = "") -> Any:
+        """Give a job while all processes are busy; the one it waits in is its job's."""
+        job = self.give(name, text)
+        self.until(lambda: job._write_to, f"{name} sent")
+        assert name not in self.accepted
+        return job
+
+    def begun(self) -> list[str]:
+        return (self.path / "begun").read_text().split()
+
+    def close(self) -> None:
+        self.pool.terminate()
+        self.pool.join()
+        self.hub.close()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Pool]]:
+    started = []
+
+    def start(**options: Any) -> Pool:
+        started.append(Pool(tmp_path, **options))
+        return started[-1]
+
+    yield start
+    for pool in started:
+        pool.close()
+
+
+def test_a_process_has_its_next_job_before_it_has_told_of_the_last(start: Callable[..., Pool]) -> None:
+    pool = start(processes=1)
+    pool.begin("first")
+    pool.send_behind("second")
+    assert not pool.places.acquire(int)  # two for each process, and no more
+    pool.let_go("first", "second")
+    # The pool takes no part in it.
+    wait_until(lambda: pool.begun() == ["first", "second"], what="the second one begun")
+    assert not pool.ended
+    pool.until(lambda: len(pool.ended) == 2, "both told of")
+
+
+def test_a_job_moves_to_the_process_that_is_free_first(start: Callable[..., Pool]) -> None:
+    pool = start(processes=2)
+    pool.begin("one", "two")
+    job = pool.send_behind("third")
+    free, busy = ("one", "two") if job._write_to.pid == pool.accepted["two"] else ("two", "one")
+    pool.let_go(free, "third")
+    pool.until(lambda: "third" in pool.ended, "the third job ended")
+    assert pool.ended["third"][0] == pool.accepted[free]
+    # The process that had it finds it, and runs what comes next.
+    pool.begin("fourth")
+    pool.let_go(busy, "fourth")
+    pool.until(lambda: len(pool.ended) == 4, "all ended")
+    assert sorted(pool.begun()) == ["fourth", "one", "third", "two"]
+    pool.until(lambda: pool.places.value == 4, "all places free")
+
+
+def test_a_job_that_was_given_back_does_not_run(start: Callable[..., Pool]) -> None:
+    pool = start(processes=1)
+    pool.begin("first")
+    job = pool.send_behind("second")
+    left: list[str] = []
+    assert pool.pool.give_back(job, lambda: left.append("second"))
+    assert not pool.pool.give_back(job, lambda: left.append("twice"))
+    pool.until(lambda: left == ["second"], "that it was given back is known")
+    assert not pool.places.acquire(int)  # its place is taken until the process has skipped it
+    pool.places._waiting.clear()
+    pool.let_go("first", "second", "third")
+    pool.until(lambda: pool.places.value == 2, "both places free")
+    pool.begin("third")
+    pool.until(lambda: "third" in pool.ended, "the third job ended")
+    assert pool.begun() == ["first", "third"]
+
+
+def test_a_job_that_has_begun_is_not_given_back(start: Callable[..., Pool]) -> None:
+    pool = start(processes=1)
+    pool.begin("first")
+    job = pool.send_behind("second")
+    pool.let_go("first")
+    wait_until(lambda: pool.begun() == ["first", "second"], what="the second one begun")
+    assert not pool.pool.take_back(job)  # though the pool has not yet heard of it
+    pool.let_go("second")
+    pool.until(lambda: "second" in pool.ended, "the second job ended")
+    assert not pool.pool.take_back(job)
+
+
+@pytest.mark.parametrize("size", [10, 1_000_000], ids=["whole", "in parts"])
+def test_the_job_behind_one_whose_process_is_killed(start: Callable[..., Pool], size: int) -> None:
+    pool = start(processes=1)
+    pool.begin("first")
+    pool.send_behind("second", "x" * size)
+    pool.let_go("second")
+    os.kill(pool.accepted["first"], signal.SIGKILL)
+    pool.until(lambda: "second" in pool.ended and "first" in pool.failed, "the second job ended in another process")
+    assert pool.ended["second"] == (pool.accepted["second"], "second" + "x" * size)
+    assert pool.accepted["second"] != pool.accepted["first"]
+    assert pool.begun() == ["first", "second"]
+    pool.until(lambda: pool.places.value == 2, "all places free")
+
+
+def test_a_job_that_was_given_back_is_not_sent_anew_when_its_process_is_killed(start: Callable[..., Pool]) -> None:
+    pool = start(processes=1)
+    pool.begin("first")
+    job = pool.send_behind("second")
+    os.kill(pool.accepted["first"], signal.SIGKILL)
+    wait_until(lambda: not pool.pool._pool[0]._is_alive(), what="the process ended")
+    assert pool.pool.give_back(job, int)
+    pool.pool.maintain_pool()  # before the main thread has heard that it was given back
+    pool.let_go("second", "third")
+    pool.until(lambda: pool.places.value == 2, "both places free")
+    pool.begin("third")
+    pool.until(lambda: "third" in pool.ended, "the third job ended")
+    assert pool.begun() == ["first", "third"]
+
+
+@pytest.mark.parametrize("size", [10, 1_000_000], ids=["whole", "in parts"])
+def test_a_job_that_was_given_back_is_not_read_by_the_next_process(start: Callable[..., Pool], size: int) -> None:
+    pool = start(processes=1)
+    pool.begin("first")
+    job = pool.send_behind("second", "x" * size)
+    assert pool.pool.give_back(job, int)
+    os.kill(pool.accepted["first"], signal.SIGKILL)
+    pool.until(lambda: "first" in pool.failed, "the loss told of")
+    pool.begin("third")
+    pool.send_behind("fourth")
+    pool.let_go("second", "third", "fourth")
+    pool.until(lambda: len(pool.ended) == 2, "both ended")
+    assert pool.begun() == ["first", "third", "fourth"]
+    pool.until(lambda: pool.places.value == 2, "all places free")
+
+
+def test_a_large_job_that_is_given_back_while_it_is_being_sent(start: Callable[..., Pool]) -> None:
+    pool = start(processes=1)
+    pool.begin("first")
+    job = pool.send_behind("second", "x" * 1_000_000)
+    assert pool.pool._active_writes
+    assert pool.pool.give_back(job, int)
+    pool.let_go("first", "second", "third")
+    pool.until(lambda: pool.places.value == 2, "all places free")
+    pool.begin("third")
+    pool.until(lambda: "third" in pool.ended, "the third job ended")
+    assert pool.begun() == ["first", "third"]
+
+
+@pytest.mark.parametrize("option", ["maxtasksperchild", "max_memory_per_child"])
+def test_a_process_that_may_end_after_its_job_is_sent_one_at_a_time(start: Callable[..., Pool], option: str) -> None:
+    pool = start(processes=1, **{option: 1_000_000})
+    pool.begin("first")
+    assert not pool.places.acquire(int)
+
+
+def test_a_pool_grows_and_shrinks(start: Callable[..., Pool]) -> None:
+    pool = start(processes=1)
+    pool.pool.grow(1)
+    assert pool.places.value == 4
+    pool.until_up(2)
+    pool.begin("one", "two")
+    pool.send_behind("three")
+    pool.send_behind("four")
+    pool.let_go("one", "two", "three", "four")
+    pool.until(lambda: len(pool.ended) == 4, "all ended")
+    pool.pool.shrink(1)
+    assert pool.places.initial_value == 2
