@@ -248,7 +248,7 @@ class Intake:
             for subscription in self.subscriptions.every():
                 self.unsubscribe(subscription.queue)
             for delivery in list(self._in_hand.values()):
-                if self.is_in_pool(delivery):
+                if self.is_in_pool(delivery) and not self.withdraw(delivery):
                     continue
                 cut_short = delivery.early and delivery.accepted
                 self.finish(delivery.tag, LOST if cut_short else BACK)

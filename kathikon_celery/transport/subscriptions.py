@@ -151,7 +151,9 @@ class Subscriptions:
             free = [(one, (one.prefetch() or UNLIMITED) - one.outstanding) for one in every]
             return [(one, limit) for one, limit in free if limit > 0]
         horizon = self._reach()
-        slots = max(self.slots(), 1)
+        slots = self.slots()
+        if slots <= 0:
+            return []
         outstanding = sum(one.outstanding for one in every)
         target = slots + self._ahead(slots)
         if outstanding >= slots and outstanding > target // 2:

@@ -5,8 +5,10 @@ Without that way the job would wait for as long as the one before it runs, whoev
 
 from __future__ import annotations
 
+import select
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from threading import Lock
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,8 @@ import billiard
 from celery.concurrency import asynpool
 from celery.worker import state
 
+#: Bytes up to which a write to a pipe happens as a whole or not at all.
+ATOMIC = getattr(select, "PIPE_BUF", 512)
 #: What a process says when it has read a job that was taken back. Billiard has words up to 4, Celery has 15.
 SKIPPED = 16
 
@@ -48,18 +52,24 @@ class Worker(asynpool.Worker):
 
 
 class Ahead:
-    """The jobs in the pipes of busy processes. A pipe is named by the number of the file that it is written to."""
+    """The jobs in the pipes of busy processes, and those that wait for a pipe.
 
-    def __init__(self) -> None:
+    A pipe is named by the number of the file that it is written to.
+    """
+
+    def __init__(self, waiting: deque[Any]) -> None:
+        self._waiting = waiting
         self._jobs: dict[int, Any] = {}
         self._to_be_skipped: set[int] = set()
         self._lock = Lock()  # what has no lock is for the main thread only
+        #: How many places were left without a job having ended.
+        self.free = 0
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(list(self._jobs.values()))
+        return iter([*self._jobs.values(), *self._waiting])
 
     def __bool__(self) -> bool:
-        return bool(self._jobs)
+        return bool(self._jobs or self._waiting)
 
     def is_full(self, pipe: int) -> bool:
         """Whether a busy process may be sent no more."""
@@ -70,10 +80,10 @@ class Ahead:
         return pipe in self._to_be_skipped
 
     def send(self, process: Any, job: Any, behind: bool, write: Callable[[int], None]) -> None:
-        """*Write* a job into the pipe of an idle process, or *behind* what a busy one runs, if there is room."""
+        """*Write* the job that waits first to an idle process, or *behind* what a busy one runs, if it still may be."""
         pipe = process.inqW_fd
         with self._lock:
-            if pipe in self._to_be_skipped:
+            if pipe in self._to_be_skipped or not self._waiting or self._waiting[0] is not job:
                 return
             if behind:
                 self._jobs[pipe] = job
@@ -81,8 +91,12 @@ class Ahead:
             write(pipe)
 
     def take_back(self, job: Any) -> bool:
-        """Whether the job, which is in the pipe of a busy process, will not be begun there."""
+        """Take back a job that waits; false if its process may have begun it."""
         with self._lock:
+            if job in self._waiting:
+                self._waiting.remove(job)
+                self.free += 1
+                return True
             process = job._write_to
             pipe = None if process is None else process.inqW_fd
             if pipe is None or self._jobs.get(pipe) is not job or not process.permits.acquire(False):
@@ -91,27 +105,29 @@ class Ahead:
             self._to_be_skipped.add(pipe)
             return True
 
-    def forget(self, job: Any) -> None:
-        """A job is to be sent anew, as its process has ended before it began the job."""
-        with self._lock:
-            self._jobs = {pipe: one for pipe, one in self._jobs.items() if one is not job}
-
     def ended(self, pipe: int) -> bool:
         """A process has ended a job. Whether it is idle: else it begins the next one."""
         return self._jobs.pop(pipe, None) is None
 
-    def skipped(self, pipe: int) -> None:
-        """A process has read the job that was taken back; maybe before `take_back` was done."""
+    def skipped(self, pipe: int) -> bool:
+        """Where there was a job that was taken back there is none: it was read, maybe before `take_back` was done."""
         with self._lock:
+            had_rest = pipe in self._to_be_skipped
             self._to_be_skipped.discard(pipe)
+            self.free += had_rest
+            return had_rest
 
     def lost(self, pipe: int) -> bool:
         """A process is gone. Whether there is a job in its pipe that was taken back."""
         with self._lock:
             self._jobs.pop(pipe, None)
-            had_rest = pipe in self._to_be_skipped
-            self._to_be_skipped.discard(pipe)
-            return had_rest
+        return self.skipped(pipe)
+
+    def places(self) -> int:
+        """How many places have become free since the last call."""
+        with self._lock:
+            free, self.free = self.free, 0
+            return free
 
 
 class AsynPool(asynpool.AsynPool):
@@ -129,9 +145,9 @@ class AsynPool(asynpool.AsynPool):
             self.Worker = Worker
         ends_soon = options.get("maxtasksperchild") or options.get("max_memory_per_child")
         self._goes_ahead = self.is_fair and not ends_soon
-        self._ahead = Ahead()
         self._given_back: deque[tuple[Any, Callable[[], Any]]] = deque()
         super().__init__(*args, **options)
+        self._ahead = Ahead(self.outbound_buffer)
         if self._goes_ahead:
             self._putlock.grow(self._processes)
 
@@ -158,34 +174,29 @@ class AsynPool(asynpool.AsynPool):
         """A process has read a job that was taken back."""
         self._ahead.skipped(pipe)
         self._mark_worker_as_available(pipe)
-        self._putlock.release()
 
     def _process_cleanup_queues(self, proc: Any) -> None:
         if self._ahead.lost(proc.inqW_fd):
             self.on_partial_read(SimpleNamespace(_accepted=True), proc)  # nobody shall read that pipe
-            self._putlock.release()
         super()._process_cleanup_queues(proc)
 
     def flush(self) -> None:
+        """Called when the consumer ends or begins anew: forget what no process has begun.
+
+        Celery forgets all of which it was not told that it has begun, and so the results of some.
+        """
         self._given_back.clear()
+        for job in list(self._cache.values()):
+            if not job._accepted and job._write_to is not None and not self.take_back(job):
+                job._accepted = True
         super().flush()
 
-    def _create_write_handlers(self, hub: Any, **kwargs: Any) -> None:
-        super()._create_write_handlers(hub, **kwargs)
-        put_back = vars(self)["_put_back"]
-
-        def put_back_once(job: Any) -> None:
-            self._ahead.forget(job)
-            put_back(job)
-
-        self._put_back = put_back_once
-
     def take_back(self, job: Any) -> bool:
-        """Whether the job, which the pool was given, will not run: it waits behind another one. For any thread."""
+        """Take back a job that waits; false if its process may have begun it. For any thread."""
         return self._ahead.take_back(job)
 
     def give_back(self, job: Any, leave: Callable[[], Any]) -> bool:
-        """As `take_back`; the main thread forgets the job then, and calls *leave*. For any thread."""
+        """As `take_back`; the main thread then forgets the job and calls *leave*. For any thread."""
         if not self.take_back(job):
             return False
         self._given_back.append((job, leave))
@@ -199,16 +210,23 @@ class AsynPool(asynpool.AsynPool):
             job.discard()
         if self._ahead and state.revoked:
             self._drop_revoked()
+        if self._ahead.free:
+            for _ in range(self._ahead.places()):
+                self._putlock.release()
         waiting = self.outbound_buffer
         while True:
             pipe = self._idle_pipe()
             if not waiting and (pipe is None or not self._move_one()):
                 break
-            job, behind = waiting[0], pipe is None
-            if job._accepted or job._job not in self._cache:
-                waiting.popleft()
+            try:
+                job, behind = waiting[0], pipe is None
+            except IndexError:  # the intake has taken it back
                 continue
-            if behind and self._goes_ahead:
+            if job._accepted or job._job not in self._cache:
+                with suppress(ValueError):
+                    waiting.remove(job)
+                continue
+            if behind and self._goes_ahead and len(job._payload[0]) + job._payload[2] <= ATOMIC:
                 pipe = self._pipe_with_room()
             if pipe is None:
                 break

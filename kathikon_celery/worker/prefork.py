@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import os
 import pickle
-import select
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -19,8 +18,6 @@ from celery.concurrency import asynpool, prefork
 from kathikon_celery.worker import ahead
 from kathikon_celery.worker.request import Request, Unsendable
 
-#: Bytes up to which a write to a pipe happens as a whole or not at all.
-ATOMIC = getattr(select, "PIPE_BUF", 512)
 #: Bytes that are read at once: what a pipe holds.
 CHUNK = 65536
 #: Bytes before a message, which say its length.
@@ -116,7 +113,7 @@ class AsynPool(ahead.AsynPool):
                 raise Unsendable(f"{type(error).__name__}: {error}") from error
             job = cache[task[1][0]]
             header, body, size = job._payload
-            if HEADER + size <= ATOMIC:  # whoever has written the header is not asked to write more
+            if HEADER + size <= ahead.ATOMIC:  # whoever has written the header is not asked to write more
                 job._payload = memoryview(b"".join((header, body))), memoryview(b""), 0
 
         def write(pipe: int) -> None:
@@ -134,7 +131,7 @@ class TaskPool(prefork.TaskPool):
     Pool = AsynPool
 
     def give_back(self, request: Request) -> bool:
-        """Whether a request that the pool was given will not run: no process has begun it. For any thread."""
+        """Take back a request that the pool was given; false if a process may have begun it. For any thread."""
         result = request._apply_result
         job = None if result is None else result()
         return job is not None and isinstance(self._pool, AsynPool) and self._pool.give_back(job, request._leave)

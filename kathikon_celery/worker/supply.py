@@ -59,7 +59,8 @@ class Supply(bootsteps.StartStopStep):
         intake.is_in_pool = is_in_pool
         intake.withdraw = partial(withdraw, c.pool)
         intake.subscriptions.claims_ahead = not c.app.conf.worker_disable_prefetch
-        intake.subscriptions.slots = lambda: _slots(c)
+        earlier = list(state.active_requests)  # what runs for a connection that was lost
+        intake.subscriptions.slots = lambda: _slots(c, earlier)
         intake.is_pool_full = lambda: len(state.active_requests) >= _processes(c)
         promoter = getattr(c.controller, "kathikon_promoter", None)
         if promoter is not None:
@@ -72,7 +73,7 @@ class Supply(bootsteps.StartStopStep):
         """Give back at once what was claimed and not begun; the pool goes on with what it has."""
         if c.connection is not None:
             intake = c.connection.transport.intake
-            intake.give_back(lambda one: one.is_job and (not is_in_pool(one) or withdraw(c.pool, one)))
+            intake.give_back(lambda delivery: delivery.is_job and not is_in_pool(delivery))
 
     def info(self, c: Any) -> dict[str, Any]:
         """What ``celery inspect stats`` says of the broker: what Celery says, without the password in the URL."""
@@ -129,9 +130,10 @@ def _processes(c: Any) -> int:
     return int(getattr(c.pool, "num_processes", 0))  # a pool that has ended has no such number
 
 
-def _slots(c: Any) -> int:
-    """How many jobs the consumer may have from us."""
-    slots = _processes(c)
+def _slots(c: Any, earlier: list[Any]) -> int:
+    """How many jobs the consumer may have from us. Those that began *earlier*, and still run, have their slots."""
+    earlier[:] = [request for request in earlier if request in state.active_requests]
+    slots = _processes(c) - len(earlier)
     # What waits for its rate limit needs no slot yet. As with any broker, the prefetch count limits how much that is.
     limited = sum(len(bucket.contents) for bucket in list(c.task_buckets.values()) if bucket is not None)
     return max(slots, min(slots + limited, c.qos.value or UNLIMITED)) if limited else slots

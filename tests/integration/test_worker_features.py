@@ -319,6 +319,25 @@ def test_what_waits_in_a_busy_process_is_left_to_others_at_a_warm_shutdown(
     assert jobs.wait(blocking, State.COMPLETED).attempts == 1
 
 
+def test_what_waits_in_a_busy_process_is_left_to_others_when_the_consumer_begins_anew(
+    behind: Callable[[], list[AsyncResult]], jobs: Jobs, journal: Journal, gate: Path, workers: Workers
+) -> None:
+    first = workers(concurrency=1, env=FOR_LONG)
+    blocking, *waiting = behind()
+    assert blocking.app.control.broadcast("lose_connection", reply=True, timeout=60, limit=1)
+    for result in waiting:
+        jobs.wait(result, State.AVAILABLE)
+    assert "Connection to broker lost" in first.log
+    second = workers(concurrency=1)
+    assert [result.get(timeout=60) for result in waiting] == ["0", "1", "2"]
+    gate.touch()
+    assert blocking.get(timeout=60) == "done"
+    assert jobs.wait(blocking, State.COMPLETED).attempts == 1
+    second.stop()
+    assert apps.describe.delay().get(timeout=60)["hostname"] == first.hostname
+    assert journal.lines == ["0", "1", "2"]
+
+
 def test_what_waits_in_a_process_that_is_killed_is_no_crash_of_its_own(
     behind: Callable[[], list[AsyncResult]], jobs: Jobs, journal: Journal, gate: Path, workers: Workers
 ) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from threading import Semaphore
-from types import SimpleNamespace
-from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -17,15 +15,22 @@ from kathikon_celery.worker.ahead import Ahead
 processes = st.integers(0, 1)
 
 
+@dataclass(eq=False)
+class Job:
+    _write_to: Process | None = None
+    started: int = 0
+    is_ours: bool = False
+
+
 @dataclass
 class Process:
     """What `Worker` does, step by step: `pipe` is what was written to it, `said` what the pool has not read."""
 
     inqW_fd: int  # noqa: N815 - billiard's name
     permits: Semaphore = field(default_factory=lambda: Semaphore(0))
-    pipe: deque[Any] = field(default_factory=deque)
+    pipe: deque[Job] = field(default_factory=deque)
     said: deque[str] = field(default_factory=deque)
-    runs: Any = None
+    runs: Job | None = None
 
     def step(self) -> None:
         if self.runs is not None:
@@ -45,26 +50,37 @@ class Pool(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ahead = Ahead()
+        self.waiting: deque[Job] = deque()
+        self.ahead = Ahead(self.waiting)
         self.processes = [Process(3), Process(4)]
         self.busy: set[int] = set()
-        self.jobs: list[Any] = []
+        self.places = 4
+        self.jobs: list[Job] = []
 
     def write(self, process: Process, behind: bool) -> None:
-        job = SimpleNamespace(_write_to=None, started=0, is_ours=False)
+        job = self.waiting[0]
 
         def write(pipe: int) -> None:
             assert pipe == process.inqW_fd
+            assert self.waiting.popleft() is job
             process.pipe.append(job)
             job._write_to = process
             self.busy.add(pipe)
 
         self.ahead.send(process, job, behind, write)
         assert job._write_to is process
-        self.jobs.append(job)
+
+    @rule()
+    def give(self) -> None:
+        if self.places:
+            self.places -= 1
+            self.jobs.append(Job())
+            self.waiting.append(self.jobs[-1])
 
     @rule(number=processes)
     def send(self, number: int) -> None:
+        if not self.waiting:
+            return
         process = self.processes[number]
         pipe = process.inqW_fd
         if pipe not in self.busy:
@@ -80,13 +96,16 @@ class Pool(RuleBasedStateMachine):
     @rule(number=processes)
     def pool_hears(self, number: int) -> None:
         process = self.processes[number]
+        self.places += self.ahead.places()
         if not process.said:
             return
         if process.said.popleft() == "skipped":
             self.ahead.skipped(process.inqW_fd)
             self.busy.discard(process.inqW_fd)
-        elif self.ahead.ended(process.inqW_fd):
-            self.busy.discard(process.inqW_fd)
+        else:
+            self.places += 1
+            if self.ahead.ended(process.inqW_fd):
+                self.busy.discard(process.inqW_fd)
 
     @rule(data=st.data())
     def take_back(self, data: st.DataObject) -> None:
@@ -105,12 +124,12 @@ class Pool(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Nothing is stuck: when all have gone on, each job was begun or taken back, and both processes are free."""
-        for number in [0, 1] * 8:
+        for number in [0, 1] * 12:
+            self.send(number)
             self.process_goes_on(number)
             self.pool_hears(number)
         assert all(job.started + job.is_ours == 1 for job in self.jobs)
-        assert not self.busy
-        assert not self.ahead
+        assert (self.busy, bool(self.ahead), self.places) == (set(), False, 4)
         assert not any(self.ahead.has_rest(process.inqW_fd) for process in self.processes)
 
 

@@ -17,6 +17,9 @@ from typing import Any, NoReturn
 from celery import Celery, Signature, Task, current_app, group, maybe_signature, shared_task
 from celery.exceptions import Ignore, Reject
 from celery.result import allow_join_result
+from celery.worker.control import control_command
+
+from kathikon_celery.storage import Unavailable
 
 
 def create_app(name: str = "tests", /, **conf: Any) -> Celery:
@@ -29,6 +32,17 @@ def create_app(name: str = "tests", /, **conf: Any) -> Celery:
 
 
 app = create_app(**json.loads(os.environ.get("KATHIKON_TEST_CONF") or "{}"))
+
+
+@control_command()  # type: ignore[untyped-decorator]
+def lose_connection(state: Any) -> dict[str, str]:
+    """Have the consumer begin anew, as it does when it has lost its broker."""
+
+    def lose() -> NoReturn:
+        raise Unavailable("as asked")
+
+    state.consumer.hub.call_soon(lose)
+    return {"ok": "soon"}
 
 
 def append_line(path: str, line: str) -> None:
