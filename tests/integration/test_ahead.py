@@ -160,11 +160,13 @@ def test_nothing_is_sent_before_a_job_that_was_given_back_is_out_of_the_way(star
     pool.pool.on_job_ready(0, None, None, pipe)  # what the process says of both may come apart
     assert pipe not in pool.pool._busy_workers
     pool.pool.on_poll_start()
+    pool.pool._ahead.send(second._write_to, second, False, pytest.fail)  # which the intake has just taken back
     assert third._write_to is None
     pool.pool._busy_workers.add(pipe)  # or it was thought to have begun the second one
     pool.pool.on_job_skipped(pipe)
     pool.pool.on_poll_start()
     assert third._write_to is second._write_to
+    assert not pool.pool.take_back(third)  # it is not behind another one
 
 
 def test_a_job_that_has_begun_is_not_given_back(start: Callable[..., Pool]) -> None:
