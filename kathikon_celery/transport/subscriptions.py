@@ -104,6 +104,8 @@ class Subscriptions:
         limit, slots = subscription.prefetch(), 0
         if self.slots is not None and subscription.are_jobs:
             slots = self.slots()
+            if slots <= 0:
+                return False
             limit = min(limit or UNLIMITED, slots + self._ahead(slots))
         if limit:
             limits.append(limit - self._in_hand_beside(subscription))

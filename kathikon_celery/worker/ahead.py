@@ -39,6 +39,9 @@ class Worker(asynpool.Worker):
         obj.permits = self.permits
         return super().contribute_to_object(obj)
 
+    def __reduce__(self) -> Any:  # for a process that is not forked but started anew
+        return (*super().__reduce__(), {"permits": self.permits})
+
     def _make_child_methods(self, **kwargs: Any) -> None:
         super()._make_child_methods(**kwargs)
         self._receive, self.wait_for_job = self.wait_for_job, self._receive_what_is_permitted
@@ -61,15 +64,18 @@ class Ahead:
         self._waiting = waiting
         self._jobs: dict[int, Any] = {}
         self._to_be_skipped: set[int] = set()
-        self._lock = Lock()  # what has no lock is for the main thread only
-        #: How many places were left without a job having ended.
-        self.free = 0
+        self._free = 0
+        self._lock = Lock()  # what does not take it is for the main thread only
 
     def __iter__(self) -> Iterator[Any]:
         return iter([*self._jobs.values(), *self._waiting])
 
     def __bool__(self) -> bool:
         return bool(self._jobs or self._waiting)
+
+    def behind(self, pipe: int) -> Any:
+        """The job that waits there, if any."""
+        return self._jobs.get(pipe)
 
     def is_full(self, pipe: int) -> bool:
         """Whether a busy process may be sent no more."""
@@ -95,7 +101,7 @@ class Ahead:
         with self._lock:
             if job in self._waiting:
                 self._waiting.remove(job)
-                self.free += 1
+                self._free += 1
                 return True
             process = job._write_to
             pipe = None if process is None else process.inqW_fd
@@ -105,29 +111,46 @@ class Ahead:
             self._to_be_skipped.add(pipe)
             return True
 
+    def wait_first(self, job: Any) -> None:
+        """Undo `take_back`, for a job that was in no pipe."""
+        with self._lock:
+            self._waiting.appendleft(job)
+            self._free -= 1
+
     def ended(self, pipe: int) -> bool:
         """A process has ended a job. Whether it is idle: else it begins the next one."""
         return self._jobs.pop(pipe, None) is None
 
-    def skipped(self, pipe: int) -> bool:
-        """Where there was a job that was taken back there is none: it was read, maybe before `take_back` was done."""
-        with self._lock:
-            had_rest = pipe in self._to_be_skipped
-            self._to_be_skipped.discard(pipe)
-            self.free += had_rest
-            return had_rest
+    def skipped(self, pipe: int) -> None:
+        """A process has read the job that was taken back, maybe before `take_back` was done."""
+        self._clear_rest(pipe)
 
     def lost(self, pipe: int) -> bool:
         """A process is gone. Whether there is a job in its pipe that was taken back."""
+        self._jobs.pop(pipe, None)
+        return self._clear_rest(pipe)
+
+    def _clear_rest(self, pipe: int) -> bool:
         with self._lock:
-            self._jobs.pop(pipe, None)
-        return self.skipped(pipe)
+            had_rest = pipe in self._to_be_skipped
+            self._to_be_skipped.discard(pipe)
+            self._free += had_rest
+            return had_rest
 
     def places(self) -> int:
-        """How many places have become free since the last call."""
+        """How many places have become free since the last call, without a job having ended."""
+        if not self._free:
+            return 0
         with self._lock:
-            free, self.free = self.free, 0
+            free, self._free = self._free, 0
             return free
+
+
+def request_of(job: Any) -> Any:
+    """Celery's request that was given to the pool as this job; `None` if Celery has forgotten it."""
+    request = state.requests.get(job.correlation_id)
+    result = getattr(request, "_apply_result", None)
+    return request if result is not None and result() is job else None
 
 
 class AsynPool(asynpool.AsynPool):
@@ -181,19 +204,23 @@ class AsynPool(asynpool.AsynPool):
         super()._process_cleanup_queues(proc)
 
     def flush(self) -> None:
-        """Called when the consumer ends or begins anew: forget what no process has begun.
+        """Called when the consumer ends or begins anew: forget what has not begun, and no more.
 
-        Celery forgets all of which it was not told that it has begun, and so the results of some.
+        Celery forgets each job of which no process has told that it has begun, though one may run it.
         """
-        self._given_back.clear()
-        for job in list(self._cache.values()):
-            if not job._accepted and job._write_to is not None and not self.take_back(job):
-                job._accepted = True
+        self._forget_given_back()
+        self.maintain_pool()  # what was sent to a process that is gone waits again
+        unsaid = [job for job in self._cache.values() if job._write_to is not None and not job._accepted]
+        unsaid = [job for job in unsaid if not self.take_back(job)]
+        for job in unsaid:
+            job._accepted = True
         super().flush()
+        for job in unsaid:
+            job._accepted = job._worker_pid is not None
 
     def take_back(self, job: Any) -> bool:
         """Take back a job that waits; false if its process may have begun it. For any thread."""
-        return self._ahead.take_back(job)
+        return self.is_fair and self._ahead.take_back(job)
 
     def give_back(self, job: Any, leave: Callable[[], Any]) -> bool:
         """As `take_back`; the main thread then forgets the job and calls *leave*. For any thread."""
@@ -202,21 +229,25 @@ class AsynPool(asynpool.AsynPool):
         self._given_back.append((job, leave))
         return True
 
-    def send_waiting(self, write: Callable[[int], None]) -> None:
-        """Have each job that waits written into a pipe, as long as there is room. *write* takes the next one."""
+    def _forget_given_back(self) -> None:
         while self._given_back:
             job, leave = self._given_back.popleft()
             leave()
             job.discard()
+
+    # --- sending
+
+    def send_waiting(self, write: Callable[[int], None]) -> None:
+        """Have each job that waits written into a pipe, as long as there is room. *write* takes the next one."""
+        self._forget_given_back()
         if self._ahead and state.revoked:
             self._drop_revoked()
-        if self._ahead.free:
-            for _ in range(self._ahead.places()):
-                self._putlock.release()
+        for _ in range(self._ahead.places()):
+            self._putlock.release()
         waiting = self.outbound_buffer
         while True:
             pipe = self._idle_pipe()
-            if not waiting and (pipe is None or not self._move_one()):
+            if not waiting and (pipe is None or not any(map(self._move, self._ahead))):
                 break
             try:
                 job, behind = waiting[0], pipe is None
@@ -226,8 +257,13 @@ class AsynPool(asynpool.AsynPool):
                 with suppress(ValueError):
                     waiting.remove(job)
                 continue
-            if behind and self._goes_ahead and len(job._payload[0]) + job._payload[2] <= ATOMIC:
-                pipe = self._pipe_with_room()
+            request = request_of(job)
+            lapses = request is not None and bool(request.expires or request.stamped_headers)
+            if behind:
+                fits = len(job._payload[0]) + job._payload[2] <= ATOMIC
+                pipe = self._pipe_with_room() if self._goes_ahead and fits and not lapses else None
+            elif lapses and self._has_lapsed(job, request):
+                continue
             if pipe is None:
                 break
             self._ahead.send(self._fileno_to_inq[pipe], job, behind, write)
@@ -246,21 +282,49 @@ class AsynPool(asynpool.AsynPool):
                 return pipe
         return None
 
-    def _move_one(self) -> bool:
-        """Let a job that waits behind another one wait for the next pipe instead."""
-        for job in self._ahead:
-            if job._write_to.inqW_fd not in self._active_writes and self.take_back(job):
-                self._putlock.acquire(int)  # one more place: the old one is free when the job was skipped there
-                self.outbound_buffer.append(job)
-                return True
-        return False
+    def _move(self, job: Any) -> bool:
+        """Let a job that waits behind another one wait for the next pipe instead; false if it has begun."""
+        if job._write_to.inqW_fd in self._active_writes or not self.take_back(job):
+            return False
+        self._putlock.acquire(int)  # one more place: the old one is free when the job was skipped there
+        self.outbound_buffer.appendleft(job)
+        return True
+
+    # Celery looks whether a job was revoked, or has expired, before it gives it to the pool.
 
     def _drop_revoked(self) -> None:
-        """Celery looks whether a job was revoked before it gives it to the pool."""
         for job in self._ahead:
-            if job.correlation_id not in state.revoked:
-                continue
-            request = state.requests.get(job.correlation_id)
+            request = request_of(job) if job.correlation_id in state.revoked else None
             if request is not None and self.take_back(job):
                 job.discard()
                 request.revoked()
+
+    def _has_lapsed(self, job: Any, request: Any) -> bool:
+        if not self.take_back(job):
+            return True
+        if request.revoked():
+            job.discard()
+            return True
+        self._ahead.wait_first(job)
+        return False
+
+    # --- ending what runs: a process may have ended it, and begun the next job, while we have not read that
+
+    def _is_over(self, pipe: int) -> bool:
+        """Whether the job that we think a process runs is over. If not, none is left behind it."""
+        behind = self._ahead.behind(pipe)
+        return behind is not None and pipe not in self._active_writes and not self._move(behind)
+
+    def _on_soft_timeout(self, job: int, soft: float, hard: float | None, hub: Any) -> None:
+        if job not in self._cache or not self._is_over(self._cache[job]._write_to.inqW_fd):
+            super()._on_soft_timeout(job, soft, hard, hub)
+
+    def _on_hard_timeout(self, job: int) -> None:
+        if job not in self._cache or not self._is_over(self._cache[job]._write_to.inqW_fd):
+            super()._on_hard_timeout(job)
+
+    def terminate_job(self, pid: int, sig: int | None = None) -> None:
+        """Kill the process of a job, if it still runs that job."""
+        process, _ = self._process_by_pid(pid)
+        if process is None or not self._is_over(process.inqW_fd):
+            super().terminate_job(pid, sig)

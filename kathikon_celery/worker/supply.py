@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from functools import cache, partial
 from threading import current_thread, main_thread
 from typing import Any
@@ -19,7 +20,8 @@ from kathikon_celery.storage.sql import SQLBackend
 from kathikon_celery.transport.delivery import DONE, Delivery, Outcome, Verdict
 from kathikon_celery.transport.subscriptions import UNLIMITED
 from kathikon_celery.transport.transport import Transport
-from kathikon_celery.worker.prefork import TaskPool
+from kathikon_celery.worker.ahead import request_of
+from kathikon_celery.worker.prefork import AsynPool, TaskPool
 from kathikon_celery.worker.request import Request
 from kathikon_celery.worker.tracing import carry_results
 
@@ -59,7 +61,7 @@ class Supply(bootsteps.StartStopStep):
         intake.is_in_pool = is_in_pool
         intake.withdraw = partial(withdraw, c.pool)
         intake.subscriptions.claims_ahead = not c.app.conf.worker_disable_prefetch
-        earlier = list(state.active_requests)  # what runs for a connection that was lost
+        earlier = tuple(state.active_requests)  # what runs for a connection that was lost
         intake.subscriptions.slots = lambda: _slots(c, earlier)
         intake.is_pool_full = lambda: len(state.active_requests) >= _processes(c)
         promoter = getattr(c.controller, "kathikon_promoter", None)
@@ -107,16 +109,17 @@ class SentJobs(bootsteps.StartStopStep):
     def close(self, w: Any) -> None:
         """Called before the consumer has the pool forget all that was not accepted."""
         pool = getattr(w.pool, "_pool", None)
-        being_sent = getattr(pool, "_active_writers", None)
-        if pool is None or being_sent is None:  # only the processes of prefork are sent anything
+        if not isinstance(pool, AsynPool):  # only the processes of prefork are sent anything
             return
+        pool.maintain_pool()  # what was sent to a process that is gone waits again
         for job in list(pool._cache.values()):
-            writer = getattr(job, "_writer", None)
-            request = state.requests.get(job.correlation_id)
-            if request is not None and isinstance(w.pool, TaskPool) and pool.take_back(job):
+            request, writer = request_of(job), getattr(job, "_writer", None)
+            if request is None:
+                continue
+            if pool.take_back(job):
                 job.discard()
                 request._leave()
-            elif job._write_to is not None and request is not None and not (writer and writer() in being_sent):
+            elif job._write_to is not None and not (writer and writer() in pool._active_writers):
                 job._accepted = True
                 state.active_requests.add(request)
 
@@ -130,10 +133,9 @@ def _processes(c: Any) -> int:
     return int(getattr(c.pool, "num_processes", 0))  # a pool that has ended has no such number
 
 
-def _slots(c: Any, earlier: list[Any]) -> int:
+def _slots(c: Any, earlier: Collection[Any]) -> int:
     """How many jobs the consumer may have from us. Those that began *earlier*, and still run, have their slots."""
-    earlier[:] = [request for request in earlier if request in state.active_requests]
-    slots = _processes(c) - len(earlier)
+    slots = _processes(c) - sum(request in state.active_requests for request in earlier)
     # What waits for its rate limit needs no slot yet. As with any broker, the prefetch count limits how much that is.
     limited = sum(len(bucket.contents) for bucket in list(c.task_buckets.values()) if bucket is not None)
     return max(slots, min(slots + limited, c.qos.value or UNLIMITED)) if limited else slots

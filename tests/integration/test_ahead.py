@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from time import sleep
 from typing import Any
 
 import pytest
+from celery.worker import state
 from kombu.asynchronous import Hub
 from kombu.asynchronous.semaphore import LaxBoundedSemaphore
 
 from kathikon_celery.worker.prefork import AsynPool
 from tests.support.waiting import wait_until
+from tests.support.workers import ROOT
 
 
 def run(path: Path, name: str, text: str = "") -> tuple[int, str]:
@@ -36,11 +42,11 @@ class Pool:
         self.failed: dict[str, Any] = {}
         self.hub = Hub()
         self.places = LaxBoundedSemaphore(options["processes"])
-        self.pool = AsynPool(threads=False, semaphore=self.places, **options)
+        self.pool = AsynPool(threads=False, enable_timeouts=True, semaphore=self.places, **options)
         self.pool.register_with_event_loop(self.hub)
         self.until_up(options["processes"])
 
-    def give(self, name: str, text: str = "") -> Any:
+    def give(self, name: str, text: str = "", **options: Any) -> Any:
         """As Celery does, which asks the semaphore first."""
         given: list[Any] = []
 
@@ -50,7 +56,7 @@ class Pool:
                 callback=lambda result: self.ended.update({name: result}),
                 error_callback=lambda error: self.failed.update({name: error}),
                 accept_callback=lambda pid, *_: self.accepted.update({name: pid}),
-                waitforslot=False, correlation_id=name,
+                waitforslot=False, correlation_id=name, **options,
             )  # fmt: skip
             given.append(job)
 
@@ -71,10 +77,10 @@ class Pool:
     def until_up(self, processes: int) -> None:
         self.until(lambda: len(self.pool._all_inqueues) == processes, f"{processes} processes up")
 
-    def begin(self, *names: str) -> None:
+    def begin(self, *names: str, **options: Any) -> None:
         """Fill the processes."""
         for name in names:
-            self.give(name)
+            self.give(name, **options)
         self.until(lambda: set(names) <= set(self.accepted), f"{names} accepted")
 
     def send_behind(self, name: str, text: str = "") -> Any:
@@ -266,6 +272,110 @@ def test_a_process_that_may_end_after_its_job_is_sent_one_at_a_time(start: Calla
     pool = start(processes=1, **{option: 1_000_000})
     pool.begin("first")
     assert not pool.places.acquire(int)
+
+
+def test_processes_that_are_not_forked(tmp_path: Path) -> None:
+    """They are told of their permits by another way; macOS has them by default."""
+    command = [sys.executable, "-m", "tests.integration.spawned_pool", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.stdout, done.returncode) == ("['first', 'second']\n", 0), done.stderr
+
+
+def test_a_pool_that_is_not_fair_takes_nothing_back(start: Callable[..., Pool]) -> None:
+    pool = start(processes=1, sched_strategy="fcfs")
+    job = pool.give("first")
+    assert not pool.pool.give_back(job, pytest.fail)
+    pool.let_go("first")
+    pool.until(lambda: "first" in pool.ended, "the job ended")
+    assert pool.places.value == 1
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+@pytest.mark.parametrize("limit", ["soft_timeout", "timeout", "terminate"])
+def test_what_ends_a_job_does_not_end_the_next_one(start: Callable[..., Pool], limit: str, is_over: bool) -> None:
+    pool = start(processes=1)
+    # The timer of a limit is set when a job is accepted, and here it never rings by itself.
+    pool.begin("first", **({} if limit == "terminate" else {limit: 1000.0}))
+    pool.send_behind("second")
+    if is_over:  # but the pool has not yet heard of it
+        pool.let_go("first")
+        wait_until(lambda: pool.begun() == ["first", "second"], what="the second one begun")
+    [first] = [job for job in pool.pool._cache.values() if job.correlation_id == "first"]
+    if limit == "soft_timeout":
+        pool.pool._on_soft_timeout(first._job, 1000.0, None, pool.hub)
+    elif limit == "timeout":
+        pool.pool._on_hard_timeout(first._job)
+    else:
+        pool.pool.terminate_job(pool.accepted["first"], signal.SIGTERM)
+    pool.let_go("second")
+    pool.until(lambda: "second" in pool.ended and len(pool.ended) + len(pool.failed) == 2, "both told of")
+    assert ("first" in pool.ended) == is_over
+    assert pool.begun() == ["first", "second"]
+    pool.until(lambda: pool.places.value == 2, "all places free")
+
+
+@dataclass
+class Request:
+    """What the pool asks of Celery's request."""
+
+    job: Any
+    is_revoked: bool
+    expires: Any = None
+    stamped_headers: Sequence[str] = ()
+    asked: int = 0
+
+    def _apply_result(self) -> Any:
+        return self.job
+
+    def revoked(self) -> bool:
+        self.asked += 1
+        return self.is_revoked
+
+
+LAPSES = [{"expires": datetime(3000, 1, 1, tzinfo=timezone.utc)}, {"stamped_headers": ["batch"]}]
+
+
+@pytest.mark.parametrize("is_revoked", [False, True])
+@pytest.mark.parametrize("lapses", LAPSES, ids=["expires", "stamped"])
+def test_what_may_lapse_is_looked_at_when_a_process_is_free(
+    start: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch, lapses: dict[str, Any], is_revoked: bool
+) -> None:
+    pool = start(processes=1)
+    pool.begin("first")
+    job = pool.give("second")
+    request = Request(job, is_revoked, **lapses)
+    monkeypatch.setitem(state.requests, "second", request)
+    pool.turn()
+    assert (job._write_to, request.asked) == (None, 0)
+    pool.let_go("first", "second")
+    pool.until(lambda: request.asked and pool.places.value == 2, "all places free")
+    assert pool.begun() == ["first"] if is_revoked else ["first", "second"]
+    assert not pool.pool._cache
+
+
+def test_a_consumer_that_begins_anew_when_a_process_has_died(start: Callable[..., Pool]) -> None:
+    pool = start(processes=1)
+    [process] = pool.pool._pool
+    os.kill(process.pid, signal.SIGKILL)
+    wait_until(lambda: not process._is_alive(), what="the process ended")
+    lost = pool.give("lost")
+    pool.pool.on_poll_start()
+    assert lost._write_to is process  # the pool does not know yet
+    pool.places.clear()
+    pool.pool.flush()
+    assert not pool.pool._cache
+    pool.begin("next")
+
+
+def test_a_consumer_that_begins_anew_forgets_what_was_given_back(start: Callable[..., Pool]) -> None:
+    pool = start(processes=1)
+    pool.begin("first")
+    left: list[str] = []
+    assert pool.pool.give_back(pool.send_behind("second"), lambda: left.append("second"))
+    pool.places.clear()
+    pool.pool.flush()
+    assert left == ["second"]
+    assert [job.correlation_id for job in pool.pool._cache.values()] == ["first"]
 
 
 def test_a_pool_grows_and_shrinks(start: Callable[..., Pool]) -> None:

@@ -98,7 +98,8 @@ def queues(app: Celery, worker: str) -> list[str]:
 def test_every_command_is_tested() -> None:
     tests = [name.removeprefix("test_").partition("_") for name in globals() if name.startswith("test_")]
     tested = {(kind, name) for kind, _, names in tests for name in names.split("_and_")}
-    assert {(meta.type, name) for name, meta in Panel.meta.items()} - tested == set()
+    commands = {(meta.type, name) for name, meta in Panel.meta.items() if Panel.data[name].__module__ != apps.__name__}
+    assert commands - tested == set()
 
 
 # --- celery inspect
