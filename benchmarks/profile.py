@@ -29,6 +29,7 @@ STEPS = {
     "finish": "reports to the intake",
     "acknowledge": "reports to the intake",
     "schedule_writes": "writes into a process's pipe",
+    "send_waiting": "chooses a process for each job",
     "execute_using_pool": "hands requests to billiard",
     "on_result_readable": "reads results and tells their requests",
     "_on_bell": "makes requests of messages",
