@@ -166,10 +166,10 @@ def test_nothing_is_sent_before_a_job_that_was_given_back_is_out_of_the_way(star
     pool.pool.on_job_ready(0, None, None, pipe)  # what the process says of both may come apart
     assert pipe not in pool.pool._busy_workers
     pool.pool.on_poll_start()
-    pool.pool._ahead.send(second._write_to, second, False, pytest.fail)  # which the intake has just taken back
     assert third._write_to is None
     pool.pool._busy_workers.add(pipe)  # or it was thought to have begun the second one
     pool.pool.on_job_skipped(pipe)
+    pool.pool._ahead.send(second._write_to, second, False, pytest.fail)  # which the intake has just taken back
     pool.pool.on_poll_start()
     assert third._write_to is second._write_to
     assert not pool.pool.take_back(third)  # it is not behind another one
@@ -365,6 +365,23 @@ def test_a_consumer_that_begins_anew_when_a_process_has_died(start: Callable[...
     pool.pool.flush()
     assert not pool.pool._cache
     pool.begin("next")
+
+
+def test_a_process_that_dies_before_it_has_read_what_it_was_sent_when_the_consumer_began_anew(
+    start: Callable[..., Pool],
+) -> None:
+    pool = start(processes=1)
+    [process] = pool.pool._pool
+    os.kill(process.pid, signal.SIGSTOP)
+    sent = pool.give("sent")
+    pool.pool.on_poll_start()
+    assert sent._write_to is process
+    pool.places.clear()
+    pool.pool.flush()
+    pool.let_go("sent")
+    os.kill(process.pid, signal.SIGKILL)
+    pool.until(lambda: "sent" in pool.ended, "the job ended in another process")
+    assert pool.begun() == ["sent"]
 
 
 def test_a_consumer_that_begins_anew_forgets_what_was_given_back(start: Callable[..., Pool]) -> None:
