@@ -146,6 +146,12 @@ class Ahead:
             return free
 
 
+def is_atomic(job: Any) -> bool:
+    """Whether a job is written into a pipe as a whole or not at all."""
+    first, _, rest = job._payload
+    return bool(len(first) + rest <= ATOMIC)
+
+
 def request_of(job: Any) -> Any:
     """Celery's request that was given to the pool as this job; `None` if Celery has forgotten it."""
     request = state.requests.get(job.correlation_id)
@@ -260,8 +266,7 @@ class AsynPool(asynpool.AsynPool):
             request = request_of(job)
             lapses = request is not None and bool(request.expires or request.stamped_headers)
             if behind:
-                fits = len(job._payload[0]) + job._payload[2] <= ATOMIC
-                pipe = self._pipe_with_room() if self._goes_ahead and fits and not lapses else None
+                pipe = self._pipe_with_room() if self._goes_ahead and is_atomic(job) and not lapses else None
             elif lapses and self._has_lapsed(job, request):
                 continue
             if pipe is None:
@@ -315,12 +320,15 @@ class AsynPool(asynpool.AsynPool):
         behind = self._ahead.behind(pipe)
         return behind is not None and pipe not in self._active_writes and not self._move(behind)
 
+    def _has_ended(self, job: int) -> bool:
+        return job in self._cache and self._is_over(self._cache[job]._write_to.inqW_fd)
+
     def _on_soft_timeout(self, job: int, soft: float, hard: float | None, hub: Any) -> None:
-        if job not in self._cache or not self._is_over(self._cache[job]._write_to.inqW_fd):
+        if not self._has_ended(job):
             super()._on_soft_timeout(job, soft, hard, hub)
 
     def _on_hard_timeout(self, job: int) -> None:
-        if job not in self._cache or not self._is_over(self._cache[job]._write_to.inqW_fd):
+        if not self._has_ended(job):
             super()._on_hard_timeout(job)
 
     def terminate_job(self, pid: int, sig: int | None = None) -> None:

@@ -112,8 +112,8 @@ class AsynPool(ahead.AsynPool):
                 del cache[task[1][0]]
                 raise Unsendable(f"{type(error).__name__}: {error}") from error
             job = cache[task[1][0]]
-            header, body, size = job._payload
-            if HEADER + size <= ahead.ATOMIC:  # whoever has written the header is not asked to write more
+            if ahead.is_atomic(job):  # whoever has written the header is not asked to write more
+                header, body, _ = job._payload
                 job._payload = memoryview(b"".join((header, body))), memoryview(b""), 0
 
         def write(pipe: int) -> None:
