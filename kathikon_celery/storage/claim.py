@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from itertools import product
 from operator import itemgetter
 from time import monotonic
@@ -167,6 +167,12 @@ def claim_told(
     return [_job(row, node_id) for row in rows]
 
 
+def _rehearse(database: Database, connection: Connection) -> None:
+    """Run `claim_told` for no job until PostgreSQL keeps its plan: the first five runs of a statement it plans anew."""
+    for _ in range(6):
+        claim_told(database, connection, "", -1, -1, Waiting([], 0))
+
+
 def _job(row: Sequence[Any], node_id: int | None) -> Job:
     return Job(**dict(zip(_NAMES, row, strict=False)), state=State.CLAIMED, node_id=node_id)
 
@@ -231,15 +237,16 @@ def complete_and_claim(
     return rows[0][-1], look.found([row for row in rows if row[_SEQ] is not None], node_id)
 
 
-def statements(dialect: Dialect) -> Iterator[Any]:
-    """What a worker runs for most jobs: to compile them takes longer than to run a job, so it is better done before."""
-    yield completing(dialect)
+def preparations(database: Database) -> Iterator[Callable[[Connection], None]]:
+    """What the first jobs would have to wait for, longer than they run, in steps; each takes a connection."""
+    dialect = database.dialect
+    yield partial(prepared.ready, statement=completing(dialect))
     if dialect.wakes_by_name:
-        yield _claim_told(dialect)
+        yield partial(_rehearse, database)
     for marks, waits in product(range(1 + dialect.keeps_old_rows), range(1 + dialect.changes_in_ctes)):
-        yield _claim(dialect, marks, bool(waits))
+        yield partial(prepared.ready, statement=_claim(dialect, marks, bool(waits)))
         if dialect.changes_in_ctes:
-            yield _complete_and_claim(dialect, marks, bool(waits))
+            yield partial(prepared.ready, statement=_complete_and_claim(dialect, marks, bool(waits)))
 
 
 @lru_cache(maxsize=8)

@@ -168,18 +168,19 @@ class Database:
 
     @cached_property
     def _durable(self) -> Engine:
-        return self._make_engine(self._on_disk[True])
+        return self._make_engine(durable=True)
 
     @cached_property
     def _relaxed(self) -> Engine:
-        return self._make_engine(self._on_disk[False])
+        return self._make_engine(durable=False)
 
-    def _make_engine(self, on_disk: bool) -> Engine:
+    def _make_engine(self, durable: bool) -> Engine:
+        on_disk = self._on_disk[durable]
         engine = create_engine(
             self.url,
             isolation_level="AUTOCOMMIT",  # BEGIN and COMMIT are sent by `write`; a single statement needs neither
             hide_parameters=True,  # payloads do not belong into error messages
-            connect_args=self.dialect.connect_args(self.connect_timeout, on_disk),
+            connect_args=self.dialect.connect_args(self.connect_timeout, on_disk, publishes=durable),
             pool_reset_on_return=None,  # see `_Use`
             pool_recycle=1800,
             max_overflow=50,

@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 
 from kathikon_celery.job import Hold, Job, State
 from kathikon_celery.presence import Presence
-from kathikon_celery.storage import Storage, claim, finish, messages, nodes, outlook, prepared
+from kathikon_celery.storage import Storage, claim, finish, messages, nodes, outlook
 from kathikon_celery.storage.errors import StorageError, Unavailable, in_words, is_lost
 from kathikon_celery.storage.front import rest
 from kathikon_celery.storage.names import key
@@ -101,7 +101,7 @@ class Intake:
         self._rest = 0.0  # seconds until the next look of which nobody called: it may take long, see front.py
         self._doubts: list[float] = []  # pauses until it is looked for what came while we said so
         self._unsure = True  # a commit may have happened of which we did not hear
-        self._unprepared = claim.statements(self.database.dialect)  # not until there is nothing else to do
+        self._unprepared = claim.preparations(self.database)  # not until there is nothing else to do
         self._turn = 0  # the queue that `pump` serves first
         self._ready = threading.Condition(self._lock)
         self._interrupted = False
@@ -366,10 +366,10 @@ class Intake:
         self.presence.leave()
 
     def _prepare(self) -> None:
-        """Prepare one statement of those that the first jobs would have to wait for, as there is nothing else to do."""
-        if (statement := next(self._unprepared, None)) is not None:
+        """Do one thing of those that the first jobs would have to wait for, as there is nothing else to do."""
+        if (prepare := next(self._unprepared, None)) is not None:
             with self.database.read() as connection:
-                prepared.ready(connection, statement)
+                prepare(connection)
 
     def _due_at(self, now: float, next_look: float) -> float:
         """When the next transaction is worth while."""

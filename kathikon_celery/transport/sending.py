@@ -8,6 +8,7 @@ its queue is declared) is remembered here, as long as that holds of which it was
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from celery.backends.base import Backend
 from celery.utils.nodenames import anon_nodename
 from celery.utils.saferepr import saferepr
 from kombu import Producer, Queue
-from kombu.common import Broadcast
+from kombu.common import Broadcast, maybe_declare
 from kombu.entity import maybe_delivery_mode
 from kombu.pools import ProducerPool
 from sqlalchemy.exc import DBAPIError
@@ -89,8 +90,8 @@ class _Known:
     reprs: tuple[int, int, int]
     #: Whether the backend does something for each call whose result is kept.
     calls_backend: bool
-    #: By a task's name and the queue that the call names.
-    ways: dict[tuple[str, str | None], _Way] = field(default_factory=dict)
+    #: By a task's name and the queue that the call names; `None` where Celery's way is to be taken.
+    ways: dict[tuple[str, str | None], _Way | None] = field(default_factory=dict)
 
 
 class Sender:
@@ -105,14 +106,12 @@ class Sender:
         app = self._app
         if more or not _is_plain(args, kwargs, options) or app.current_worker_task is not None:
             return type(app).send_task(app, name, args, kwargs, *more, **options)
-        known = self._known
-        if known is not None and not self._holds(known):
-            known = self._known = None
-        way = known.ways.get((name, options.get("queue"))) if known is not None else None
+        known, key = self._known, (name, options.get("queue"))
+        if known is None or not self._holds(known) or key not in known.ways:
+            known = self._learned(name, args, kwargs, options)
+        way = known.ways.get(key) if known is not None else None
         if known is None or way is None or (known.calls_backend and not options.get("ignore_result")):
-            result = type(app).send_task(app, name, args, kwargs, **options)
-            self._learn(name, args, kwargs, options)
-            return result
+            return type(app).send_task(app, name, args, kwargs, **options)
         producer = options.get("producer")
         if producer is not None and not _is_for(producer, known.storage):
             return type(app).send_task(app, name, args, kwargs, **options)
@@ -169,33 +168,54 @@ class Sender:
             and not _is_hooked()
         )
 
-    def _learn(self, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> None:
-        """Find out what a call that Celery has sent, and so declared its queue, tells of the next one like it."""
-        if self._known is None and not _is_hooked():
-            self._known = self._found_out()
-        known = self._known
-        if known is not None and (way := self._way(name, args, kwargs, options)) is not None:
-            if len(known.ways) >= _MEMO:
-                known.ways.clear()
-            known.ways[name, options.get("queue")] = way
+    def _learned(self, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> _Known | None:
+        """What is known once it is found out where such a call goes, and its queue is declared.
 
-    def _found_out(self) -> _Known | None:
+        `None` while there is no connection, and when anything goes wrong: Celery's way says what.
+        """
         app = self._app
-        amqp, conf = app.amqp, app.conf
-        pool = amqp.producer_pool
-        storage = getattr(pool.connections.connection.transport, "storage", None)
-        if (
-            not isinstance(storage, Storage)
-            or type(amqp) is not AMQP
-            or type(pool) is not ProducerPool
-            or conf.task_protocol != 2
-            or conf.task_send_sent_event
-            or conf.task_compression
-            or not all(_is_own(*method) for method in _LEFT_OUT)
-        ):
+        if not self._is_usual():
             return None
-        known = _Known(
-            pool=pool,
+        with suppress(Exception), app.producer_or_acquire(options.get("producer")) as producer:
+            connection, pool = producer.__connection__, app.amqp.producer_pool
+            if not connection.connected or connection._pool is not pool.connections:
+                return None
+            known = self._known
+            if known is None or not self._holds(known):
+                known = self._found_out(producer.channel)
+            if known is not None:
+                queue = self._queue(name, args, kwargs, options)
+                if queue is not None:
+                    maybe_declare(queue, producer.channel)
+                if len(known.ways) >= _MEMO:
+                    known.ways.clear()
+                known.ways[name, options.get("queue")] = self._way(queue) if queue is not None else None
+                self._known = known
+            return known
+        return None
+
+    def _is_usual(self) -> bool:
+        """Whether an app has nothing that would be left out."""
+        amqp, conf = self._app.amqp, self._app.conf
+        return (
+            type(amqp) is AMQP
+            and type(amqp.producer_pool) is ProducerPool
+            and conf.task_protocol == 2
+            and not conf.task_send_sent_event
+            and not conf.task_compression
+            and all(_is_own(*method) for method in _LEFT_OUT)
+            and not _is_hooked()
+            and all(isinstance(one, Router | MapRoute) for one in amqp.router.routes)
+        )
+
+    def _found_out(self, channel: Any) -> _Known | None:
+        """What holds for all calls of a usual app that has *channel* open."""
+        app = self._app
+        amqp, conf, storage = app.amqp, app.conf, getattr(channel, "storage", None)
+        if not isinstance(storage, Storage):
+            return None
+        return _Known(
+            pool=amqp.producer_pool,
             conf=conf,
             changes=dict(conf.changes),
             storage=storage,
@@ -203,23 +223,22 @@ class Sender:
             reprs=(amqp.argsrepr_maxsize, amqp.kwargsrepr_maxsize, conf.task_repr_maxlevels),
             calls_backend=type(app.backend).on_task_call is not Backend.on_task_call,
         )
-        return known if self._holds(known) else None
 
-    def _way(self, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> _Way | None:
-        """Where such a call goes; `None` where that may be another queue the next time, or takes an exchange."""
-        router = self._app.amqp.router
-        if not all(isinstance(one, Router | MapRoute) for one in router.routes):
-            return None
-        route = router.route({"queue": options.get("queue")}, name, args, kwargs, options["task_type"])
+    def _queue(self, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> Queue | None:
+        """Where such a call goes, now and the next time; `None` where that takes an exchange, or a new declaration."""
+        route = self._app.amqp.router.route({"queue": options.get("queue")}, name, args, kwargs, options["task_type"])
         queue = route.pop("queue", None)
         if (
             not isinstance(queue, Queue)
             or isinstance(queue, Broadcast)
             or any(value is not None for value in route.values())
+            or queue.exchange.type != "direct"
+            or not queue.can_cache_declaration
         ):
             return None
-        if queue.exchange.type != "direct":
-            return None
+        return queue
+
+    def _way(self, queue: Queue) -> _Way:
         mode = queue.exchange.delivery_mode or self._app.conf.task_default_delivery_mode
         return _Way(queue.name, maybe_delivery_mode(mode))
 

@@ -35,7 +35,7 @@ def make(path: Path, **conf: Any) -> Celery:
         pass
 
     plain.delay()  # makes the connection, and so the sender
-    plain.delay()  # tells it the way
+    plain.delay()  # with which it finds out the way
     Storage.for_app(app).clear_jobs()
     return app
 
@@ -63,13 +63,48 @@ def queues(app: Celery) -> list[str | None]:
     return [job.queue for job in Storage.for_app(app).all()]
 
 
-def test_the_first_call_to_a_queue_is_celerys_and_the_next_is_not(app: Celery, plain: Task, ours: list[str]) -> None:
-    assert ours == [plain.delay(1).id]
-    plain.apply_async((1,), queue="other")
+def test_the_first_call_of_all_is_celerys_and_the_next_is_not(tmp_path: Path, ours: list[str]) -> None:
+    app = make(tmp_path / "k.db")  # calls it twice
     assert len(ours) == 1
-    second = plain.apply_async((1,), queue="other")
-    assert ours[1:] == [second.id]
-    assert queues(app) == ["default", "other", "other"]
+    sent = app.tasks["plain"].delay()
+    assert ours[1:] == [sent.id]
+
+
+def test_a_queue_is_declared_before_the_first_call_to_it(app: Celery, plain: Task, ours: list[str]) -> None:
+    sent = plain.apply_async((1,), queue="other")
+    assert ours == [sent.id]
+    assert queues(app) == ["other"]
+    with app.connection_for_write() as connection:
+        connection.default_channel.queue_declare("other", passive=True)  # raises NotFound where there is none
+
+
+def test_what_goes_wrong_before_a_first_call_is_left_to_celery(app: Celery, plain: Task, ours: list[str]) -> None:
+    with mock.patch.object(sending, "maybe_declare", side_effect=Unavailable("for a moment")) as declare:
+        plain.apply_async((1,), queue="other")
+    assert declare.call_count == 1
+    assert ours == []
+    assert queues(app) == ["other"]
+    sent = plain.apply_async((1,), queue="other")
+    assert ours == [sent.id]
+
+
+def test_a_queue_that_goes_by_itself_is_declared_for_each_call(tmp_path: Path, ours: list[str]) -> None:
+    fleeting = Queue("fleeting", Exchange("fleeting"), "fleeting", auto_delete=True)
+    app = make(tmp_path / "k.db", task_queues=[fleeting, Queue("default", Exchange("default"), "default")])
+    ours.clear()
+    for _ in range(2):
+        app.tasks["plain"].apply_async((1,), queue="fleeting")
+        with app.connection_for_write() as connection:
+            connection.default_channel.queue_declare("fleeting", passive=True)  # raises NotFound where there is none
+            connection.default_channel.queue_delete("fleeting")
+    assert ours == []
+
+
+def test_the_only_producer_may_be_in_the_callers_hands(tmp_path: Path, ours: list[str]) -> None:
+    app = make(tmp_path / "k.db", broker_pool_limit=1)
+    with app.producer_pool.acquire() as producer:
+        sent = app.tasks["plain"].apply_async((1,), queue="other", producer=producer)
+    assert ours[1:] == [sent.id]
 
 
 @pytest.mark.parametrize(
@@ -115,9 +150,7 @@ def test_signals_are_sent_to_who_listens(plain: Task, ours: list[str], signal: s
         sent = plain.delay(1)
     assert heard == [sent.id]
     assert ours == []
-    plain.delay(1)  # learns anew
-    assert ours == []
-    assert [plain.delay(1).id] == ours
+    assert [plain.delay(1).id] == ours  # learns anew
 
 
 @pytest.mark.parametrize(("owner", "method"), [(Celery, "send_task"), (kombu.Producer, "publish")])
@@ -181,7 +214,7 @@ def test_a_route_that_changes_is_respected(app: Celery, plain: Task, ours: list[
     for _ in range(2):
         plain.delay(1)
     assert queues(app) == ["new", "new"]
-    assert len(ours) == 1
+    assert len(ours) == 2
 
 
 def test_a_router_that_may_decide_otherwise_the_next_time_is_asked_each_time(tmp_path: Path, ours: list[str]) -> None:

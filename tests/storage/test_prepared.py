@@ -9,13 +9,15 @@ from datetime import datetime, timezone
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, bindparam, event, func, insert, literal, select, text, update
+from sqlalchemy import Connection, bindparam, column, event, func, insert, literal, select, table, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from kathikon_celery.storage import Storage, prepared
+from kathikon_celery.storage import Storage, claim, prepared
 from kathikon_celery.storage.clock import Instant
-from kathikon_celery.storage.tables import groups
-from tests.storage.actors import new_job
+from kathikon_celery.storage.tables import groups, jobs
+from tests.storage.actors import Worker, new_job
+
+PLANS = ("custom_plans", "generic_plans")
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=timezone.utc)
 
@@ -99,6 +101,41 @@ def test_what_interrupts_a_statement_ends_its_connection(storage: Storage, monke
         with pytest.raises(KeyboardInterrupt), prepared._errors(connection, "SELECT 1"):
             raise KeyboardInterrupt
         assert connection.invalidated
+
+
+def plans(connection: Connection, words: str) -> tuple[int, int]:
+    """How often PostgreSQL has planned what begins with *words* for its values, and how often it had a plan for all."""
+    prepared_statements = table("pg_prepared_statements", column("statement"), *map(column, PLANS))
+    begins = prepared_statements.c.statement.startswith(words)
+    sums = (func.coalesce(func.sum(prepared_statements.c[name]), 0) for name in PLANS)
+    custom, generic = connection.execute(select(*sums).where(begins)).one()
+    return int(custom), int(generic)
+
+
+@pytest.mark.postgresql
+def test_no_publication_is_planned_for_its_values(postgresql_storage: Storage) -> None:
+    postgresql_storage.close()
+    for _ in range(2):
+        postgresql_storage.insert(new_job())
+    with postgresql_storage.database.once(durable=True) as connection:
+        assert plans(connection, "WITH inserted AS") == (0, 2)
+
+
+@pytest.mark.postgresql
+def test_what_a_worker_prepares_while_it_is_idle_is_not_planned_by_its_first_jobs(postgresql_storage: Storage) -> None:
+    worker = Worker(postgresql_storage)
+    database = postgresql_storage.database
+    database.close()
+    with database.read() as connection:
+        for prepare in claim.preparations(database):
+            prepare(connection)
+    postgresql_storage.insert(new_job())
+    with database.once() as connection:
+        custom, generic = plans(connection, "WITH claimed AS")
+        (seq,) = connection.execute(select(jobs.c.seq)).one()
+        (job,) = claim.claim_told(database, connection, "default", seq, worker.id, claim.Waiting(["default"], 1))
+        assert job.node_id == worker.id
+        assert plans(connection, "WITH claimed AS") == (custom, generic + 1)
 
 
 class TimeLimit(Exception):

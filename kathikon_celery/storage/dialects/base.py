@@ -37,8 +37,8 @@ class Dialect(ABC):
         self.url = url
 
     @abstractmethod
-    def connect_args(self, timeout: float, on_disk: bool) -> dict[str, Any]:
-        """Arguments of the driver's connect()."""
+    def connect_args(self, timeout: float, on_disk: bool, publishes: bool) -> dict[str, Any]:
+        """Arguments of the driver's connect(): whether commits are on disk, and whether jobs are published."""
 
     def on_connect(self, connection: Any, on_disk: bool) -> None:
         """Prepare a new connection of the driver."""

@@ -149,11 +149,14 @@ class PostgreSQL(Dialect):
         except psycopg.ProgrammingError as error:
             raise UnknownDatabase(f"{shown(url)}: {in_words(error)}; allowed are the parameters of libpq") from None
 
-    def connect_args(self, timeout: float, on_disk: bool) -> dict[str, Any]:
+    def connect_args(self, timeout: float, on_disk: bool, publishes: bool) -> dict[str, Any]:
+        options = {"synchronous_commit": "on" if on_disk else "off", "timezone": "UTC"}
+        if publishes:  # else the first five jobs are each planned anew, which takes as long as to write them
+            options["plan_cache_mode"] = "force_generic_plan"
         return {
             "connect_timeout": max(2, round(timeout)),
             "application_name": "kathikon",
-            "options": f"-c synchronous_commit={'on' if on_disk else 'off'} -c timezone=UTC",
+            "options": " ".join(f"-c {name}={value}" for name, value in options.items()),
             # A peer that vanished without a word is noticed within half a minute.
             "keepalives_idle": 10,
             "keepalives_interval": 5,

@@ -79,7 +79,7 @@ class SQLite(Dialect):
         self._results: int | None = None
         self._tells = False
 
-    def connect_args(self, timeout: float, on_disk: bool) -> dict[str, Any]:
+    def connect_args(self, timeout: float, on_disk: bool, publishes: bool) -> dict[str, Any]:
         return {"timeout": BUSY, "check_same_thread": False}
 
     def on_connect(self, connection: Any, on_disk: bool) -> None:
