@@ -1,8 +1,8 @@
 """Sends an app's plain tasks in fewer steps than Celery; whatever is not plain, Celery sends.
 
-Plain is what most calls are: a task of the app, outside of a task, with no more options than `_PLAIN`, and nobody has
-hooked in where Celery and kombu let one. What Celery finds out anew for each of them (settings, route, connection, that
-its queue is declared) is remembered here, as long as that holds of which it was found out. The rows are the same.
+Plain is what most calls are: a task of the app, with no more options than `_PLAIN`, and nobody has hooked in where
+Celery and kombu let one. What Celery finds out anew for each of them (settings, route, connection, that its queue is
+declared) is remembered here, as long as that holds of which it was found out. The rows are the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from celery import Celery, signals
+from celery import Celery, Task, signals
+from celery._state import get_current_worker_task
 from celery.app.amqp import AMQP
 from celery.app.routes import MapRoute
 from celery.backends.base import Backend
@@ -39,8 +40,8 @@ _PLAIN = {
 }
 #: Those of them that are ids: of one that is no text, Celery's way makes one.
 _IDS = {"task_id", "group_id", "root_id", "parent_id"}
-#: Routes that are remembered.
-_MEMO = 4096
+#: How many routes are remembered, and what messages have in common.
+_MEMO = 512
 #: Types whose `str` is what `saferepr` makes of them.
 _SIMPLE = frozenset({int, float, bool, type(None)})
 
@@ -103,8 +104,8 @@ class Sender:
 
     def __call__(self, name: str, args: Any = None, kwargs: Any = None, *more: Any, **options: Any) -> Any:
         """Send the task called *name*; see `celery.Celery.send_task`."""
-        app = self._app
-        if more or not _is_plain(args, kwargs, options) or app.current_worker_task is not None:
+        app, parent = self._app, get_current_worker_task()
+        if more or not _is_plain(args, kwargs, options) or (parent is not None and not _is_child(parent, options)):
             return type(app).send_task(app, name, args, kwargs, *more, **options)
         known, key = self._known, (name, options.get("queue"))
         if known is None or not self._holds(known) or key not in known.ways:
@@ -115,6 +116,9 @@ class Sender:
         producer = options.get("producer")
         if producer is not None and not _is_for(producer, known.storage):
             return type(app).send_task(app, name, args, kwargs, **options)
+        if parent is not None:
+            options["root_id"] = options.get("root_id") or parent.request.root_id or parent.request.id
+            options["parent_id"] = options.get("parent_id") or parent.request.id
         task_id = options.get("task_id") or new_id()
         job = self._job(known, way, task_id, name, args or (), kwargs or {}, options)
         try:
@@ -124,6 +128,8 @@ class Sender:
             return type(app).send_task(app, name, args, kwargs, **options)
         result = (options.get("result_cls") or app.AsyncResult)(task_id)
         result.ignored = options.get("ignore_result")
+        if parent is not None and options.get("add_to_parent", True):
+            parent.add_trail(result)
         return result
 
     def _job(
@@ -203,6 +209,7 @@ class Sender:
             and conf.task_protocol == 2
             and not conf.task_send_sent_event
             and not conf.task_compression
+            and not conf.task_inherit_parent_priority
             and all(_is_own(*method) for method in _LEFT_OUT)
             and not _is_hooked()
             and all(isinstance(one, Router | MapRoute) for one in amqp.router.routes)
@@ -302,6 +309,12 @@ def _is_plain(args: Any, kwargs: Any, options: dict[str, Any]) -> bool:
         and (args is None or type(args) in (tuple, list))
         and (kwargs is None or type(kwargs) is dict)
     )
+
+
+def _is_child(parent: Task, options: dict[str, Any]) -> bool:
+    """Whether the task *parent* sends a job of its own, and no part of itself."""
+    request = parent.request
+    return type(request.id) is str and options.get("task_id") != request.id and type(request.root_id or "") is str
 
 
 def _is_for(producer: Any, storage: Storage) -> bool:

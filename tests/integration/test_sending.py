@@ -10,6 +10,7 @@ from unittest import mock
 import kombu
 import pytest
 from celery import Celery, Task, signals
+from celery._state import _task_stack
 from kombu import Exchange, Queue
 from kombu.exceptions import EncodeError, OperationalError
 
@@ -136,6 +137,25 @@ def test_a_task_that_is_only_named_is_celerys(app: Celery, ours: list[str]) -> N
     app.send_task("unknown", (1,), {}, 0)
     assert ours == []
     assert queues(app) == ["default"] * 2
+
+
+def test_what_a_task_sends_of_itself_or_with_its_priority_is_celerys(app: Celery, plain: Task, ours: list[str]) -> None:
+    _task_stack.push(plain)
+    plain.push_request(id="sender", called_directly=False, children=[], delivery_info={"priority": 7})
+    try:
+        plain.apply_async((1,), task_id="sender")
+        assert ours == []
+        plain.delay(1)
+        assert len(ours) == 1
+        app.conf.task_inherit_parent_priority = True
+        inherits = plain.delay(1)
+        assert len(ours) == 1
+    finally:
+        plain.pop_request()
+        _task_stack.pop()
+    job = Storage.for_app(app).fetch(inherits.id)
+    assert job is not None
+    assert job.priority == 7
 
 
 @pytest.mark.parametrize("signal", ["before_task_publish", "after_task_publish"])

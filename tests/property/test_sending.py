@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from uuid import UUID
 
 import pytest
 from celery import Celery, Task
+from celery._state import _task_stack
 from celery.utils.saferepr import saferepr
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,6 +58,11 @@ calls = st.fixed_dictionaries(
 )
 
 
+#: The task that sends, as its worker knows it.
+senders = st.none() | st.fixed_dictionaries(
+    {"id": st.just("sender"), "root_id": st.sampled_from([None, "root", "one"])}
+)
+
 NAMES = ["plain", "routed", "mapped", "ignored"]
 
 
@@ -80,6 +87,22 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Celery]:
     Storage.for_app(app).close()
 
 
+@contextmanager
+def runs(task: Task, sender: dict[str, Any] | None) -> Iterator[list[Any]]:
+    """A worker runs *task* with the request *sender*, if any. What it has sent, as Celery notes it."""
+    children: list[Any] = []
+    if sender is None:
+        yield children
+        return
+    _task_stack.push(task)
+    task.push_request(**sender, called_directly=False, children=children)
+    try:
+        yield children
+    finally:
+        task.pop_request()
+        _task_stack.pop()
+
+
 def sent_job(app: Celery, send: Callable[..., Any], task: Task, call: dict[str, Any]) -> Job:
     storage = Storage.for_app(app)
     storage.clear_jobs()
@@ -91,18 +114,21 @@ def sent_job(app: Celery, send: Callable[..., Any], task: Task, call: dict[str, 
     return replace(job, seq=0, fence=0, inserted_at=None, available_at=None, envelope=json.loads(job.envelope))
 
 
-@given(calls, st.sampled_from(NAMES))
-def test_the_row_is_celerys(app: Celery, call: dict[str, Any], name: str) -> None:
+@given(calls, st.sampled_from(NAMES), senders)
+def test_the_row_is_celerys(app: Celery, call: dict[str, Any], name: str, sender: dict[str, Any] | None) -> None:
     task = app.tasks[name]
     call["task_id"] = call.get("task_id") or "one"
     publications = []
     publish = sending.publish_new
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sending, "publish_new", lambda *args: publications.append(args) or publish(*args))
-        ours = sent_job(app, app.send_task, task, call)
+        with runs(app.tasks["plain"], sender) as our_children:
+            ours = sent_job(app, app.send_task, task, call)
     assert len(publications) == 1  # it was not left to Celery
-    celerys = sent_job(app, lambda *args, **options: Celery.send_task(app, *args, **options), task, call)
+    with runs(app.tasks["plain"], sender) as celerys_children:
+        celerys = sent_job(app, lambda *args, **options: Celery.send_task(app, *args, **options), task, call)
     assert ours == celerys
+    assert our_children == celerys_children
 
 
 @given(
