@@ -13,6 +13,7 @@ import signal
 import time
 from itertools import chain
 from typing import Any, NoReturn
+from unittest import mock
 
 from celery import Celery, Signature, Task, current_app, group, maybe_signature, shared_task
 from celery.exceptions import Ignore, Reject
@@ -20,6 +21,7 @@ from celery.result import allow_join_result
 from celery.worker.control import control_command
 
 from kathikon_celery.storage import Unavailable
+from kathikon_celery.transport import sending
 
 
 def create_app(name: str = "tests", /, **conf: Any) -> Celery:
@@ -128,6 +130,15 @@ def stamp_what_replaces(self: Task, canvas: dict[str, Any]) -> Any:
 def send(canvas: dict[str, Any]) -> Any:
     """Send a canvas and return its result as a tuple."""
     return maybe_signature(canvas, app=current_app).apply_async().as_tuple()
+
+
+@shared_task
+def send_many(number: int) -> int:
+    """Send so many tasks; how many of them were not sent in Celery's way."""
+    with mock.patch.object(sending, "publish_new", wraps=sending.publish_new) as publish:
+        for value in range(number):
+            echo.delay(value)
+    return int(publish.call_count)
 
 
 @shared_task(bind=True)
