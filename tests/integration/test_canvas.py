@@ -147,8 +147,8 @@ def test_value_of_a_canvas_that_a_task_sends(app: Celery, jobs: Jobs, shape: str
 def test_what_a_task_sends_is_sent_in_few_steps_and_is_its_child(app: Celery, jobs: Jobs) -> None:
     result = apps.send_many.delay(5)
     assert result.get(timeout=60) >= 4  # the first one of a process connects, in Celery's way
-    sent = [job for job in jobs.storage.all() if job.id != result.id]
-    assert {(job.root_id, job.parent_id) for job in sent} == {(result.id, result.id)}
+    sent = [job for job in jobs.storage.workflow(result.id) if job.id != result.id]
+    assert [job.parent_id for job in sent] == [result.id] * 5
     assert [child.id for child in result.children] == [job.id for job in sent]
 
 
