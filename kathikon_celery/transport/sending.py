@@ -11,8 +11,10 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from types import FunctionType
 from typing import Any, NamedTuple
 
+from amqp import AMQPError
 from celery import Celery, Task, signals
 from celery._state import get_current_worker_task
 from celery.app.amqp import AMQP
@@ -23,13 +25,14 @@ from celery.utils.saferepr import saferepr
 from kombu import Producer, Queue
 from kombu.common import Broadcast, maybe_declare
 from kombu.entity import maybe_delivery_mode
+from kombu.exceptions import KombuError
 from kombu.pools import ProducerPool
 from sqlalchemy.exc import DBAPIError
 
 from kathikon_celery.job import Job
 from kathikon_celery.routing import Router
 from kathikon_celery.storage import Storage
-from kathikon_celery.storage.errors import LOST
+from kathikon_celery.storage.errors import LOST, StorageError
 from kathikon_celery.transport.envelope import PUBLICATION, checked_priority, common, dumps_call, fold_call
 from kathikon_celery.transport.publishing import publish_new
 
@@ -40,6 +43,8 @@ _PLAIN = {
 }
 #: Those of them that are ids: of one that is no text, Celery's way makes one.
 _IDS = {"task_id", "group_id", "root_id", "parent_id"}
+#: What the broker refuses with. Anything else, such as a time limit of the task that sends, is the caller's.
+_REFUSALS = (*LOST, DBAPIError, StorageError, KombuError, AMQPError)
 #: How many routes are remembered, and what messages have in common.
 _MEMO = 512
 #: Types whose `str` is what `saferepr` makes of them.
@@ -48,7 +53,9 @@ _SIMPLE = frozenset({int, float, bool, type(None)})
 
 def _is_own(owner: type, name: str, module: str) -> bool:
     """Whether nobody has put something of his own in the place of a method, as tracing libraries do."""
-    return getattr(getattr(owner, name), "__globals__", {}).get("__name__") == module
+    method = getattr(owner, name)
+    # A proxy has what its original has, but for the type.
+    return type(method) is FunctionType and method.__globals__.get("__name__") == module
 
 
 #: What is not called for plain tasks. Who replaces one of them wants it called.
@@ -177,20 +184,21 @@ class Sender:
     def _learned(self, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> _Known | None:
         """What is known once it is found out where such a call goes, and its queue is declared.
 
-        `None` while there is no connection, and when anything goes wrong: Celery's way says what.
+        `None` while there is no connection, and when the broker refuses something: Celery's way says what.
         """
         app = self._app
         if not self._is_usual():
             return None
-        with suppress(Exception), app.producer_or_acquire(options.get("producer")) as producer:
-            connection, pool = producer.__connection__, app.amqp.producer_pool
-            if not connection.connected or connection._pool is not pool.connections:
+        queue = self._queue(name, args, kwargs, options)
+        with suppress(*_REFUSALS), app.producer_or_acquire(options.get("producer")) as producer:
+            connection = producer.__connection__ if type(producer) is Producer else None
+            pool = getattr(connection, "_pool", None)
+            if connection is None or pool is not app.amqp.producer_pool.connections or not connection.connected:
                 return None
             known = self._known
             if known is None or not self._holds(known):
                 known = self._found_out(producer.channel)
             if known is not None:
-                queue = self._queue(name, args, kwargs, options)
                 if queue is not None:
                     maybe_declare(queue, producer.channel)
                 if len(known.ways) >= _MEMO:
@@ -321,6 +329,7 @@ def _is_for(producer: Any, storage: Storage) -> bool:
     """Whether *producer*, which the caller of the task gave, does nothing else than to publish to *storage*."""
     return (
         type(producer) is Producer
+        and not producer.compression
         and getattr(producer._batch_local, "current", None) is None
         and getattr(producer.channel, "storage", None) is storage
     )

@@ -11,6 +11,7 @@ import kombu
 import pytest
 from celery import Celery, Task, signals
 from celery._state import _task_stack
+from celery.exceptions import QueueNotFound, SoftTimeLimitExceeded
 from kombu import Exchange, Queue
 from kombu.exceptions import EncodeError, OperationalError
 
@@ -87,6 +88,22 @@ def test_what_goes_wrong_before_a_first_call_is_left_to_celery(app: Celery, plai
     assert queues(app) == ["other"]
     sent = plain.apply_async((1,), queue="other")
     assert ours == [sent.id]
+
+
+def test_a_time_limit_while_a_queue_is_declared_is_the_tasks(app: Celery, plain: Task) -> None:
+    with (
+        mock.patch.object(sending, "maybe_declare", side_effect=SoftTimeLimitExceeded),
+        pytest.raises(SoftTimeLimitExceeded),
+    ):
+        plain.apply_async((1,), queue="other")
+    assert queues(app) == []
+
+
+def test_a_queue_that_is_not_known_costs_no_connection(tmp_path: Path, ours: list[str]) -> None:
+    app = make(tmp_path / "k.db", task_create_missing_queues=False)
+    with mock.patch.object(kombu.connection.ConnectionPool, "replace") as replace, pytest.raises(QueueNotFound):
+        app.tasks["plain"].apply_async((1,), queue="other")
+    assert replace.call_count == 0
 
 
 def test_a_queue_that_goes_by_itself_is_declared_for_each_call(tmp_path: Path, ours: list[str]) -> None:
@@ -171,6 +188,18 @@ def test_signals_are_sent_to_who_listens(plain: Task, ours: list[str], signal: s
     assert heard == [sent.id]
     assert ours == []
     assert [plain.delay(1).id] == ours  # learns anew
+
+
+def test_a_proxy_of_a_method_is_no_method_of_celerys() -> None:
+    class Proxy:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(publish, name)
+
+    publish, module = kombu.Producer.publish, "kombu.messaging"
+    assert sending._is_own(kombu.Producer, "publish", module)
+    with mock.patch.object(kombu.Producer, "publish", Proxy()):
+        assert kombu.Producer.publish.__globals__["__name__"] == module
+        assert not sending._is_own(kombu.Producer, "publish", module)
 
 
 @pytest.mark.parametrize(("owner", "method"), [(Celery, "send_task"), (kombu.Producer, "publish")])
@@ -301,3 +330,12 @@ def test_a_producer_of_another_database_is_used(app: Celery, plain: Task, ours: 
     with app.producer_pool.acquire() as producer:
         sent = plain.apply_async((1,), producer=producer)
     assert ours == [sent.id]
+
+
+def test_a_producer_that_compresses_is_used(app: Celery, plain: Task, ours: list[str]) -> None:
+    with app.producer_pool.acquire() as producer, mock.patch.object(producer, "compression", "zlib"):
+        sent = plain.apply_async((1,), producer=producer)
+    assert ours == []
+    job = Storage.for_app(app).fetch(sent.id)
+    assert job is not None
+    assert "application/x-gzip" in job.envelope
