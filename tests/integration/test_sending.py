@@ -10,7 +10,6 @@ from unittest import mock
 import kombu
 import pytest
 from celery import Celery, Task, signals
-from celery._state import _task_stack
 from celery.exceptions import QueueNotFound, SoftTimeLimitExceeded
 from kombu import Exchange, Queue
 from kombu.exceptions import EncodeError, OperationalError
@@ -157,9 +156,7 @@ def test_a_task_that_is_only_named_is_celerys(app: Celery, ours: list[str]) -> N
 
 
 def test_what_a_task_sends_of_itself_or_with_its_priority_is_celerys(app: Celery, plain: Task, ours: list[str]) -> None:
-    _task_stack.push(plain)
-    plain.push_request(id="sender", called_directly=False, children=[], delivery_info={"priority": 7})
-    try:
+    with apps.running(plain, id="sender", delivery_info={"priority": 7}):
         plain.apply_async((1,), task_id="sender")
         assert ours == []
         plain.delay(1)
@@ -167,9 +164,6 @@ def test_what_a_task_sends_of_itself_or_with_its_priority_is_celerys(app: Celery
         app.conf.task_inherit_parent_priority = True
         inherits = plain.delay(1)
         assert len(ours) == 1
-    finally:
-        plain.pop_request()
-        _task_stack.pop()
     job = Storage.for_app(app).fetch(inherits.id)
     assert job is not None
     assert job.priority == 7

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from uuid import UUID
 
 import pytest
 from celery import Celery, Task
-from celery._state import _task_stack
 from celery.utils.saferepr import saferepr
 from hypothesis import given
 from hypothesis import strategies as st
@@ -87,20 +86,8 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Celery]:
     Storage.for_app(app).close()
 
 
-@contextmanager
-def runs(task: Task, sender: dict[str, Any] | None) -> Iterator[list[Any]]:
-    """A worker runs *task* with the request *sender*, if any. What it has sent, as Celery notes it."""
-    children: list[Any] = []
-    if sender is None:
-        yield children
-        return
-    _task_stack.push(task)
-    task.push_request(**sender, called_directly=False, children=children)
-    try:
-        yield children
-    finally:
-        task.pop_request()
-        _task_stack.pop()
+def sent_by(app: Celery, sender: dict[str, Any] | None) -> AbstractContextManager[list[Any]]:
+    return nullcontext([]) if sender is None else apps.running(app.tasks["plain"], **sender)
 
 
 def sent_job(app: Celery, send: Callable[..., Any], task: Task, call: dict[str, Any]) -> Job:
@@ -122,10 +109,10 @@ def test_the_row_is_celerys(app: Celery, call: dict[str, Any], name: str, sender
     publish = sending.publish_new
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sending, "publish_new", lambda *args: publications.append(args) or publish(*args))
-        with runs(app.tasks["plain"], sender) as our_children:
+        with sent_by(app, sender) as our_children:
             ours = sent_job(app, app.send_task, task, call)
     assert len(publications) == 1  # it was not left to Celery
-    with runs(app.tasks["plain"], sender) as celerys_children:
+    with sent_by(app, sender) as celerys_children:
         celerys = sent_job(app, lambda *args, **options: Celery.send_task(app, *args, **options), task, call)
     assert ours == celerys
     assert our_children == celerys_children

@@ -11,11 +11,14 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NoReturn
 from unittest import mock
 
 from celery import Celery, Signature, Task, current_app, group, maybe_signature, shared_task
+from celery._state import _task_stack
 from celery.exceptions import Ignore, Reject
 from celery.result import allow_join_result
 from celery.worker.control import control_command
@@ -45,6 +48,19 @@ def lose_connection(state: Any) -> dict[str, str]:
 
     state.consumer.hub.call_soon(lose)
     return {"ok": "soon"}
+
+
+@contextmanager
+def running(task: Task, **request: Any) -> Iterator[list[Any]]:
+    """In this process, as if a worker ran *task* with such a *request*. What it has sent, as Celery notes it."""
+    children: list[Any] = []
+    _task_stack.push(task)
+    task.push_request(**request, called_directly=False, children=children)
+    try:
+        yield children
+    finally:
+        task.pop_request()
+        _task_stack.pop()
 
 
 def append_line(path: str, line: str) -> None:
