@@ -1,18 +1,17 @@
 """Kathikon for Celery: jobs as rows of the SQL database that you already run.
 
 Importing this package teaches kombu the transport ``kathikon://``. For a Celery app,
-``app.config_from_object("kathikon_celery.config")`` is all that is needed.
+``app.config_from_object("kathikon_celery.config")`` is all that is needed; an app of which nothing but the broker can be
+configured takes ``kathikon+postgresql://…`` as its broker's URL (see `kathikon_celery.discovery`).
 
 `EmbeddedWorker`, a worker inside this process, and `bulk`, for sending many tasks at once, are imported when they are
-first asked for: importing this package is light.
+first asked for: importing this package is light, and needs neither Celery nor SQLAlchemy.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from celery.signals import worker_init
-from click import ClickException
 from kombu.transport import TRANSPORT_ALIASES
 
 if TYPE_CHECKING:
@@ -24,16 +23,6 @@ __all__ = ["EmbeddedWorker", "bulk"]
 __version__ = "0.1.0"
 
 TRANSPORT_ALIASES["kathikon"] = "kathikon_celery.transport:Transport"
-
-
-@worker_init.connect(weak=False, dispatch_uid="kathikon_celery")
-def _install(sender: Any, **_: Any) -> None:
-    from kathikon_celery.worker.install import install
-
-    try:
-        install(sender)
-    except ClickException as error:  # Celery would log it and run a worker that is none of ours
-        raise SystemExit(f"Error: {error}") from error
 
 
 def __getattr__(name: str) -> Any:

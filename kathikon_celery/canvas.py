@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from celery import chord, group, states
 from celery.app.task import Context
-from celery.backends.base import BaseBackend
 from celery.canvas import _chain as chain
 from celery.canvas import _regen, maybe_signature
 from celery.exceptions import ChordError
 from celery.result import GroupResult, result_from_tuple
 
+from kathikon_celery.backports import Backend
 from kathikon_celery.job import Hold, State
 from kathikon_celery.storage import chords
 from kathikon_celery.storage.chords import Header, Part
@@ -46,7 +46,7 @@ def hold_by(request: Any, task_id: str) -> Hold | None:
     return hold_of((getattr(request, "properties", None) or {}).get("delivery_tag"))
 
 
-class CanvasBackend(BaseBackend):
+class CanvasBackend(Backend):
     """The part of the result backend that sees to what follows a task."""
 
     @property
@@ -137,6 +137,9 @@ class CanvasBackend(BaseBackend):
     def apply_chord(self, header_result_args: Any, body: Any, **kwargs: Any) -> None:
         """Enter the chord and its parts; called by Celery before it sends the header."""
         self.ensure_chords_allowed()
+        for task in [body] if not isinstance(body, group) else []:
+            for last in _last_tasks(task):
+                last.options.setdefault("group_id", header_result_args[0])  # which Celery does from 5.6 on
         if isinstance(header_result_args[1], _regen):  # a header that is made as it is sent
             chords.open(self.storage.database, header_result_args[0], [], None)
             return

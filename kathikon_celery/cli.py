@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+import kathikon_celery.hook  # noqa: F401 (a worker that has imported this one gets our parts)
 from kathikon_celery.settings import mask, shown
 from kathikon_celery.storage import Storage, schema
 

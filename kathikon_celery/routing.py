@@ -20,6 +20,7 @@ from celery.app.routes import Router as CeleryRouter
 from celery.utils.functional import maybe_list
 from kombu.entity import Exchange, Queue
 
+import kathikon_celery.hook  # noqa: F401 (a worker that has imported this one gets our parts)
 from kathikon_celery.settings import Settings
 
 if TYPE_CHECKING:

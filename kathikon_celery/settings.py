@@ -526,12 +526,23 @@ def _from_pyproject(directory: str | os.PathLike[str] | None) -> Iterator[tuple[
 
 def _from_expiry(conf: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     """What Celery's own settings say of retention. They have defaults, which say nothing."""
-    is_set = getattr(conf, "value_set_for", conf.__contains__)
     names = {"result_expires": ("completed", "cancelled", "discarded"), "result_failure_expires": ("dead",)}
-    found = [name for name in names if is_set(name)]
+    found = [name for name in names if _is_set(conf, name)]
     if found:
         kept = {state: conf[name] or None for name in found for state in names[name]}
         yield "retention_period", kept, f"{' and '.join(found)} in app.conf"
+
+
+def _is_set(conf: Mapping[str, Any], name: str) -> bool:
+    """Whether *conf* has a setting of Celery's from anywhere but Celery's defaults.
+
+    Celery's own answer, `value_set_for`, knows only from 5.7 on settings that are not read yet or have a namespace.
+    """
+    _ = conf.get(name)  # has Celery read them
+    maps = conf.maps[:-1] if hasattr(conf, "maps") else [conf]  # the last one has the defaults
+    namespaced = f"{getattr(conf, 'prefix', None) or ''}{name}"
+    spellings = {name, namespaced, namespaced.upper(), f"CELERY_{name}".upper(), f"CELERY_TASK_{name}".upper()}
+    return any(spelling in one for spelling in spellings for one in maps)
 
 
 def _from_conf(conf: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:

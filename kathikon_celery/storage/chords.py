@@ -6,7 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Boolean, Connection, Integer, Text, bindparam, delete, false, insert, not_, select, true, update
+from sqlalchemy import (
+    Boolean,
+    Connection,
+    Integer,
+    Text,
+    bindparam,
+    delete,
+    false,
+    func,
+    insert,
+    not_,
+    select,
+    true,
+    update,
+)
 
 from kathikon_celery.job import TERMINAL
 from kathikon_celery.storage.clock import now, seconds
@@ -93,9 +107,12 @@ def _ended(dialect: Dialect) -> Any:
         "result": bindparam("text", type_=Text()),
     }
     statement = dialect.insert_or_update(chord_parts).values(columns)
+    changed = {name: statement.excluded[name] for name in ("ended", "succeeded", "result")}
+    # Celery 5.5 gives the members of a group that replaces a part the position of that part.
+    changed["position"] = func.coalesce(chord_parts.c.position, statement.excluded.position)
     return statement.on_conflict_do_update(
         index_elements=[chord_parts.c.chord, chord_parts.c.task_id],
-        set_={name: statement.excluded[name] for name in ("position", "ended", "succeeded", "result")},
+        set_=changed,
         where=chord_parts.c.ended == false(),
     ).returning(chord_parts.c.task_id)
 

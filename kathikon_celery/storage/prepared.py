@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Dialect, Double
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.expression import BindParameter
 
+from kathikon_celery.internals import LIBPQ, PREPARED, is_usable
 from kathikon_celery.storage import libpq
 
 
@@ -42,7 +43,7 @@ class _Prepared:
         self.text = str(compiled)
         self._names: list[str] = list(compiled.positiontup or compiled.params)
         self._is_positional: bool = compiled.positional
-        self._libpq = libpq.Statement(self.text) if dialect.driver == "psycopg" else None
+        self._libpq = libpq.Statement(self.text) if _is_libpq_usable(dialect) else None
         self._constants: dict[str, Any] = {}
         self._of_values: dict[str, Any] = {}
         for bind, name in compiled.bind_names.items():
@@ -124,8 +125,8 @@ def count(connection: Connection, statement: Any, values: Mapping[str, Any]) -> 
 
 def ready(connection: Connection, statement: Any) -> None:
     """Have *statement* compiled, and where the driver can, prepared by the server, before it is run."""
-    prepared = _prepared(statement, connection.dialect)
     if not _is_watched(connection):
+        prepared = _prepared(statement, connection.dialect)
         with _errors(connection, prepared.text):
             prepared.prepare(connection.connection)
 
@@ -146,14 +147,20 @@ def plain(connection: Connection, text: str) -> None:
         connection.exec_driver_sql(text)
         return
     with _errors(connection, text):
-        if connection.dialect.driver == "psycopg":
+        if _is_libpq_usable(connection.dialect):
             libpq.session(connection.connection).plain(text)
         else:
             connection.connection.cursor().execute(text)
 
 
+def _is_libpq_usable(dialect: Dialect) -> bool:
+    return dialect.driver == "psycopg" and is_usable(LIBPQ)
+
+
 def _is_watched(connection: Connection) -> bool:
-    """Whether somebody listens to the events of SQLAlchemy, which then has to run the statement."""
+    """Whether SQLAlchemy has to run the statement: somebody listens to its events, or it is one that we do not know."""
+    if not is_usable(PREPARED):
+        return True
     if not (connection._has_events or connection.engine._has_events):  # SQLAlchemy's own short cut
         return False
     return bool(connection.dispatch.before_cursor_execute or connection.dispatch.after_cursor_execute)

@@ -29,6 +29,7 @@ from kombu.exceptions import KombuError
 from kombu.pools import ProducerPool
 from sqlalchemy.exc import DBAPIError
 
+from kathikon_celery.internals import SENDING, is_usable
 from kathikon_celery.job import Job
 from kathikon_celery.routing import Router
 from kathikon_celery.storage import Storage
@@ -235,7 +236,7 @@ class Sender:
             changes=dict(conf.changes),
             storage=storage,
             serializer=conf.task_serializer,
-            reprs=(amqp.argsrepr_maxsize, amqp.kwargsrepr_maxsize, conf.task_repr_maxlevels),
+            reprs=(amqp.argsrepr_maxsize, amqp.kwargsrepr_maxsize, conf.get("task_repr_maxlevels", 3)),
             calls_backend=type(app.backend).on_task_call is not Backend.on_task_call,
         )
 
@@ -330,7 +331,7 @@ def _is_for(producer: Any, storage: Storage) -> bool:
     return (
         type(producer) is Producer
         and not producer.compression
-        and getattr(producer._batch_local, "current", None) is None
+        and getattr(getattr(producer, "_batch_local", None), "current", None) is None
         and getattr(producer.channel, "storage", None) is storage
     )
 
@@ -353,7 +354,19 @@ def _simple_repr(args: Any, longest: int) -> str | None:
     return f"({joined},)" if len(parts) == 1 else f"({joined})"
 
 
+#: The headers that Celery gives to a task's message. Of an unknown one we could not say what it is to be.
+_HEADERS = {
+    *("lang", "task", "id", "shadow", "eta", "expires", "group", "group_index", "retries", "timelimit", "root_id"),
+    *("parent_id", "argsrepr", "kwargsrepr", "origin", "ignore_result", "replaced_task_nesting", "stamped_headers"),
+    "stamps",
+}
+
+
+def _are_messages_known(app: Celery) -> bool:
+    return set(app.amqp.as_task_v2("id", "name").headers) == _HEADERS
+
+
 def install(app: Celery) -> None:
-    """Make *app* send by a `Sender`, unless its class sends in a way of its own."""
-    if type(app).send_task is Celery.send_task and "send_task" not in vars(app):
+    """Make *app* send by a `Sender`, unless its class sends in a way of its own, or Celery's messages are not known."""
+    if type(app).send_task is Celery.send_task and "send_task" not in vars(app) and is_usable(SENDING) and _are_messages_known(app):
         app.send_task = Sender(app)

@@ -13,6 +13,7 @@ import sqlalchemy
 from kombu.transport import virtual
 from sqlalchemy.exc import DBAPIError
 
+import kathikon_celery.hook  # noqa: F401 (a worker that has imported this one gets our parts)
 from kathikon_celery.routing import APP_OPTION, app_named
 from kathikon_celery.settings import Settings, broker_database, mask
 from kathikon_celery.storage import Storage, topology

@@ -11,6 +11,7 @@ from celery import bootsteps, signals
 from celery.concurrency import prefork
 from kombu.utils.imports import symbol_by_name
 
+from kathikon_celery.internals import PREFORK, REQUESTS, TRACING, is_usable
 from kathikon_celery.presence import Presence
 from kathikon_celery.routing import configure, declare_queues
 from kathikon_celery.storage import Storage
@@ -85,8 +86,9 @@ class LifelineStep(_ServiceStep):
 
 def _in_child(app: Celery, storage: Storage, **kwargs: Any) -> None:
     """A pool child has made its tracers."""
-    for task in app.tasks.values():
-        carry_results(task, storage)
+    if is_usable(TRACING):
+        for task in app.tasks.values():
+            carry_results(task, storage)
 
 
 def install(sender: Any, **kwargs: Any) -> None:
@@ -98,18 +100,21 @@ def install(sender: Any, **kwargs: Any) -> None:
     declare_queues(app)
     app.steps["worker"].update({PromoterStep, PrunerStep, LifelineStep, SentJobs})
     app.steps["consumer"].add(Supply)
-    if app.Task.Request == "celery.worker.request:Request":
+    has_requests, has_tracers = is_usable(REQUESTS), is_usable(TRACING)
+    if has_requests and app.Task.Request == "celery.worker.request:Request":
         app.Task.Request = "kathikon_celery.worker.request:Request"
     storage = Storage.for_app(app, setup=False)
     storage.database.patience = PATIENCE
     app.finalize()
     signals.worker_process_init.connect(partial(_in_child, app, storage), weak=False, dispatch_uid="kathikon-tracers")
     for task in app.tasks.values():
-        task.Request = joined(symbol_by_name(task.Request))
-        collect_successors(task, storage)
+        if has_requests:
+            task.Request = joined(symbol_by_name(task.Request))
+        if has_tracers:
+            collect_successors(task, storage)
         if storage.settings.retry_failed and not task.name.startswith("celery."):
             retry_failed(task, storage.settings.max_attempts)
-    if sender.pool_cls in ("prefork", "processes", prefork.TaskPool):
+    if sender.pool_cls in ("prefork", "processes", prefork.TaskPool) and has_requests and is_usable(PREFORK):
         sender.pool_cls = "kathikon_celery.worker.prefork:TaskPool"
     Presence.of(storage).name = sender.hostname
     logging.getLogger("celery.worker").addFilter(_IN_WORDS)

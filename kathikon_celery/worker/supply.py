@@ -13,6 +13,7 @@ from celery.worker import state
 from celery.worker.consumer.tasks import Tasks
 from kombu.utils.imports import symbol_by_name
 
+from kathikon_celery.internals import TRACING, is_usable
 from kathikon_celery.job import Job, State
 from kathikon_celery.settings import SettingError, mask
 from kathikon_celery.storage import StorageError
@@ -54,13 +55,13 @@ class Supply(bootsteps.StartStopStep):
                 return Outcome(Verdict.ENDED, State.DEAD, f"NotRegistered({name!r})")
             return UNREADABLE if issubclass(symbol_by_name(task.Request), Request) else DONE
 
-        for task in tasks.values():  # the pools whose tasks run in this process
+        for task in tasks.values() if is_usable(TRACING) else ():  # the pools whose tasks run in this process
             carry_results(task, intake.storage)
         intake.is_early = is_early
         intake.outcome_of = outcome_of
         intake.is_in_pool = is_in_pool
         intake.withdraw = partial(withdraw, c.pool)
-        intake.subscriptions.claims_ahead = not c.app.conf.worker_disable_prefetch
+        intake.subscriptions.claims_ahead = not c.app.conf.get("worker_disable_prefetch")
         earlier = tuple(state.active_requests)  # what runs for a connection that was lost
         intake.subscriptions.slots = lambda: _slots(c, earlier)
         intake.is_pool_full = lambda: len(state.active_requests) >= _processes(c)
@@ -130,6 +131,8 @@ def _processes(c: Any) -> int:
     # The autoscaler grows the pool for what was delivered and finds no process.
     if autoscaler is not None:
         return int(autoscaler.max_concurrency)
+    if getattr(c.pool, "is_green", False):  # below Celery 5.7, num_processes is how many greenlets are at work
+        return int(getattr(c.pool._pool, "size", c.pool.limit)) if c.pool._pool is not None else 0
     return int(getattr(c.pool, "num_processes", 0))  # a pool that has ended has no such number
 
 

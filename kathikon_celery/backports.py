@@ -1,0 +1,93 @@
+"""What Celery 5.7 does when a canvas fails, for the versions before it.
+
+Celery 5.5 sends a failed chord's errbacks for a single task only, and stores no failure for the parts of a group or a
+chain; up to 5.6 an errback that raises ends the handling of the failure, and one that was given arguments of its own is
+called in the wrong way.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from functools import partial
+from typing import Any
+
+from celery import VERSION, chord, group
+from celery.app.task import Context
+from celery.backends.base import BaseBackend
+from celery.canvas import _chain as chain
+from celery.canvas import maybe_signature
+from celery.exceptions import NotRegistered
+from celery.utils.functional import arity_greater, maybe_list
+from kombu.utils.uuid import uuid
+
+logger = logging.getLogger(__name__)
+
+
+class FailingCanvas(BaseBackend):
+    """A result backend that fails a canvas as Celery 5.7 does."""
+
+    def chord_error_from_stack(self, callback: Any, exc: BaseException | None = None) -> None:
+        """Fail *callback*, the body of a chord whose header has failed with *exc*, and call its errbacks."""
+        self._fail_unsent(callback, exc if exc is not None else sys.exc_info()[1], [])
+
+    def _fail_unsent(self, signature: Any, error: Any, errbacks: list[Any]) -> None:
+        """Store that *signature*, which will never be sent, has failed, and all that was to follow it."""
+        errbacks = errbacks + [
+            one for one in maybe_list(signature.options.get("link_error")) or [] if one not in errbacks
+        ]
+        if isinstance(signature, group):
+            for one in signature.tasks:
+                self._fail_unsent(one, error.__cause__ or error, errbacks)
+        elif isinstance(signature, chord):
+            self._fail_unsent(signature.body, error, errbacks)
+        elif isinstance(signature, chain):
+            *before, last = signature.tasks
+            self._fail_unsent(last, error, errbacks)
+            for one in before:
+                self._fail_unsent(one, error, [])
+        else:
+            task_id = signature.options.setdefault("task_id", uuid())
+            request = Context(id=task_id, errbacks=errbacks, delivery_info={}, task=signature.task)
+            self._call_task_errbacks(request, error, None)
+            self.fail_from_current_stack(task_id, exc=error)
+        for one in signature.options.get("chain") or []:
+            self._fail_unsent(maybe_signature(one, app=self.app), error, [])
+
+    def _call_task_errbacks(self, request: Any, exc: BaseException, traceback: Any) -> None:
+        """Call the errbacks that take request, error and traceback; send the others, which take the task's id."""
+        to_send = []
+        for errback in request.errbacks:
+            signature = maybe_signature(errback, app=self.app)
+            if _takes_an_error(signature):
+                try:
+                    signature(request, exc, traceback)
+                except Exception:
+                    logger.exception("Errback %r raised an exception", signature.name)
+            else:
+                to_send.append(signature)
+        if to_send:
+            errbacks = group(to_send, app=self.app)
+            is_eager = self.app.conf.task_always_eager or request.delivery_info.get("is_eager", False)
+            send = errbacks.apply if is_eager else errbacks.apply_async
+            send((request.id,), parent_id=request.id, root_id=request.root_id or request.id)
+
+
+def _takes_an_error(errback: Any) -> bool:
+    """Whether *errback* takes more than one argument beside those that it was given already."""
+    try:
+        header = getattr(errback.type, "__header__", None)
+    except NotRegistered:  # another worker knows it
+        return False
+    if header is None or isinstance(header, partial):  # a task class, or bind=True: it is sent, so that it may retry
+        return False
+    if not errback.immutable and (errback.args or errback.kwargs):
+        try:
+            return bool(arity_greater(partial(header, *errback.args, **errback.kwargs), 1))
+        except (TypeError, ValueError):
+            pass
+    return bool(arity_greater(header, 1))
+
+
+#: The class that a result backend derives from.
+Backend: Any = FailingCanvas if VERSION[:2] < (5, 7) else BaseBackend
