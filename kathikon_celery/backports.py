@@ -1,15 +1,15 @@
-"""What Celery 5.7 does when a canvas fails, for the versions before it.
+"""What Celery 5.7 does when a canvas fails, or a task is revoked, for the versions before it.
 
 Celery 5.5 sends a failed chord's errbacks for a single task only, and stores no failure for the parts of a group or a
 chain; up to 5.6 an errback that raises ends the handling of the failure, and one that was given arguments of its own is
-called in the wrong way.
+called in the wrong way. A worker of Celery 5.5 keeps a revoke to itself until it is given the task.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 from celery import VERSION, chord, group
@@ -87,6 +87,28 @@ def _takes_an_error(errback: Any) -> bool:
         except (TypeError, ValueError):
             pass
     return bool(arity_greater(header, 1))
+
+
+def mark_what_is_revoked() -> None:
+    """Have a worker store that a task is revoked when it hears so, as Celery does from 5.6 on. Twice is once."""
+    from celery.worker import state as worker_state
+    from celery.worker.control import Panel
+
+    revoke = Panel.data["revoke"]
+    if VERSION[:2] >= (5, 6) or getattr(revoke, "marks", False):
+        return
+
+    @wraps(revoke)
+    def revoke_and_mark(state: Any, task_id: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = revoke(state, task_id, *args, **kwargs)
+        running = {request.id for request in worker_state.active_requests}
+        for one in maybe_list(task_id) or []:
+            if one not in running:
+                state.app.backend.mark_as_revoked(one, reason="revoked", store_result=True)
+        return answer
+
+    revoke_and_mark.marks = True  # type: ignore[attr-defined]
+    Panel.data["revoke"] = revoke_and_mark
 
 
 #: The class that a result backend derives from.

@@ -15,7 +15,7 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 from amqp import AMQPError
-from celery import Celery, Task, signals
+from celery import VERSION, Celery, Task, signals
 from celery._state import get_current_worker_task
 from celery.app.amqp import AMQP
 from celery.app.routes import MapRoute
@@ -48,6 +48,8 @@ _IDS = {"task_id", "group_id", "root_id", "parent_id"}
 _REFUSALS = (*LOST, DBAPIError, StorageError, KombuError, AMQPError)
 #: How many routes are remembered, and what messages have in common.
 _MEMO = 512
+#: What Celery takes for ``ignore_result`` where a call says nothing of it: None from 5.7 on, False before.
+_IGNORES = None if VERSION[:2] >= (5, 7) else False
 #: Types whose `str` is what `saferepr` makes of them.
 _SIMPLE = frozenset({int, float, bool, type(None)})
 
@@ -135,7 +137,7 @@ class Sender:
             options |= {"task_id": task_id, PUBLICATION: job.publication}
             return type(app).send_task(app, name, args, kwargs, **options)
         result = (options.get("result_cls") or app.AsyncResult)(task_id)
-        result.ignored = options.get("ignore_result")
+        result.ignored = options.get("ignore_result", _IGNORES)
         if parent is not None and options.get("add_to_parent", True):
             parent.add_trail(result)
         return result
@@ -152,7 +154,7 @@ class Sender:
         if kwargs:
             own["kwargsrepr"] = saferepr(kwargs, of_kwargs, maxlevels=levels)
         priority = checked_priority(given("priority") or 0)
-        said = (name, _origin(os.getpid()), self._app.thread_oid, way, given("ignore_result"), priority)
+        said = (name, _origin(os.getpid()), self._app.thread_oid, way, given("ignore_result", _IGNORES), priority)
         more = (given("time_limit"), given("soft_time_limit"), given("group_index"), given("shadow"))
         try:
             shared = _common(*said, *more, root, parent, group)

@@ -220,7 +220,13 @@ class AsynPool(asynpool.AsynPool):
         unsaid = [job for job in unsaid if not self.take_back(job)]
         for job in unsaid:
             job._accepted = True
+        begun = [job for job in self._cache.values() if job._accepted]
         super().flush()
+        for job in begun:  # below Celery 5.7, these are forgotten as well
+            if not job.ready():
+                self._cache[job._job] = job
+                if job._write_to is not None and job._write_to._is_alive():
+                    self._busy_workers.add(job._write_to.inqW_fd)
         for job in unsaid:
             job._accepted = job._worker_pid is not None
 

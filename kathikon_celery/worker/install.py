@@ -11,6 +11,7 @@ from celery import bootsteps, signals
 from celery.concurrency import prefork
 from kombu.utils.imports import symbol_by_name
 
+from kathikon_celery.backports import mark_what_is_revoked
 from kathikon_celery.internals import PREFORK, REQUESTS, TRACING, is_usable
 from kathikon_celery.presence import Presence
 from kathikon_celery.routing import configure, declare_queues
@@ -98,6 +99,7 @@ def install(sender: Any, **kwargs: Any) -> None:
         return
     configure(app)
     declare_queues(app)
+    mark_what_is_revoked()
     app.steps["worker"].update({PromoterStep, PrunerStep, LifelineStep, SentJobs})
     app.steps["consumer"].add(Supply)
     has_requests, has_tracers = is_usable(REQUESTS), is_usable(TRACING)

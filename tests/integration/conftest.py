@@ -18,6 +18,7 @@ from celery.result import AsyncResult
 from kathikon_celery.job import Job, State
 from kathikon_celery.storage import Storage
 from tests.support import apps
+from tests.support.projects import Project
 from tests.support.postgresql import new_database
 from tests.support.waiting import wait_until
 from tests.support.workers import WorkerProcess
@@ -178,3 +179,9 @@ class Journal:
 def journal(tmp_path: Path) -> Journal:
     """An empty journal."""
     return Journal(tmp_path / "journal")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """A user's project in a folder of its own."""
+    return Project(tmp_path)

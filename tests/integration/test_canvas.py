@@ -8,6 +8,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import celery
 import pytest
 from celery import Celery, chain, chord, group
 from celery.canvas import StampingVisitor
@@ -114,6 +115,14 @@ SHAPES: dict[str, tuple[Callable[[], Any], Any]] = {
 }
 
 
+#: Celery 5.5 gives the members of a group from a generator the place of the part that they replace, and so no order.
+HAVE_NO_ORDER = {"parts replaced by groups"} if celery.VERSION < (5, 6) else set()
+
+
+def in_order(shape: str, value: Any) -> Any:
+    return [sorted(one) for one in value] if shape in HAVE_NO_ORDER else value
+
+
 #: Eager mode knows no chord that a task could add to.
 EAGER_HAS_NONE = {"parts that add parts"}
 
@@ -121,7 +130,7 @@ EAGER_HAS_NONE = {"parts that add parts"}
 @pytest.mark.parametrize("shape", SHAPES)
 def test_value(app: Celery, jobs: Jobs, shape: str) -> None:
     make, value = SHAPES[shape]
-    assert make().apply_async().get(timeout=60) == value
+    assert in_order(shape, make().apply_async().get(timeout=60)) == value
     assert not [job.task for job in jobs.storage.all() if job.task == "celery.chord_unlock"]
 
 
@@ -366,7 +375,7 @@ def test_an_exception_with_arguments_fails_a_chord_with_its_words(app: Celery, j
 
 @pytest.mark.usefixtures("worker")
 def test_nothing_is_left_over(app: Celery, jobs: Jobs) -> None:
-    for make, value in SHAPES.values():
-        assert make().apply_async().get(timeout=60) == value
+    for shape, (make, value) in SHAPES.items():
+        assert in_order(shape, make().apply_async().get(timeout=60)) == value
     with jobs.storage.database.read() as connection:
         assert connection.execute(select(func.count()).select_from(chord_parts)).scalar() == 0

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import celery
 import pytest
 from celery import Celery, bootsteps, current_app
 from kombu.asynchronous import get_event_loop
@@ -64,7 +65,8 @@ def test_leaves_the_process_as_it_was(kathikon_app: Celery) -> None:
         loggers = [logging.getLogger(), logging.getLogger("celery.worker.consumer.tasks")]
         told = [(logger.level, list(logger.handlers), list(logger.filters)) for logger in loggers]
         files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-        consumed = list(kathikon_app.amqp.queues.consume_from)
+        # Before Celery 5.7, who sends to a queue that is not configured makes his own workers consume it.
+        consumed = list(kathikon_app.amqp.queues.consume_from) if celery.VERSION >= (5, 7) else []
         return handlers, told, sys.stdout, sys.stderr, files, get_event_loop(), consumed
 
     with EmbeddedWorker(kathikon_app):

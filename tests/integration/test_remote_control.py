@@ -8,6 +8,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import celery
 import pytest
 import sqlalchemy as sa
 from celery import Celery
@@ -438,7 +439,8 @@ def test_purge(app: Celery, jobs: Jobs) -> None:
     assert [jobs.storage.fetch(result.id) for result in results] == [None] * 3
     assert jobs.of(kept).state is State.AVAILABLE
     assert "No messages purged from 1 queue." in run(app, purge, "--force", "--queues", "not consumed")
-    assert app.control.purge() == 0
+    # Before Celery 5.7, a queue to which an app has sent is one of its own.
+    assert app.control.purge() == (0 if celery.VERSION >= (5, 7) else 1)
 
 
 def test_list_bindings(app: Celery) -> None:

@@ -176,9 +176,11 @@ def test_signals_are_sent_to_who_listens(plain: Task, ours: list[str], signal: s
     def hear(sender: str, headers: dict[str, Any], **_: Any) -> None:
         heard.append(headers["id"])
 
-    with mock.patch.object(getattr(signals, signal), "receivers", []):
-        getattr(signals, signal).connect(hear)
+    getattr(signals, signal).connect(hear)
+    try:
         sent = plain.delay(1)
+    finally:
+        getattr(signals, signal).disconnect(hear)
     assert heard == [sent.id]
     assert ours == []
     assert [plain.delay(1).id] == ours  # learns anew

@@ -95,7 +95,7 @@ def sent_job(app: Celery, send: Callable[..., Any], task: Task, call: dict[str, 
     storage.clear_jobs()
     options = dict(call)
     result = send(task.name, options.pop("args"), options.pop("kwargs"), task_type=task, **options)
-    assert result.ignored == call.get("ignore_result")
+    assert "ignore_result" not in call or result.ignored == call["ignore_result"]
     (job,) = storage.all()
     assert result.id == job.id
     return replace(job, seq=0, fence=0, inserted_at=None, available_at=None, envelope=json.loads(job.envelope))

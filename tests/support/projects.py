@@ -1,0 +1,112 @@
+"""A project of a user's, on disk, with a real worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+from tests.support.workers import WorkerProcess
+
+#: Tasks as they stand in any project; nothing in them knows of Kathikon.
+TASKS = """
+    import os, time
+    from celery import shared_task
+
+    def note(path, line):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(descriptor, f"{line}\\n".encode())
+        os.close(descriptor)
+
+    @shared_task
+    def add(x, y):
+        return x + y
+
+    @shared_task
+    def timed(path, line):
+        note(path, f"start {line}")
+        time.sleep(0.3)
+        note(path, f"end {line}")
+
+    @shared_task
+    def tick(path):
+        note(path, "tick")
+"""
+MAIL = """
+    from celery import shared_task
+
+    @shared_task
+    def send(to):
+        return f"sent to {to}"
+
+    @shared_task
+    def Send(to):
+        return "patterns mind upper and lower case"
+"""
+APP = """
+    from celery import Celery
+    app = Celery("proj")
+    app.config_from_object("kathikon_celery.config")
+    app.autodiscover_tasks(["proj", "proj.mail"])
+"""
+
+
+class Project:
+    """A folder with a package ``proj``."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("KATHIKON_", "CELERY_", "DJANGO_"))
+        }
+        self.environment.pop("PYTHONPATH", None)  # the package is installed, as at a user's
+        self.write("proj/__init__.py", "from proj.celery import app as celery_app")
+        self.write("proj/celery.py", APP)
+        self.write("proj/tasks.py", TASKS)
+        self.write("proj/mail/__init__.py", "")
+        self.write("proj/mail/tasks.py", MAIL)
+
+    def write(self, name: str, text: str) -> None:
+        path = self.directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(dedent(text))
+
+    def run(self, code: str) -> Any:
+        """Run *code* in a process of its own, as a web server of the project would; what it assigns to ``answer``."""
+        program = f"import json\n{dedent(code)}\nprint(json.dumps(answer))"
+        done = self._call("-c", program)
+        return json.loads(done.splitlines()[-1])
+
+    def celery(self, *arguments: str) -> str:
+        """Run ``celery -A proj …``, and return what it wrote."""
+        return self._call("-m", "celery", "-A", "proj", *arguments)
+
+    def _call(self, *arguments: str) -> str:
+        # A daemon that the command leaves behind would keep a pipe open.
+        output = self.directory / "output"
+        with output.open("w+") as file:
+            done = subprocess.run(
+                [sys.executable, *arguments], cwd=self.directory, env=self.environment, timeout=60,
+                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        text = output.read_text()
+        assert done.returncode == 0, text
+        return text
+
+    @contextmanager
+    def worker(self, *args: str, pool: str = "threads", concurrency: int = 4) -> Iterator[WorkerProcess]:
+        """A worker of the project, with nothing in its environment or its arguments that the project has not named."""
+        nothing = {name: None for name in os.environ if name not in self.environment}
+        with WorkerProcess(
+            directory=self.directory, app="proj", pool=pool, concurrency=concurrency, args=args,
+            env={**nothing, "KATHIKON_TEST_CONF": None, "PYTHONPATH": None, **self.environment},
+        ) as worker:  # fmt: skip
+            yield worker
