@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo bench test check clean
+.PHONY: help demo bench test test-versions check clean
 
 help:
 	@echo "make demo    a real Celery worker runs a few thousand real jobs from an embedded SQL table"
 	@echo "make bench   measure the brokers that can be reached, half an hour; OPTIONS=--small to see that it runs"
 	@echo "make test    the test suite; brings its own PostgreSQL"
+	@echo "make test-versions   tests with real workers on the lowest Celery and kombu, and on every Python that is found"
 	@echo "make check   ruff, mypy --strict, layer contracts"
 	@echo "make clean   remove the virtual environment and the caches"
 
@@ -20,6 +21,9 @@ bench: $(VENV)/.installed-dev
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-versions:
+	@$(PYTHON) -B -m tests.versions
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -41,4 +45,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
+	rm -rf $(VENV) .venv-lowest-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info

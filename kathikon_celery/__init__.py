@@ -1,7 +1,7 @@
 """Kathikon for Celery: jobs as rows of the SQL database that you already run.
 
 Importing this package teaches kombu the transport ``kathikon://``. For a Celery app,
-``app.config_from_object("kathikon_celery.config")`` is all that is needed; an app of which nothing but the broker can be
+``app.config_from_object("kathikon_celery.config")`` is all that is needed. An app of which only the broker can be
 configured takes ``kathikon+postgresql://…`` as its broker's URL (see `kathikon_celery.discovery`).
 
 `EmbeddedWorker`, a worker inside this process, and `bulk`, for sending many tasks at once, are imported when they are

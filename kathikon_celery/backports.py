@@ -12,7 +12,7 @@ import sys
 from functools import partial, wraps
 from typing import Any
 
-from celery import VERSION, chord, group
+from celery import VERSION, chord, group, states
 from celery.app.task import Context
 from celery.backends.base import BaseBackend
 from celery.canvas import _chain as chain
@@ -100,11 +100,12 @@ def mark_what_is_revoked() -> None:
 
     @wraps(revoke)
     def revoke_and_mark(state: Any, task_id: Any, *args: Any, **kwargs: Any) -> Any:
-        answer = revoke(state, task_id, *args, **kwargs)
         running = {request.id for request in worker_state.active_requests}
+        answer = revoke(state, task_id, *args, **kwargs)
+        backend = state.app.backend
         for one in maybe_list(task_id) or []:
-            if one not in running:
-                state.app.backend.mark_as_revoked(one, reason="revoked", store_result=True)
+            if one not in running and backend.get_state(one) in (states.PENDING, states.RETRY):
+                backend.mark_as_revoked(one, reason="revoked", store_result=True)
         return answer
 
     revoke_and_mark.marks = True  # type: ignore[attr-defined]

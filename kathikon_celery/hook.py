@@ -9,15 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from celery.signals import worker_init
+from kombu.utils.imports import symbol_by_name
 
 
 @worker_init.connect(weak=False, dispatch_uid="kathikon_celery")
 def _install(sender: Any, **_: Any) -> None:
     from click import ClickException
 
-    from kathikon_celery.worker.install import install
-
     try:
-        install(sender)
+        symbol_by_name("kathikon_celery.worker.install:install")(sender)
     except ClickException as error:  # Celery would log it and run a worker that is none of ours
         raise SystemExit(f"Error: {error}") from error

@@ -370,5 +370,10 @@ def _are_messages_known(app: Celery) -> bool:
 
 def install(app: Celery) -> None:
     """Make *app* send by a `Sender`, unless its class sends in a way of its own, or Celery's messages are not known."""
-    if type(app).send_task is Celery.send_task and "send_task" not in vars(app) and is_usable(SENDING) and _are_messages_known(app):
+    if (
+        type(app).send_task is Celery.send_task
+        and "send_task" not in vars(app)
+        and is_usable(SENDING)
+        and _are_messages_known(app)
+    ):
         app.send_task = Sender(app)

@@ -12,7 +12,7 @@ from celery.concurrency import prefork
 from kombu.utils.imports import symbol_by_name
 
 from kathikon_celery.backports import mark_what_is_revoked
-from kathikon_celery.internals import PREFORK, REQUESTS, TRACING, is_usable
+from kathikon_celery.internals import LIBPQ, PARTS, PREFORK, REQUESTS, TRACING, is_usable
 from kathikon_celery.presence import Presence
 from kathikon_celery.routing import configure, declare_queues
 from kathikon_celery.storage import Storage
@@ -107,6 +107,9 @@ def install(sender: Any, **kwargs: Any) -> None:
         app.Task.Request = "kathikon_celery.worker.request:Request"
     storage = Storage.for_app(app, setup=False)
     storage.database.patience = PATIENCE
+    for part in PARTS:  # before there are processes of a pool, each of which would say so
+        if part is not LIBPQ or storage.database.url.get_driver_name() == "psycopg":
+            is_usable(part)
     app.finalize()
     signals.worker_process_init.connect(partial(_in_child, app, storage), weak=False, dispatch_uid="kathikon-tracers")
     for task in app.tasks.values():

@@ -18,8 +18,8 @@ from celery.result import AsyncResult
 from kathikon_celery.job import Job, State
 from kathikon_celery.storage import Storage
 from tests.support import apps
-from tests.support.projects import Project
 from tests.support.postgresql import new_database
+from tests.support.projects import Project
 from tests.support.waiting import wait_until
 from tests.support.workers import WorkerProcess
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from kathikon_celery.storage import Storage
 from tests.integration.conftest import Journal
 from tests.support.projects import APP, Project
 from tests.support.waiting import wait_until
-from tests.support.workers import ROOT, WorkerProcess
+
 
 @contextmanager
 def storage_of(url: str) -> Iterator[Storage]:

@@ -1,0 +1,51 @@
+"""Where nothing is known of Celery's insides, its own pool, request, tracer and way to send do the work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from celery import Celery, chain, chord
+
+from kathikon_celery.internals import PARTS
+from kathikon_celery.job import State
+from tests.integration.conftest import Jobs, Journal
+from tests.support import apps
+from tests.support.workers import ROOT, WorkerProcess
+
+Start = Callable[..., WorkerProcess]
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo", "gevent"])
+def test_a_worker(client: Celery, jobs: Jobs, start_worker: Start, journal: Journal, pool: str) -> None:
+    worker = start_worker(app="tests.support.unknown_celery", pool=pool)
+    assert [one.get(timeout=60) for one in [apps.add.delay(n, n) for n in range(20)]] == [2 * n for n in range(20)]
+    assert apps.add.apply_async((1, 1), countdown=0.2).get(timeout=60) == 2
+    assert chain(apps.add.s(1, 2), apps.add.s(3)).delay().get(timeout=60) == 6
+    assert chord([apps.add.s(n, n) for n in range(3)], apps.total.s()).delay().get(timeout=60) == 6
+    assert apps.after_retries.delay(2, 5).get(timeout=60) == 5
+    failed = apps.fail.delay("broken")
+    with pytest.raises(ValueError, match="broken"):
+        failed.get(timeout=60)
+    assert jobs.wait(failed, State.DEAD).traceback
+    if pool == "prefork":  # a process that is lost
+        assert apps.kill_own_process.delay(journal.path, "run", 1).get(timeout=60)
+    assert worker.stop() == 0
+    told = [line for line in worker.log.splitlines() if "Kathikon leaves out" in line]
+    parts = [part for part in PARTS if any(part.name in line for line in told)]
+    assert len(told) == len(parts)
+    assert {"the request", "the tracer", "statements compiled once"} <= {part.name for part in parts}
+
+
+def test_a_client(database_url: str, tmp_path: Path) -> None:
+    code = "from tests.support.unknown_celery import app; print([app.send_task('any').id for _ in range(3)])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "KATHIKON_DATABASE_URL": database_url}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("the short way of delay()") == 1
