@@ -1,6 +1,6 @@
 """``make test-versions``: tests with real workers on the lowest versions that pyproject.toml allows.
 
-Each Python that is found, on the path or among pyenv's, gets an environment of its own, ``.venv-lowest-3.10`` and so on.
+Each Python that is found, on the path or among pyenv's, gets an environment of its own, such as ``.venv-lowest-3.10``.
 The first one runs `MANY`; each of the others shows that a worker runs there, by `FEW`.
 """
 
@@ -59,7 +59,8 @@ def main() -> None:
     found = list(pythons())
     if not found:
         sys.exit(f"no Python of 3.{MINORS[0]} to 3.{MINORS[-1]} was found")
-    for tests, (version, python) in zip([MANY, *[FEW] * len(found)], found):
+    for number, (version, python) in enumerate(found):
+        tests = FEW if number else MANY
         print(f"Python {version}, Celery {LOWEST['celery']}", flush=True)
         command = [environment(version, python), "-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup", *tests]
         if code := subprocess.run(command, cwd=ROOT).returncode:
