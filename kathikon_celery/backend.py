@@ -19,7 +19,7 @@ from kombu.utils.encoding import ensure_bytes
 from kathikon_celery.canvas import CanvasBackend
 from kathikon_celery.job import TERMINAL, Hold, Job, State, in_brief
 from kathikon_celery.settings import Settings, broker_database, mask
-from kathikon_celery.storage import Storage, finish, prune, results, waits
+from kathikon_celery.storage import Storage, prune, results, transitions, waits
 from kathikon_celery.storage.errors import is_lost
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.settle import End
@@ -352,7 +352,7 @@ def error_of(job: Job) -> Exception:
         kind = Reject
     elif why.startswith("NotRegistered("):
         kind, why = NotRegistered, job.task
-    elif why in (finish.LOST_TOO_OFTEN, finish.LOST_AT_MOST_ONCE):
+    elif why in (transitions.LOST_TOO_OFTEN, transitions.LOST_AT_MOST_ONCE):
         kind = WorkerLostError
     return kind(why)
 

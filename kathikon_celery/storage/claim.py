@@ -18,26 +18,25 @@ from sqlalchemy import (
     exists,
     false,
     func,
-    null,
     or_,
     select,
     true,
     type_coerce,
     update,
 )
-from sqlalchemy.sql.dml import Update
 from sqlalchemy.sql.expression import ColumnElement
 from sqlalchemy.types import NullType
 
 from kathikon_celery.job import Hold, Job, State
 from kathikon_celery.storage import messages, prepared
-from kathikon_celery.storage.clock import Instant, now
+from kathikon_celery.storage.clock import Instant
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.finish import completing
 from kathikon_celery.storage.front import Front
 from kathikon_celery.storage.nodes import WAIT
 from kathikon_celery.storage.tables import READY, jobs, nodes
+from kathikon_celery.storage.transitions import claimed
 
 #: What a worker must know of a job in order to run it. Nothing of it is converted: a corrupt row spoils no batch.
 _DELIVERY = [
@@ -64,17 +63,6 @@ class Waiting(NamedTuple):
     room: int
 
 
-def _taken(rows: Update) -> Update:
-    return rows.values(
-        state=State.CLAIMED.value,
-        node_id=bindparam("by_node", type_=BigInteger()),
-        fence=jobs.c.fence + 1,
-        attempts=jobs.c.attempts + 1,
-        claimed_at=now(),
-        status=null(),  # a new run, of which nothing is known yet
-    )
-
-
 def _parts(marks: int) -> list[list[ColumnElement[bool]]]:
     """The conditions of the parts of a queue, in their order, where so many of its priorities have a mark."""
     parts: list[list[ColumnElement[bool]]] = []
@@ -98,7 +86,7 @@ def _with_waiting(claimed: Any, rows: Any) -> Any:
 @lru_cache(maxsize=64)
 def _claim(dialect: Dialect, marks: int, waits: bool) -> Any:
     claim = _claiming(dialect, marks)
-    return _with_waiting(claimed := claim.cte("claimed"), select(claimed)) if waits else claim
+    return _with_waiting(rows := claim.cte("claimed"), select(rows)) if waits else claim
 
 
 def _claiming(dialect: Dialect, marks: int) -> Any:
@@ -113,7 +101,7 @@ def _claiming(dialect: Dialect, marks: int) -> Any:
         if marks
         else dialect.picked(ready, jobs)
     )
-    return _taken(update(jobs).where(picked)).returning(*_DELIVERY, _SINCE)
+    return claimed(update(jobs).where(picked)).returning(*_DELIVERY, _SINCE)
 
 
 def is_anything_there(queues: int, with_messages: bool) -> ColumnElement[bool]:
@@ -154,8 +142,8 @@ def claim(
 def _claim_told(dialect: Dialect) -> Any:
     # The queue as an expression: else PostgreSQL, before its first statistics, reads all that is ready in it.
     told = (jobs.c.seq == bindparam("told"), jobs.c.queue.concat("") == bindparam("from_queue"))
-    claimed = _taken(update(jobs).where(*told, READY, _IS_ALIVE)).returning(*_DELIVERY).cte("claimed")
-    return _with_waiting(claimed, select(claimed))
+    rows = claimed(update(jobs).where(*told, READY, _IS_ALIVE)).returning(*_DELIVERY).cte("claimed")
+    return _with_waiting(rows, select(rows))
 
 
 def claim_told(
@@ -211,10 +199,10 @@ def _in_order(rows: Sequence[Any]) -> list[Any]:
 @lru_cache(maxsize=64)
 def _complete_and_claim(dialect: Dialect, marks: int, waits: bool) -> Any:
     completed = completing(dialect).returning(jobs.c.seq).cte("completed")
-    claimed = _claiming(dialect, marks).cte("claimed")
+    found = _claiming(dialect, marks).cte("claimed")
     number = select(func.count().label("completed")).select_from(completed).subquery()
-    rows = select(claimed, number.c.completed).select_from(number.outerjoin(claimed, true()))
-    return _with_waiting(claimed, rows) if waits else rows
+    rows = select(found, number.c.completed).select_from(number.outerjoin(found, true()))
+    return _with_waiting(found, rows) if waits else rows
 
 
 def complete_and_claim(
@@ -251,7 +239,7 @@ def preparations(database: Database) -> Iterator[Callable[[Connection], None]]:
 
 @lru_cache(maxsize=8)
 def _claim_again(dialect: Dialect) -> Any:
-    return _taken(update(jobs).where(dialect.held(jobs, owned=False), READY))
+    return claimed(update(jobs).where(dialect.held(jobs, owned=False), READY))
 
 
 def claim_again(database: Database, connection: Connection, holds: Sequence[Hold], node_id: int) -> int:

@@ -11,80 +11,46 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Boolean, Connection, Text, and_, bindparam, case, false, null, or_, select, update
+from sqlalchemy import Boolean, Connection, Text, bindparam, select, update
 from sqlalchemy.sql.dml import Update
 
-from kathikon_celery.job import HELD, Hold, Job, State, in_brief, sources
+from kathikon_celery.job import Hold, Job, State, in_brief
+from kathikon_celery.storage import transitions
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.names import printable
 from kathikon_celery.storage.reading import errors_of, jobs_of
-from kathikon_celery.storage.tables import UNTOLD, held_as, jobs, of_hold, state_in
+from kathikon_celery.storage.tables import UNTOLD, held_as, jobs, of_hold
+from kathikon_celery.storage.transitions import IS_HELD
 
-#: What is noted of a run whose process was lost, and the reason on the row of a job to which that happened too often.
+#: What is noted of a run whose process was lost.
 LOST = "the process that ran it was lost"
-LOST_TOO_OFTEN = "the process that ran it was lost, as often as max_attempts allows"
-LOST_AT_MOST_ONCE = "the worker was lost while the task ran, and acks_late=False forbids to run it again"
-
-IS_HELD = state_in(HELD)
-
-
-def may_become(state: State) -> Any:
-    """The condition that the state machine allows a row to become *state*."""
-    return state_in(sources(state))
 
 
 @lru_cache(maxsize=8)
 def _started(dialect: Dialect) -> Any:
-    values = {"state": State.RUNNING.value, "started_at": now(), "acked": bindparam("acked_early", type_=Boolean())}
-    return update(jobs).where(dialect.held(jobs), may_become(State.RUNNING)).values(values)
+    return transitions.started(dialect.held(jobs), acked=bindparam("acked_early", type_=Boolean()))
 
 
 @lru_cache(maxsize=8)
 def completing(dialect: Dialect) -> Update:
     """The statement of `completed`, for who makes it a part of a larger one."""
-    # A job that ended before its start was written started when it was claimed, as far as we know.
-    values = {"state": State.COMPLETED.value, "ended_at": now(), "node_id": null()}
-    return update(jobs).where(dialect.held(jobs), may_become(State.COMPLETED)).values(values)
+    return transitions.ended(State.COMPLETED, dialect.held(jobs))
 
 
 @lru_cache(maxsize=8)
 def _ended(state: State) -> Any:
-    values = {
-        "state": state.value,
-        "ended_at": now(),
-        "node_id": null(),
-        "reason": bindparam("why", type_=Text()),
-        "traceback": bindparam("trace", type_=Text()),
-        "status": bindparam("word", type_=Text()),
-    }
-    return update(jobs).where(held_as(jobs), IS_HELD, may_become(state)).values(values)
+    texts = {name: bindparam(parameter, type_=Text()) for name, parameter in _TEXTS.items()}
+    return transitions.ended(state, held_as(jobs), IS_HELD, **texts)
 
 
-def returned(crashed: Any) -> dict[str, Any]:
-    """The changes that make a held row ready again; where *crashed* holds, a crash more is on its account."""
-    crashes = jobs.c.crashes + case((crashed, 1), else_=0)
-    lost = and_(crashed, or_(jobs.c.acked, crashes >= jobs.c.max_attempts))
-    why = case((jobs.c.acked, LOST_AT_MOST_ONCE), else_=LOST_TOO_OFTEN)
-    return {
-        "state": case((lost, State.DEAD.value), else_=State.AVAILABLE.value),
-        "ended_at": case((lost, now()), else_=null()),
-        "reason": case((lost, why), else_=null()),
-        "crashes": crashes,
-        "node_id": null(),
-        "acked": false(),
-        "fence": jobs.c.fence + 1,
-        "claimed_at": case((lost, jobs.c.claimed_at), else_=null()),
-        "started_at": case((lost, jobs.c.started_at), else_=null()),
-        **dict.fromkeys(("status", "result", "traceback", "meta"), null()),
-    }
+_TEXTS = {"reason": "why", "traceback": "trace", "status": "word"}
 
 
 @lru_cache(maxsize=8)
 def _returned(dialect: Dialect) -> Any:
-    crashed = bindparam("has_crashed", type_=Boolean())
-    return update(jobs).where(dialect.held(jobs), IS_HELD).values(returned(crashed))
+    return transitions.returned(dialect.held(jobs), crashed=transitions.has_crashed())
 
 
 def started(database: Database, connection: Connection, holds: Sequence[Hold], acked: bool = False) -> int:
@@ -111,20 +77,9 @@ def ended(
     return changed
 
 
-_WAITS = State.WAITING_FOR_CHILDREN.value
-
-
 @lru_cache(maxsize=8)
 def _replaced(dialect: Dialect) -> Any:
-    # Those may have ended already, and with them the job, whose state was the worker's to write.
-    states = {"SUCCESS": State.COMPLETED, "FAILURE": State.DEAD, "REVOKED": State.CANCELLED}
-    state = case({word: state.value for word, state in states.items()}, value=jobs.c.status, else_=_WAITS)
-    values = {
-        "state": state,
-        "ended_at": case(dict.fromkeys(states, now()), value=jobs.c.status, else_=null()),
-        "node_id": null(),
-    }
-    return update(jobs).where(dialect.held(jobs), may_become(State.WAITING_FOR_CHILDREN)).values(values)
+    return transitions.replaced(dialect.held(jobs))
 
 
 def replaced(database: Database, connection: Connection, holds: Sequence[Hold]) -> int:

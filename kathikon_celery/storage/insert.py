@@ -7,21 +7,18 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Connection, Executable, bindparam, case, false, literal_column, null, or_, select
+from sqlalchemy import Connection, Executable, bindparam, or_, select
 
-from kathikon_celery.job import TERMINAL, Hold, Job, State
-from kathikon_celery.storage import prepared
-from kathikon_celery.storage.clock import Instant, now
+from kathikon_celery.job import Hold, Job, State
+from kathikon_celery.storage import prepared, transitions
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.names import key, printable
-from kathikon_celery.storage.tables import jobs, state_in
+from kathikon_celery.storage.tables import jobs
 
 #: What a message brings; published again it replaces what was there.
 _BROUGHT = ("queue", "task", "priority", "publication", "max_attempts", "root_id", "parent_id", "group_id")
 _PAYLOAD = ("expires_at", "envelope", "body")
-#: What is known of one run only.
-OF_A_RUN = ("node_id", "claimed_at", "started_at", "ended_at", "status", "result", "traceback", "meta", "reason")
 
 
 @lru_cache(maxsize=64)
@@ -31,39 +28,7 @@ def _statement(dialect: Dialect, later: bool, own: bool, again: bool, bare: bool
     *again*: it may have been committed before. *bare*: without a wake-up.
     """
     columns: dict[str, Any] = {name: bindparam(f"new_{name}", type_=jobs.c[name].type) for name in _BROUGHT + _PAYLOAD}
-    if later:
-        due = bindparam("new_scheduled_at", type_=Instant())
-        ahead = due > now()
-        state = bindparam("new_state", type_=jobs.c.state.type)
-        columns |= {
-            "scheduled_at": due,
-            "available_at": case((ahead, due), else_=now()),
-            "state": case((ahead, state), else_=State.AVAILABLE.value),
-        }
-    else:
-        columns |= {"scheduled_at": null(), "available_at": now(), "state": State.AVAILABLE.value}
-    insert = dialect.insert_or_update(jobs).values(
-        id=bindparam("new_id", type_=jobs.c.id.type),
-        fence=dialect.first_fence,
-        attempts=0,
-        crashes=0,
-        acked=false(),
-        inserted_at=now(),
-        **columns,
-    )
-    new, ended = insert.excluded, state_in(TERMINAL)
-    changes: dict[str, Any] = {name: new[name] for name in columns}
-    changes |= {name: null() for name in OF_A_RUN}
-    changes |= {
-        "fence": jobs.c.fence + 1,
-        "acked": false(),
-        "attempts": case((ended, literal_column("0")), else_=jobs.c.attempts),
-        "crashes": case((ended, literal_column("0")), else_=jobs.c.crashes),
-        "inserted_at": case((ended, new.inserted_at), else_=jobs.c.inserted_at),
-    }
-    other = jobs.c.publication != new.publication
-    condition = None if own else other if again else or_(other, ended)
-    insert = insert.on_conflict_do_update(index_elements=[jobs.c.id], set_=changes, where=condition)
+    insert = transitions.published(dialect, columns, later, own, again)
     return insert if bare else dialect.publishing(insert, None if later else columns["queue"])
 
 

@@ -26,11 +26,11 @@ from sqlalchemy import (
 from sqlalchemy.sql.expression import ColumnElement
 
 from kathikon_celery.job import Hold, State
-from kathikon_celery.storage import prepared
+from kathikon_celery.storage import prepared, transitions
 from kathikon_celery.storage.clock import now, seconds, seconds_until
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
-from kathikon_celery.storage.finish import IS_HELD, note_crashes, returned
+from kathikon_celery.storage.finish import note_crashes
 from kathikon_celery.storage.tables import HELD, jobs, messages, nodes, queues
 from kathikon_celery.storage.topology import delete_queue
 
@@ -157,7 +157,7 @@ def wait_for(connection: Connection, node_id: int, names: list[str] | None) -> N
 @lru_cache(maxsize=1)
 def _rescued() -> Any:
     crashed = jobs.c.state == literal_column(f"'{State.RUNNING.value}'")
-    return update(jobs).where(HELD, jobs.c.node_id == bindparam("node"), IS_HELD).values(returned(crashed))
+    return transitions.returned(HELD, jobs.c.node_id == bindparam("node"), crashed=crashed)
 
 
 _FREED = (

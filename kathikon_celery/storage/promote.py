@@ -5,10 +5,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Connection, Integer, bindparam, null, select, update
+from sqlalchemy import Connection, Integer, bindparam, select
 
-from kathikon_celery.job import State
-from kathikon_celery.storage import prepared
+from kathikon_celery.storage import prepared, transitions
 from kathikon_celery.storage.clock import now, seconds_until
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
@@ -28,7 +27,7 @@ def _promote(dialect: Dialect) -> Any:
         .order_by(jobs.c.available_at)
         .limit(bindparam("at_most", type_=Integer()))
     )
-    return update(jobs).where(dialect.picked(due, jobs)).values(state=State.AVAILABLE.value).returning(jobs.c.queue)
+    return transitions.promoted(dialect.picked(due, jobs)).returning(jobs.c.queue)
 
 
 def next_due(connection: Connection) -> float | None:
@@ -50,11 +49,7 @@ def promote(database: Database, limit: int = CHUNK) -> int:
 @lru_cache(maxsize=8)
 def _expire(dialect: Dialect) -> Any:
     expired = select(jobs.c.seq).where(EXPIRING, jobs.c.expires_at <= now()).order_by(jobs.c.expires_at).limit(CHUNK)
-    return (
-        update(jobs)
-        .where(dialect.picked(expired, jobs))
-        .values(state=State.DISCARDED.value, reason="expired", status=null(), ended_at=now())
-    )
+    return transitions.expired(dialect.picked(expired, jobs))
 
 
 def expire(database: Database) -> int:

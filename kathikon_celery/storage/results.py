@@ -6,30 +6,26 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Connection, Text, and_, bindparam, case, delete, false, func, not_, null, or_, select, update
+from sqlalchemy import Connection, Text, bindparam, case, delete, null, select, update
 
 from kathikon_celery.job import TERMINAL, Hold, State
-from kathikon_celery.storage import prepared, waits
+from kathikon_celery.storage import prepared, transitions, waits
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import Database
-from kathikon_celery.storage.finish import IS_HELD, add_error, may_become
+from kathikon_celery.storage.finish import add_error
 from kathikon_celery.storage.names import key, printable
 from kathikon_celery.storage.tables import UNTOLD, groups, held_as, jobs, of_hold, state_in
+from kathikon_celery.storage.transitions import WRITTEN, may_become
 
-_WRITTEN = {name: bindparam(f"new_{name}", type_=Text()) for name in ("status", "result", "traceback", "meta")}
-#: The word for what a run says of itself; it does not end the job.
-_NOTED = update(jobs).where(held_as(jobs), may_become(State.COMPLETED)).values(_WRITTEN)
+#: UPDATE for a task's own `update_state()`: the row's state does not change.
+_NOTED = update(jobs).where(held_as(jobs), may_become(State.COMPLETED)).values(WRITTEN)
 _ENDED = {
-    state: update(jobs)
-    .where(held_as(jobs), may_become(state))
-    .values(**_WRITTEN, state=state.value, ended_at=now(), node_id=null(), reason=bindparam("why", type_=Text()))
+    state: transitions.ended(state, held_as(jobs), **WRITTEN, reason=bindparam("why", type_=Text()))
     for state in (State.COMPLETED, State.DEAD, State.CANCELLED, State.DISCARDED)
 }
-_STARTED = (
-    update(jobs).where(held_as(jobs), may_become(State.RUNNING)).values(state=State.RUNNING.value, started_at=now())
-)
-_RETRIED = update(jobs).where(jobs.c.seq == bindparam("of_seq"), jobs.c.fence == bindparam("of_fence")).values(_WRITTEN)
+_STARTED = transitions.started(held_as(jobs))
+_RETRIED = update(jobs).where(jobs.c.seq == bindparam("of_seq"), jobs.c.fence == bindparam("of_fence")).values(WRITTEN)
 
 
 def store(
@@ -80,10 +76,9 @@ def end(
 
 @lru_cache(maxsize=8)
 def _returned(dialect: Dialect) -> Any:
-    values: dict[str, Any] = {name: dialect.brought(f"new_{name}") for name in _WRITTEN}
-    values |= {"state": State.COMPLETED.value, "ended_at": now(), "node_id": null()}
-    held = dialect.held(jobs, texts=[f"new_{name}" for name in _WRITTEN])
-    return update(jobs).where(held, may_become(State.COMPLETED)).values(values)
+    values: dict[str, Any] = {name: dialect.brought(f"new_{name}") for name in WRITTEN}
+    held = dialect.held(jobs, texts=[f"new_{name}" for name in WRITTEN])
+    return transitions.ended(State.COMPLETED, held, **values)
 
 
 def end_many(database: Database, connection: Connection, ends: Mapping[Hold, Mapping[str, str | None]]) -> int:
@@ -106,7 +101,7 @@ def store_retry(database: Database, hold: Hold, *, reason: str, **written: str |
     database.patiently(write)
 
 
-_TOLD = update(jobs).where(jobs.c.id == bindparam("job_id"), UNTOLD).values(_WRITTEN)
+_TOLD = update(jobs).where(jobs.c.id == bindparam("job_id"), UNTOLD).values(WRITTEN)
 
 
 def tell(database: Database, connection: Connection, task_id: str, **written: str | None) -> bool:
@@ -139,27 +134,8 @@ def end_alone(
 ) -> bool:
     """What `store_alone` does, as a part of a transaction; false when the job has ended otherwise."""
     ended = state if state in _ENDED else None
-    becomes = ended or State.COMPLETED
     new = {name: printable(text) for name, text in written.items()}
-    row = dict(
-        id=key(task_id), task="", priority=0, publication=0, fence=database.dialect.first_fence,
-        attempts=0, crashes=0, max_attempts=0, acked=false(), state=becomes.value,
-        inserted_at=now(), available_at=now(), ended_at=now(), envelope="{}", body="", reason=printable(reason), **new,
-    )  # fmt: skip
-    statement = database.dialect.insert_or_update(jobs).values(row)
-    changes: dict[str, Any] = dict(new)
-    if ended:
-        changes["state"] = case((IS_HELD, jobs.c.state), else_=ended.value)
-        changes["ended_at"] = case((IS_HELD, null()), else_=now())
-        changes["reason"] = case((IS_HELD, jobs.c.reason), else_=printable(reason))
-    if ended is State.CANCELLED:  # from afar, by who does not know what was to follow: that is to be told
-        changes["status"] = case((or_(IS_HELD, jobs.c.queue.is_(None)), new["status"]), else_=null())
-    fits = or_(may_become(becomes), jobs.c.state == becomes.value) if ended else not_(state_in(TERMINAL))
-    statement = statement.on_conflict_do_update(
-        index_elements=[jobs.c.id],
-        set_=changes,
-        where=and_(func.coalesce(jobs.c.status, "") != "SUCCESS", or_(jobs.c.queue.is_(None), fits)),
-    )
+    statement = transitions.ended_from_afar(database.dialect, key(task_id), ended, printable(reason), new)
     return bool(waits.tell(database, connection, statement, {}, ended=ended is not None, fixed=False))
 
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
-from typing import Any
 
-from sqlalchemy import false, null
 from sqlalchemy import update as update_statement
 
-from kathikon_celery.job import TERMINAL, WAITING, Job, State, check_transition
-from kathikon_celery.storage.clock import now
+from kathikon_celery.job import WAITING, Job, State, check_transition
+from kathikon_celery.storage import transitions
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.errors import MovedOn, NotFound
-from kathikon_celery.storage.insert import OF_A_RUN, envelope_of
+from kathikon_celery.storage.insert import envelope_of
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.reading import fetch
 from kathikon_celery.storage.tables import jobs
 
-_COLUMNS = [column for column in jobs.c if column.name not in ("seq", "id", "fence")]
+_COLUMNS = [column for column in jobs.c if column.name not in ("seq", "id", "fence", "state")]
 _NAMES = ("queue", "root_id", "parent_id", "group_id")
 
 
@@ -44,12 +42,11 @@ def update(database: Database, job: Job) -> None:
             values |= {name: key(values[name]) for name in _NAMES if values[name]}
             values |= {
                 "envelope": envelope_of(job),
-                "state": job.state.value,
                 "errors": json.dumps(job.errors) if job.errors else None,
             }
             if old.state is not job.state:
                 check_transition(job.id, old.state, job.state)
-                values |= _entering(job, old.state)
+                values |= transitions.put_back(job, old.state)
             connection.execute(update_statement(jobs).where(jobs.c.seq == old.seq).values(values))
             if job.state is State.AVAILABLE:
                 database.dialect.wake(connection, [values["queue"]], 1)
@@ -60,20 +57,3 @@ def update(database: Database, job: Job) -> None:
             setattr(job, field.name, getattr(new, field.name))
 
     database.patiently(write)
-
-
-def _entering(job: Job, old: State) -> dict[str, Any]:
-    """What the row says of a job that becomes ``job.state``, by the database's clock."""
-    if job.state in TERMINAL:
-        return {"ended_at": now(), "node_id": null()}
-    if job.state is State.CLAIMED:
-        return {"claimed_at": now(), "fence": jobs.c.fence + 1, "attempts": jobs.c.attempts + 1}
-    if job.state is State.RUNNING:
-        return {"started_at": now()}
-    if job.state is State.WAITING_FOR_CHILDREN:
-        return {"node_id": null()}
-    due = job.scheduled_at if job.state in WAITING and job.scheduled_at else now()
-    waits: dict[str, Any] = {"available_at": due, "acked": false(), "fence": jobs.c.fence + 1}
-    if old in TERMINAL:
-        waits |= {"attempts": 0, "crashes": 0}
-    return dict.fromkeys(OF_A_RUN, null()) | waits

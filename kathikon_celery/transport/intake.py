@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 
 from kathikon_celery.job import Hold, Job, State
 from kathikon_celery.presence import Presence
-from kathikon_celery.storage import Storage, claim, finish, messages, nodes, outlook
+from kathikon_celery.storage import Storage, claim, finish, messages, nodes, outlook, transitions
 from kathikon_celery.storage.errors import StorageError, Unavailable, in_words, is_lost
 from kathikon_celery.storage.front import rest
 from kathikon_celery.storage.names import key
@@ -47,7 +47,7 @@ PAUSE = 0.5
 
 
 #: A task that must not run twice was cut short.
-LOST = Outcome(Verdict.ENDED, State.DEAD, finish.LOST_AT_MOST_ONCE)
+LOST = Outcome(Verdict.ENDED, State.DEAD, transitions.LOST_AT_MOST_ONCE)
 
 
 class Intake:

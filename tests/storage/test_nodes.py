@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import text
 
 from kathikon_celery.job import State
-from kathikon_celery.storage import Storage, finish, messages, nodes, topology
+from kathikon_celery.storage import Storage, finish, messages, nodes, topology, transitions
 from kathikon_celery.storage.errors import Unavailable
 from kathikon_celery.storage.nodes import Holder
 from tests.storage.actors import Worker, new_job, the_job
@@ -46,7 +46,7 @@ def test_a_job_whose_processes_are_lost_too_often_is_dead(storage: Storage) -> N
         worker.die()
         job = the_job(storage)
         assert (job.crashes, job.state) == (crash, State.DEAD if crash == 3 else State.AVAILABLE)
-    assert job.reason == finish.LOST_TOO_OFTEN
+    assert job.reason == transitions.LOST_TOO_OFTEN
     assert [(error["attempt"], error["reason"]) for error in job.errors] == [
         (crash, finish.LOST) for crash in (1, 2, 3)
     ]
@@ -72,7 +72,7 @@ def test_an_early_acknowledged_job_that_ran_is_dead_and_runs_not_twice(storage: 
     worker.start(worker.claim_one(), acked=True)
     worker.die()
     job = the_job(storage)
-    assert (job.state, job.reason, job.crashes) == (State.DEAD, finish.LOST_AT_MOST_ONCE, 1)
+    assert (job.state, job.reason, job.crashes) == (State.DEAD, transitions.LOST_AT_MOST_ONCE, 1)
     assert job.started_at is not None
     assert Worker(storage).claim() == []
 
