@@ -33,7 +33,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.sql.dml import Update
-from sqlalchemy.sql.expression import ColumnElement
+from sqlalchemy.sql.expression import ColumnElement, TextClause
 
 from kathikon_celery.job import HELD, TERMINAL, WAITING, Job, State, sources
 from kathikon_celery.storage.clock import Instant, now
@@ -45,6 +45,9 @@ LOST_TOO_OFTEN = "the process that ran it was lost, as often as max_attempts all
 #: The reason on the row of a job whose message was acknowledged before its process was lost.
 LOST_AT_MOST_ONCE = "the worker was lost while the task ran, and acks_late=False forbids to run it again"
 EXPIRED = "expired"
+
+#: What a WHERE takes.
+_Condition = ColumnElement[bool] | TextClause
 
 IS_HELD = state_in(HELD)
 
@@ -69,7 +72,7 @@ def may_become(state: State) -> ColumnElement[bool]:
     return state_in(sources(state))
 
 
-def _becomes(state: State, *where: ColumnElement[bool], **more: Any) -> Update:
+def _becomes(state: State, *where: _Condition, **more: Any) -> Update:
     """The UPDATE by which the rows *where* that may, become *state*."""
     values = {"state": state.value, **BRINGS[state], **more}
     return update(jobs).where(*where, may_become(state)).values(values)
@@ -143,12 +146,12 @@ def claimed(rows: Update) -> Update:
     )
 
 
-def started(*where: ColumnElement[bool], **more: Any) -> Update:
+def started(*where: _Condition, **more: Any) -> Update:
     """The rows *where*, accepted by their worker's pool."""
     return _becomes(State.RUNNING, *where, **more)
 
 
-def returned(*where: ColumnElement[bool], crashed: Any) -> Update:
+def returned(*where: _Condition, crashed: Any) -> Update:
     """The held rows *where*, ready again; where *crashed* holds, a crash more is on their account.
 
     It makes those dead that must not run again, or have lost their process too often.
@@ -171,7 +174,7 @@ def returned(*where: ColumnElement[bool], crashed: Any) -> Update:
     return update(jobs).where(*where, IS_HELD).values(values)
 
 
-def replaced(*where: ColumnElement[bool]) -> Update:
+def replaced(*where: _Condition) -> Update:
     """The rows *where*, whose tasks have handed their work to others, which may have ended already.
 
     With those the job has ended as well: its state was left for this report.
@@ -186,7 +189,7 @@ def replaced(*where: ColumnElement[bool]) -> Update:
 # --- ended
 
 
-def ended(state: State, *where: ColumnElement[bool], **more: Any) -> Update:
+def ended(state: State, *where: _Condition, **more: Any) -> Update:
     """The rows *where*, ended in the terminal *state*."""
     return _becomes(state, *where, **more)
 

@@ -20,7 +20,7 @@ def writes_a_state(tree: ast.AST) -> bool:
     for node in ast.walk(tree):
         if isinstance(node, ast.Dict):
             named = [key.value for key in node.keys if isinstance(key, ast.Constant)]
-            if "state" in named:
+            if "state" in named and None not in node.keys:
                 return True
         is_values = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "values"
         if is_values and any(keyword.arg == "state" for keyword in node.keywords):
