@@ -126,7 +126,7 @@ class KathikonBackend(CanvasBackend):
         if hold is not None and state == states.RETRY:
             if not getattr(request, "was_refused", False):
                 del written["status"]
-                results.store_retry(database, hold, **written, reason=_reason(result))
+                results.store_retry(database, hold, **written, reason="Retry" if result is None else _reason(result))
             return result
         reason = _reason(result) if state in states.EXCEPTION_STATES else None
         if reason == "expired" or _type_and_arguments(result)[0] == "Reject":

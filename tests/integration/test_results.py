@@ -100,6 +100,11 @@ class TestWhatIsKnown:
         assert result.name == fail.name
         assert result.failed()
 
+    def test_of_a_retry_without_an_error(self, app: Celery, jobs: Jobs) -> None:
+        result = apps.after_retries.delay(1, "done")
+        assert result.get(timeout=60) == "done"
+        assert [error["reason"] for error in jobs.of(result).errors] == ["Retry"]
+
     def test_of_a_retry(self, app: Celery, tmp_path: Path) -> None:
         result = wait_for_state(outcomes.retry_once_there_is.delay(str(tmp_path / "file")), "RETRY")
         wait_until(lambda: result.traceback, 60)  # it is noted once the retry is sent
