@@ -9,7 +9,7 @@ help:
 	@echo "make demo    a real Celery worker runs a few thousand real jobs from an embedded SQL table"
 	@echo "make bench   measure the brokers that can be reached, half an hour; OPTIONS=--small to see that it runs"
 	@echo "make test    the test suite; brings its own PostgreSQL"
-	@echo "make test-versions   tests with real workers on the lowest Celery and kombu, and on every Python that is found"
+	@echo "make test-versions   tests with real workers on the lowest Celery, on the oldest and the newest Python found"
 	@echo "make check   ruff, mypy --strict, layer contracts"
 	@echo "make clean   remove the virtual environment and the caches"
 
@@ -23,7 +23,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-versions:
-	@$(PYTHON) -B -m tests.versions
+	@$(PYTHON) -B -m tests.versions $(OPTIONS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

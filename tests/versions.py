@@ -1,7 +1,7 @@
 """``make test-versions``: tests with real workers on the lowest versions that pyproject.toml allows.
 
-Each Python that is found, on the path or among pyenv's, gets an environment of its own, such as ``.venv-lowest-3.10``.
-The first one runs `MANY`; each of the others shows that a worker runs there, by `FEW`.
+Pythons are looked for on the path and among pyenv's; each gets an environment of its own, such as ``.venv-lowest-3.10``.
+The oldest one runs `MANY`; the newest one shows that a worker runs there, by `FEW`; with ``--all``, so does each between.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ def main() -> None:
     found = list(pythons())
     if not found:
         sys.exit(f"no Python of 3.{MINORS[0]} to 3.{MINORS[-1]} was found")
+    if "--all" not in sys.argv:
+        found = list(dict.fromkeys([found[0], found[-1]]))
     for number, (version, python) in enumerate(found):
         tests = FEW if number else MANY
         print(f"Python {version}, Celery {LOWEST['celery']}", flush=True)
