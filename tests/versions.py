@@ -1,7 +1,7 @@
 """``make test-versions``: tests with real workers on the lowest versions that pyproject.toml allows.
 
-Pythons are looked for on the path and among pyenv's; each gets an environment of its own, such as ``.venv-lowest-3.10``.
-The oldest one runs `MANY`; the newest one shows that a worker runs there, by `FEW`; with ``--all``, so does each between.
+Pythons are looked for on the path and among pyenv's, and each gets an environment of its own, ``.venv-lowest-3.10``.
+The oldest one runs `MANY`. The newest one shows that a worker runs there, by `FEW`; with ``--all``, each between does.
 """
 
 from __future__ import annotations
