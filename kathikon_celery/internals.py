@@ -171,7 +171,7 @@ PREPARED = Part(
     "SQLAlchemy runs every statement, for more than twice the time",
     (
         "sqlalchemy:Dialect.is_disconnect",
-        "sqlalchemy.engine:Connection._has_events",
+        "sqlalchemy.engine:Connection.__init__ > _has_events",
         "sqlalchemy.engine:Connection.dispatch",
         "sqlalchemy.engine:Engine._has_events",
         "sqlalchemy.exc:DBAPIError.instance(statement, params, orig, dbapi_base_err, hide_parameters=)",
