@@ -114,7 +114,7 @@ def canvases(depth: int) -> st.SearchStrategy[Any]:
     - a group or a header after a group in a chain: what follows is sent by each member of the group before it, under
       the same ids, with the value of that member alone;
     - a task that is replaced by a chord with a group at its end: nothing ever ends under the task's own id;
-    - before Celery 5.7, a chord without a header, and with a group as its body, beside others in a group: none of them ends.
+    - before Celery 5.7, a chord without a header and with a group as its body, in a group: none of its members ends.
     """
     if not depth:
         return tasks | maps
