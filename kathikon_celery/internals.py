@@ -17,7 +17,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and looked up as itself, which takes no time
 class Part:
     """Something of Kathikon that takes the place of another package's own.
 
