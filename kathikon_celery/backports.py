@@ -89,6 +89,16 @@ def _takes_an_error(errback: Any) -> bool:
     return bool(arity_greater(header, 1))
 
 
+def name_group(body: Any, chord_id: str) -> None:
+    """Give the *body* of a chord, or its last task, the chord's id as its group, as Celery does from 5.7 on."""
+    if VERSION[:2] >= (5, 7):
+        return
+    while isinstance(body, chain) and body.tasks:
+        body = body.tasks[-1]
+    if not isinstance(body, (chain, group, chord)):
+        body.options.setdefault("group_id", chord_id)
+
+
 def mark_what_is_revoked() -> None:
     """Have a worker store that a task is revoked when it hears so, as Celery does from 5.6 on. Twice is once."""
     from celery.worker import state as worker_state

@@ -19,7 +19,7 @@ from celery.canvas import _regen, maybe_signature
 from celery.exceptions import ChordError
 from celery.result import GroupResult, result_from_tuple
 
-from kathikon_celery.backports import Backend
+from kathikon_celery.backports import Backend, name_group
 from kathikon_celery.job import Hold, State
 from kathikon_celery.storage import chords
 from kathikon_celery.storage.chords import Header, Part
@@ -137,9 +137,7 @@ class CanvasBackend(Backend):
     def apply_chord(self, header_result_args: Any, body: Any, **kwargs: Any) -> None:
         """Enter the chord and its parts; called by Celery before it sends the header."""
         self.ensure_chords_allowed()
-        for task in [body] if not isinstance(body, group) else []:
-            for last in _last_tasks(task):
-                last.options.setdefault("group_id", header_result_args[0])  # which Celery does from 5.6 on
+        name_group(body, header_result_args[0])
         if isinstance(header_result_args[1], _regen):  # a header that is made as it is sent
             chords.open(self.storage.database, header_result_args[0], [], None)
             return

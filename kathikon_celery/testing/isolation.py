@@ -48,10 +48,8 @@ def isolated(app: Celery, url: str) -> Iterator[Celery]:
         "kathikon_publish_durability": "server",
     }
     # Up to Celery 5.6, what stands anywhere under its name with the namespace comes before what stands without it.
-    spelled = {name: "".join((app.conf.prefix or "", name)) for name in ours}
-    namespaced = {
-        spelled[name].upper() if (app.conf.prefix or "").isupper() else spelled[name]: ours[name] for name in ours
-    }
+    prefix: str = app.conf.prefix or ""
+    namespaced = {(prefix + name).upper() if prefix.isupper() else prefix + name: value for name, value in ours.items()}
     with patch.dict(app.conf.changes, ours | namespaced):
         for name in ("broker_url", "broker_read_url", "broker_write_url", "result_backend"):
             if (found := getattr(app.conf, name)) != ours[name]:
