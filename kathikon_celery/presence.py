@@ -9,16 +9,16 @@ import platform
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
-from pathlib import Path
 from time import monotonic
 from typing import TypeVar
 
 import psutil
 
 from kathikon_celery.job import Hold
+from kathikon_celery.processes import machine
 from kathikon_celery.storage import Storage, nodes
 from kathikon_celery.storage.errors import in_words, is_lost
+from kathikon_celery.watch import Watch
 
 T = TypeVar("T")
 
@@ -29,26 +29,6 @@ LOOK = 1.0
 
 _all: dict[tuple[int, Storage], Presence] = {}
 _all_lock = threading.Lock()
-
-
-@cache
-def machine() -> str:
-    """What process ids are unique in: this host since its boot, and on Linux the namespace of process ids."""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{platform.node()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
-    return f"{platform.node()}/{psutil.boot_time():.0f}"
-
-
-def is_running(pid: int, started: float) -> bool:
-    """Whether the process of this machine that had this id and start time still runs."""
-    try:
-        process = psutil.Process(pid)
-        return abs(process.create_time() - started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return True
 
 
 class Presence:
@@ -158,8 +138,6 @@ class Presence:
         self._is_lost = False
 
     def _run(self) -> None:
-        from kathikon_celery.watch import Watch  # it looks with the eyes of a presence
-
         holder, watch = nodes.Holder(self.storage.database), Watch(self.storage, self)
         complained = False
         try:

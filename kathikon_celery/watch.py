@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
-from kathikon_celery.presence import Presence, is_running, machine
+from kathikon_celery.processes import is_running, machine
 from kathikon_celery.storage import Storage, nodes, prune, topology
 from kathikon_celery.storage.errors import is_lost
 from kathikon_celery.storage.nodes import Node
@@ -24,6 +24,20 @@ GRACE = 3.0
 ORPHANS = 10.0
 
 
+class Observer(Protocol):
+    """The node that looks at the others: a `kathikon_celery.presence.Presence`."""
+
+    id: int
+
+    @property
+    def lease(self) -> float:
+        """Seconds after which a node that was silent is taken for dead."""
+
+    @property
+    def unbroken(self) -> float:
+        """Seconds for which the node has held its lease without a gap."""
+
+
 class Watch:
     """What one node knows of the others.
 
@@ -32,7 +46,7 @@ class Watch:
         presence: the node.
     """
 
-    def __init__(self, storage: Storage, presence: Presence) -> None:
+    def __init__(self, storage: Storage, presence: Observer) -> None:
         self.storage = storage
         self.presence = presence
         self._prune_at = self._orphans_at = monotonic()

@@ -1,0 +1,31 @@
+"""This machine and its processes: what tells two machines apart, and whether a process still runs."""
+
+from __future__ import annotations
+
+import os
+import platform
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import psutil
+
+
+@cache
+def machine() -> str:
+    """What process ids are unique in: this host since its boot, and on Linux the namespace of process ids."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{platform.node()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
+    return f"{platform.node()}/{psutil.boot_time():.0f}"
+
+
+def is_running(pid: int, started: float) -> bool:
+    """Whether the process of this machine that had this id and start time still runs."""
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
