@@ -23,6 +23,7 @@ from celery.utils.nodenames import gethostname, nodename
 from celery.worker import WorkController
 from celery.worker.consumer import Consumer as CeleryConsumer
 
+import kathikon_celery.hook  # noqa: F401 (the first worker of a process has our parts, whatever configured its app)
 from kathikon_celery.settings import mask
 from kathikon_celery.storage import Storage
 

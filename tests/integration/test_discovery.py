@@ -121,6 +121,17 @@ def test_a_worker_that_a_program_starts_has_all_parts(project: Project) -> None:
     assert {"kathikon-lifeline", "kathikon-promoter", "kathikon-pruner"} <= set(project.run(parts))
 
 
+def test_the_first_embedded_worker_of_a_program_has_all_parts(project: Project) -> None:
+    code = """
+        from kathikon_celery import EmbeddedWorker
+        from proj.celery import app
+        from proj.tasks import add
+        with EmbeddedWorker(app):
+            answer = add.apply_async((4, 4), countdown=0.2).get(timeout=60)
+    """
+    assert project.run(code) == 8
+
+
 PLAIN_KOMBU = """
     from kombu import Connection, Queue
     queue = Queue("plain")
