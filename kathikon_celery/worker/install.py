@@ -12,7 +12,7 @@ from celery.concurrency import prefork
 from kombu.utils.imports import symbol_by_name
 
 from kathikon_celery.backports import mark_what_is_revoked
-from kathikon_celery.internals import LIBPQ, PARTS, PREFORK, REQUESTS, TRACING, is_usable
+from kathikon_celery.internals import LIBPQ, PARTS, PREFORK, REQUESTS, is_usable
 from kathikon_celery.presence import Presence
 from kathikon_celery.routing import configure, declare_queues
 from kathikon_celery.storage import Storage
@@ -87,9 +87,8 @@ class LifelineStep(_ServiceStep):
 
 def _in_child(app: Celery, storage: Storage, **kwargs: Any) -> None:
     """A pool child has made its tracers."""
-    if is_usable(TRACING):
-        for task in app.tasks.values():
-            carry_results(task, storage)
+    for task in app.tasks.values():
+        carry_results(task, storage)
 
 
 def install(sender: Any, **kwargs: Any) -> None:
@@ -102,7 +101,7 @@ def install(sender: Any, **kwargs: Any) -> None:
     mark_what_is_revoked()
     app.steps["worker"].update({PromoterStep, PrunerStep, LifelineStep, SentJobs})
     app.steps["consumer"].add(Supply)
-    has_requests, has_tracers = is_usable(REQUESTS), is_usable(TRACING)
+    has_requests = is_usable(REQUESTS)
     if has_requests and app.Task.Request == "celery.worker.request:Request":
         app.Task.Request = "kathikon_celery.worker.request:Request"
     storage = Storage.for_app(app, setup=False)
@@ -115,8 +114,7 @@ def install(sender: Any, **kwargs: Any) -> None:
     for task in app.tasks.values():
         if has_requests:
             task.Request = joined(symbol_by_name(task.Request))
-        if has_tracers:
-            collect_successors(task, storage)
+        collect_successors(task, storage)
         if storage.settings.retry_failed and not task.name.startswith("celery."):
             retry_failed(task, storage.settings.max_attempts)
     if sender.pool_cls in ("prefork", "processes", prefork.TaskPool) and has_requests and is_usable(PREFORK):

@@ -13,7 +13,6 @@ from celery.worker import state
 from celery.worker.consumer.tasks import Tasks
 from kombu.utils.imports import symbol_by_name
 
-from kathikon_celery.internals import TRACING, is_usable
 from kathikon_celery.job import Job, State
 from kathikon_celery.settings import SettingError, mask
 from kathikon_celery.storage import StorageError
@@ -55,7 +54,7 @@ class Supply(bootsteps.StartStopStep):
                 return Outcome(Verdict.ENDED, State.DEAD, f"NotRegistered({name!r})")
             return UNREADABLE if issubclass(symbol_by_name(task.Request), Request) else DONE
 
-        for task in tasks.values() if is_usable(TRACING) else ():  # the pools whose tasks run in this process
+        for task in tasks.values():  # the pools whose tasks run in this process
             carry_results(task, intake.storage)
         intake.is_early = is_early
         intake.outcome_of = outcome_of

@@ -8,6 +8,7 @@ from typing import Any
 from celery.app.trace import task_has_custom
 
 from kathikon_celery.backend import KathikonBackend
+from kathikon_celery.internals import TRACING, is_usable
 from kathikon_celery.storage import Storage
 from kathikon_celery.storage.settle import Ending, settle
 from kathikon_celery.transport import collecting
@@ -18,7 +19,7 @@ from kathikon_celery.transport.delivery import hold_of
 def collect_successors(task: Any, storage: Storage) -> None:
     """Make *task*, once its body has returned, collect what it sends. Twice is once; before its tracer is built."""
     run = task.run
-    if getattr(run, "collects_successors", False):
+    if getattr(run, "collects_successors", False) or not is_usable(TRACING):
         return
 
     @wraps(run)
@@ -40,6 +41,8 @@ def carry_results(task: Any, storage: Storage) -> None:
     """Make the tracer of *task* take a result to the main process where the message asks for it. Twice is once."""
     trace = task.__trace__
     if trace is None or getattr(trace, "carries_results", False):  # none: Celery makes it when it is first called
+        return
+    if not is_usable(TRACING):
         return
     if task_has_custom(task, "on_success") or task_has_custom(task, "after_return"):
         return  # they may count on the result, and may last
