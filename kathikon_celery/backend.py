@@ -16,9 +16,10 @@ from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import AsyncResult, ResultSet, result_from_tuple
 from kombu.utils.encoding import ensure_bytes
 
+from kathikon_celery.brokers import broker_of, databases_of, is_kathikon
 from kathikon_celery.canvas import CanvasBackend
 from kathikon_celery.job import TERMINAL, Hold, Job, State, in_brief
-from kathikon_celery.settings import Settings, broker_database, mask
+from kathikon_celery.settings import Settings, mask
 from kathikon_celery.storage import Storage, prune, results, transitions, waits
 from kathikon_celery.storage.errors import is_lost
 from kathikon_celery.storage.names import key
@@ -71,7 +72,7 @@ class KathikonBackend(CanvasBackend):
 
     def __init__(self, app: Any, url: str | None = None, **kwargs: Any) -> None:
         super().__init__(app=app, url=url, **kwargs)
-        broker_database(url, "result_backend")
+        databases_of([url or ""], "result_backend")
         self._own_url = url if url and not url.startswith("kathikon:") else None
 
     @cached_property
@@ -80,15 +81,15 @@ class KathikonBackend(CanvasBackend):
         if self._own_url is None:
             storage = Storage.for_app(self.app, setup=False)
         else:
-            url = broker_database(f"kathikon+{self._own_url}", "result_backend")
-            storage = Storage.shared(url, Settings.load(self.app.conf))
+            urls = databases_of([f"kathikon+{self._own_url}"], "result_backend")
+            storage = Storage.shared(urls, Settings.load(self.app.conf))
         storage.database.patiently(lambda again: storage.setup())  # a pool child may begin while the database is away
         return storage
 
     @property
     def supports_autoexpire(self) -> bool:
         """Whether workers prune the results; what lies beside the broker's database is left to Celery's `cleanup`."""
-        return self._own_url is None and str(self.app.conf.broker_url or "").startswith("kathikon")
+        return self._own_url is None and is_kathikon(broker_of(self.app.conf))
 
     def as_uri(self, include_password: bool = False) -> str:
         """The URL for people."""

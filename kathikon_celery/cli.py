@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 import kathikon_celery.hook  # noqa: F401 (a worker that has imported this one gets our parts)
+from kathikon_celery.brokers import broker_of, broker_urls, is_kathikon
 from kathikon_celery.settings import mask, shown
 from kathikon_celery.storage import Storage, schema
 
@@ -21,10 +22,11 @@ NO_QUEUE = "(none)"
 
 def _storage(context: CLIContext) -> Storage:
     app = context.app
-    broker = str(app.conf.broker_url or "")
-    if not broker.startswith("kathikon"):
+    broker = broker_of(app.conf)
+    if not is_kathikon(broker):
+        brokers = ";".join(map(mask, broker_urls(broker)))
         raise click.ClickException(
-            f"the broker of {app.main!r} is {mask(broker)!r}, not Kathikon;"
+            f"the broker of {app.main!r} is {brokers!r}, not Kathikon;"
             ' say app.config_from_object("kathikon_celery.config"), and name the app: celery -A proj kathikon …'
         )
     return Storage.for_app(app, setup=False)

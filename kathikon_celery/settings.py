@@ -89,26 +89,6 @@ def shown(url: URL) -> str:
     return mask(url.render_as_string(hide_password=True))
 
 
-def broker_database(url: str | None, setting: str = "broker_url") -> str | None:
-    """Return the URL of the database in a *url* such as ``kathikon+postgresql://…``; None where it names none.
-
-    Raises `SettingError`, naming the *setting*, for a database that Kathikon cannot use.
-    """
-    given = url or ""
-    prefix, _, url = given.partition("+")
-    if given.startswith("kathikon:") and not re.fullmatch(r"kathikon:(//(localhost)?/*)?", given):
-        raise SettingError(
-            f"{setting} = {mask(given)!r}: allowed is kathikon:// for the database that kathikon_database_url names,"
-            " or one such as kathikon+sqlite:///kathikon.db or kathikon+postgresql://user:password@host/database"
-        )
-    if prefix != "kathikon" or not url:
-        return None
-    try:
-        return _check_url(url)
-    except ValueError as error:
-        raise SettingError(f"{setting} = {mask(url)!r} after 'kathikon+': allowed is {error}") from None
-
-
 def _did_you_mean(word: str, words: Iterable[str]) -> str:
     close = get_close_matches(word, list(words), 1)
     return f"; did you mean {close[0]}?" if close else ""
@@ -152,7 +132,8 @@ class QueueSettings:
 # or raises ValueError with a text that says what is allowed.
 
 
-def _check_url(value: Any) -> str:
+def checked_url(value: Any) -> str:
+    """Return *value*, a URL, as `parse_url` reads it; raises `ValueError` saying what is allowed."""
     if not isinstance(value, str | URL):
         raise ValueError("a SQLAlchemy URL")
     return parse_url(value).render_as_string(hide_password=False)
@@ -339,7 +320,7 @@ class Settings:
     """
 
     #: Where the jobs live: a URL of SQLite or PostgreSQL. A relative file is in the working directory.
-    database_url: str = _setting("sqlite:///kathikon.db", _check_url)
+    database_url: str = _setting("sqlite:///kathikon.db", checked_url)
 
     #: The queues that a worker consumes, in order. The first one takes what no other setting routes.
     queues: Mapping[str, QueueSettings] = _setting("default:10", _check_queues, hash=False)

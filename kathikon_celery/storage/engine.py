@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property
 from time import monotonic
@@ -136,6 +136,7 @@ class Database:
         publish_durability: ``disk`` when a commit of `write(durable=True)` must be on disk, ``server`` when not.
         worker_durability: the same for all other commits.
         connect_timeout: seconds after which an attempt to connect is given up.
+        alternates: URLs of further servers that have the same data. The first one that can be written to is used.
     """
 
     def __init__(
@@ -145,8 +146,10 @@ class Database:
         publish_durability: str = "disk",
         worker_durability: str = "server",
         connect_timeout: float = 4.0,
+        alternates: Sequence[str] = (),
     ) -> None:
         self.url = make_url(url)
+        self._servers = [self.url, *map(make_url, alternates)]
         self.dialect: Dialect = dialect_for(self.url)
         self.connect_timeout = connect_timeout
         #: Seconds for which a call goes on trying when the database is away. Workers are patient, callers are not.
@@ -185,9 +188,25 @@ class Database:
             pool_recycle=1800,
             max_overflow=50,
         )
-        event.listen(engine, "do_connect", lambda *_: self.dialect.check_usable())
+        event.listen(engine, "do_connect", self._do_connect)
         event.listen(engine, "connect", lambda connection, _: self._on_connect(connection, on_disk))
         return engine
+
+    def _do_connect(self, dialect: Any, _: Any, args: list[Any], options: dict[str, Any]) -> Any:
+        """SQLAlchemy asks for a connection of the driver; `None` leaves that to SQLAlchemy."""
+        self.dialect.check_usable()
+        if len(self._servers) == 1:
+            return None
+        _, own = dialect.create_connect_args(self.url)
+        ours = {name: value for name, value in options.items() if name not in own}
+        ours.update(self.dialect.writable)
+        for url in self._servers:
+            args, named = dialect.create_connect_args(url)
+            try:
+                return dialect.connect(*args, **named, **{k: v for k, v in ours.items() if k not in named})
+            except dialect.loaded_dbapi.OperationalError as error:
+                lost = error
+        raise lost
 
     def _on_connect(self, connection: Any, on_disk: bool) -> None:
         self.opened += 1

@@ -12,8 +12,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from kathikon_celery.brokers import broker_of, databases_of
 from kathikon_celery.job import Job, State
-from kathikon_celery.settings import SettingError, Settings, broker_database, shown
+from kathikon_celery.settings import SettingError, Settings, shown
 from kathikon_celery.storage.backend import StorageBackend
 from kathikon_celery.storage.engine import Database
 from kathikon_celery.storage.promote import CHUNK as PROMOTED_AT_ONCE
@@ -38,10 +39,15 @@ class Storage:
         url: SQLAlchemy URL of the database (default: the setting ``kathikon_database_url``).
         settings: default: what environment and pyproject.toml say.
         backend: used instead of the one that ``kathikon_storage_backend`` names.
+        alternates: URLs of further servers that have the same data; the first one that can be written to is used.
     """
 
     def __init__(
-        self, url: str | None = None, settings: Settings | None = None, backend: StorageBackend | None = None
+        self,
+        url: str | None = None,
+        settings: Settings | None = None,
+        backend: StorageBackend | None = None,
+        alternates: Sequence[str] = (),
     ) -> None:
         self.settings = settings or Settings.load()
         if url is None and self.settings.in_ram:
@@ -50,6 +56,7 @@ class Storage:
             url or self.settings.database_url,
             publish_durability=self.settings.publish_durability,
             worker_durability=self.settings.worker_durability,
+            alternates=alternates,
         )
         if backend is None:
             backend = _backend_class(self.settings.storage_backend)(self.database)
@@ -64,13 +71,17 @@ class Storage:
         return f"<Storage {shown(self.database.url)}>"
 
     @classmethod
-    def shared(cls, url: str | None, settings: Settings, connect_timeout: float | None = None) -> Storage:
-        """The storage of this process for a URL and settings, made at the first call, as is *connect_timeout*."""
+    def shared(cls, urls: Sequence[str], settings: Settings, connect_timeout: float | None = None) -> Storage:
+        """The storage of this process for settings and the database that *urls*, or else the settings, name.
+
+        It is made at the first call; its *connect_timeout* is that of the first call.
+        """
         chosen = (settings.publish_durability, settings.worker_durability, settings.storage_backend, settings.copies)
-        name = (url or settings.database_url, *chosen)
+        name = (*(urls or [settings.database_url]), *chosen)
         storage = _storages.get(name)
         if storage is None:
-            storage = _storages.setdefault(name, cls(url, settings))
+            first = urls[0] if urls else None
+            storage = _storages.setdefault(name, cls(first, settings, alternates=urls[1:]))
             storage.database.connect_timeout = connect_timeout or storage.database.connect_timeout
         return storage
 
@@ -78,7 +89,8 @@ class Storage:
     def for_app(cls, app: Celery, setup: bool = True) -> Storage:
         """The storage that an app's producers and workers use; its tables made, if *setup*."""
         settings = Settings.load(app.conf)
-        storage = cls.shared(broker_database(app.conf.broker_url), settings, app.conf.broker_connection_timeout)
+        urls = databases_of(broker_of(app.conf))
+        storage = cls.shared(urls, settings, app.conf.broker_connection_timeout)
         if setup:
             storage.setup()
         return storage

@@ -174,9 +174,9 @@ class Intake:
             self._notify()
 
     def acknowledge(self, tag: str) -> None:
-        """The consumer acknowledges. A task that acknowledges early still runs: its end is told by `finish`."""
+        """The consumer acknowledges."""
         delivery = self._in_hand.get(tag)
-        if delivery is not None and (not delivery.early or delivery.outcome.verdict is Verdict.ENDED):
+        if delivery is not None:
             self.finish(tag, delivery.outcome)
 
     def finish(self, tag: str, outcome: Outcome | None = None) -> None:

@@ -14,8 +14,9 @@ from kombu.transport import virtual
 from sqlalchemy.exc import DBAPIError
 
 import kathikon_celery.hook  # noqa: F401 (a worker that has imported this one gets our parts)
+from kathikon_celery.brokers import broker_of, databases_of, is_kathikon
 from kathikon_celery.routing import APP_OPTION, app_named
-from kathikon_celery.settings import Settings, broker_database, mask
+from kathikon_celery.settings import Settings, mask
 from kathikon_celery.storage import Storage, topology
 from kathikon_celery.storage.errors import LOST, Unavailable, in_words, is_lost
 from kathikon_celery.storage.names import key
@@ -41,7 +42,7 @@ def app_of_connection(options: Mapping[str, Any]) -> Celery | None:
     if app is not None:
         return app
     for app in (_state.get_current_app(), *_state._get_active_apps()):
-        if app.configured and str(app.conf.broker_url or "").startswith("kathikon"):
+        if app.configured and is_kathikon(broker_of(app.conf)):
             return cast("Celery", app)
     return None
 
@@ -92,6 +93,7 @@ class Transport(virtual.Transport):
 
     def __init__(self, client: Any, **kwargs: Any) -> None:
         super().__init__(client, **kwargs)
+        client.cycle = None  # of several servers, `Database` finds the one that can be reached, for all connections
         #: Queues that go when this connection is closed.
         self.exclusive: set[str] = set()
         #: Whether a Celery worker consumes on this connection: what is transient may then be lost without an error.
@@ -108,14 +110,13 @@ class Transport(virtual.Transport):
 
     @property
     def storage(self) -> Storage:
-        """The database that the connection's URL names."""
+        """The database that the connection's URL names, or a list of them."""
         if self._storage is None:
             app = self._app
             settings = Settings.load(app.conf if app is not None else None)
-            url = self.client.hostname
-            if url is not None:
-                url = broker_database(url if url.startswith("kathikon:") else f"kathikon+{url}")
-            self._storage = Storage.shared(url, settings, self.client.connect_timeout)
+            given = [url for url in self.client.alt or [self.client.hostname] if url is not None]
+            urls = [url if url.startswith(("kathikon:", "kathikon+")) else f"kathikon+{url}" for url in given]
+            self._storage = Storage.shared(databases_of(urls), settings, self.client.connect_timeout)
         return self._storage
 
     @property

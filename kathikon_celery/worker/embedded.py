@@ -24,6 +24,7 @@ from celery.worker import WorkController
 from celery.worker.consumer import Consumer as CeleryConsumer
 
 import kathikon_celery.hook  # noqa: F401 (the first worker of a process has our parts, whatever configured its app)
+from kathikon_celery.brokers import broker_urls, is_kathikon
 from kathikon_celery.settings import mask
 from kathikon_celery.storage import Storage
 
@@ -168,10 +169,10 @@ class EmbeddedWorker:
             )
         if not isinstance(concurrency, int) or concurrency < 1:
             raise ValueError(f"concurrency of EmbeddedWorker is {concurrency!r}; allowed is a whole number from 1")
-        broker = str(app.conf.broker_read_url or "")
-        if not broker.startswith("kathikon"):
+        if not is_kathikon(app.conf.broker_read_url):
+            brokers = ";".join(map(mask, broker_urls(app.conf.broker_read_url)))
             raise ValueError(
-                f"EmbeddedWorker needs an app whose broker is Kathikon; broker_url of {app.main!r} is {mask(broker)!r}."
+                f"EmbeddedWorker needs an app whose broker is Kathikon; broker_url of {app.main!r} is {brokers!r}."
                 ' Say app.config_from_object("kathikon_celery.config")'
             )
         self.app = app

@@ -12,6 +12,7 @@ from celery.concurrency import prefork
 from kombu.utils.imports import symbol_by_name
 
 from kathikon_celery.backports import mark_what_is_revoked
+from kathikon_celery.brokers import is_kathikon
 from kathikon_celery.internals import LIBPQ, PARTS, PREFORK, REQUESTS, is_usable
 from kathikon_celery.presence import Presence
 from kathikon_celery.routing import configure, declare_queues
@@ -19,7 +20,7 @@ from kathikon_celery.storage import Storage
 from kathikon_celery.worker.lifeline import Lifeline
 from kathikon_celery.worker.promoter import Promoter
 from kathikon_celery.worker.pruner import Pruner
-from kathikon_celery.worker.request import joined
+from kathikon_celery.worker.request import Request, acknowledge_at_the_end, joined
 from kathikon_celery.worker.retrying import retry_failed
 from kathikon_celery.worker.service import Service
 from kathikon_celery.worker.supply import InWords, NotForUs, SentJobs, Supply
@@ -94,7 +95,7 @@ def _in_child(app: Celery, storage: Storage, **kwargs: Any) -> None:
 def install(sender: Any, **kwargs: Any) -> None:
     """Handler of Celery's ``worker_init``: *sender* is the worker, its steps not yet built."""
     app = sender.app
-    if not str(app.conf.broker_url or "").startswith("kathikon"):
+    if not is_kathikon(app.conf.broker_read_url):
         return
     configure(app)
     declare_queues(app)
@@ -114,6 +115,8 @@ def install(sender: Any, **kwargs: Any) -> None:
     for task in app.tasks.values():
         if has_requests:
             task.Request = joined(symbol_by_name(task.Request))
+        if not issubclass(symbol_by_name(task.Request), Request):
+            acknowledge_at_the_end(task)
         collect_successors(task, storage)
         if storage.settings.retry_failed and not task.name.startswith("celery."):
             retry_failed(task, storage.settings.max_attempts)

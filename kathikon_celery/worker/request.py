@@ -41,6 +41,8 @@ class Unsendable(Exception):
 class Request(CeleryRequest):
     """A request whose acknowledgement says what became of the job (see `TRANSITIONS`)."""
 
+    acknowledged: bool
+
     def __init__(self, message: Any, **options: Any) -> None:
         self._delivery: Delivery | None = getattr(message, "delivery", None)
         #: Whoever takes it decides: the pool, which runs the task, or the intake, which gives it to others.
@@ -133,9 +135,14 @@ class Request(CeleryRequest):
         self._end_of_early_task()
 
     def acknowledge(self) -> None:
-        if self._delivery is not None and not self.ignore_result and self._delivery.outcome.written is None:
-            self._delivery.stored = True
-        super().acknowledge()
+        delivery = self._delivery
+        if delivery is not None and not self.ignore_result and delivery.outcome.written is None:
+            delivery.stored = True
+        if delivery is None or not delivery.early or delivery.outcome.verdict is Verdict.ENDED:
+            super().acknowledge()
+        elif not self.acknowledged:  # the task is about to run: `_end_of_early_task` tells how it ended
+            self._message.channel.unacknowledged.discard(delivery.tag)
+            self.acknowledged = True
 
     @property
     def _intake(self) -> Any:
@@ -171,6 +178,22 @@ class Request(CeleryRequest):
                     State.DEAD, "the process that ran it was lost, and acks_late=False forbids a second run"
                 )
             self._intake.finish(self._delivery.tag, outcome)
+
+
+def acknowledge_at_the_end(task: Any) -> None:
+    """Make *task*, whose requests are none of ours, acknowledge when it ends: nothing else tells of its end.
+
+    Its row is marked before the task runs, all the same, and it does not run twice.
+    """
+    if is_early(task):
+        task.kathikon_is_early = task.acks_late = True
+        task.acks_on_failure_or_timeout = task.acks_on_failure = task.acks_on_timeout = True
+        task.reject_on_worker_lost = False
+
+
+def is_early(task: Any) -> bool:
+    """Whether the settings of *task* say that it is acknowledged before it runs, so that it does not run twice."""
+    return getattr(task, "kathikon_is_early", not task.acks_late)
 
 
 @cache

@@ -22,7 +22,7 @@ from kathikon_celery.transport.subscriptions import UNLIMITED
 from kathikon_celery.transport.transport import Transport
 from kathikon_celery.worker.ahead import request_of
 from kathikon_celery.worker.prefork import AsynPool, TaskPool
-from kathikon_celery.worker.request import Request
+from kathikon_celery.worker.request import Request, is_early
 from kathikon_celery.worker.tracing import carry_results
 
 #: Celery acknowledges, or rejects, what it cannot make a request of.
@@ -43,9 +43,9 @@ class Supply(bootsteps.StartStopStep):
         intake.presence.name = c.hostname
         tasks = c.app.tasks
 
-        def is_early(name: str) -> bool:
+        def is_early_task(name: str) -> bool:
             task = tasks.get(name)
-            return task is not None and not task.acks_late
+            return task is not None and is_early(task)
 
         @cache
         def outcome_of(name: str) -> Outcome:
@@ -56,7 +56,7 @@ class Supply(bootsteps.StartStopStep):
 
         for task in tasks.values():  # the pools whose tasks run in this process
             carry_results(task, intake.storage)
-        intake.is_early = is_early
+        intake.is_early = is_early_task
         intake.outcome_of = outcome_of
         intake.is_in_pool = is_in_pool
         intake.withdraw = partial(withdraw, c.pool)

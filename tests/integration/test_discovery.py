@@ -42,6 +42,24 @@ FORMS = {
         app = Celery("proj", backend="kathikon")
         app.conf.broker_read_url = app.conf.broker_write_url = app.conf.broker_url = "{broker}"
     """,
+    "only read and write": """
+        from celery import Celery
+        app = Celery("proj", backend="kathikon")
+        app.conf.broker_read_url = app.conf.broker_write_url = "{broker}"
+    """,
+    "one of a list": """
+        from celery import Celery
+        app = Celery("proj", broker=["{broker}"], backend="kathikon")
+    """,
+    "a list whose first server is down": """
+        from celery import Celery
+        app = Celery("proj", broker=["{down}", "{broker}"], backend="kathikon")
+    """,
+    "a text with two servers": """
+        from celery import Celery
+        app = Celery("proj", broker="{down};{broker}", backend="kathikon")
+        app.conf.broker_failover_strategy = "shuffle"
+    """,
     "django": """
         import django
         from celery import Celery
@@ -55,6 +73,8 @@ FORMS = {
         app = Celery("proj", broker="{broker}", backend="kathikon")
     """,
 }
+#: A server that is down, with an option of libpq's in its URL.
+DOWN = "kathikon+postgresql+psycopg://nobody:secret@127.0.0.1:1/none?sslmode=prefer"
 USE = """
     import sys
     from proj.celery import app
@@ -80,7 +100,7 @@ def form() -> str:
 def project(tmp_path: Path, database_url: str, form: str) -> Project:
     project = Project(tmp_path)
     broker = f"kathikon+{database_url}"
-    app = dedent(FORMS[form]).replace("{broker}", broker) + "app.autodiscover_tasks(['proj'])\n"
+    app = dedent(FORMS[form]).replace("{broker}", broker).replace("{down}", DOWN) + "app.autodiscover_tasks(['proj'])\n"
     assert "kathikon_celery" not in app
     project.write("proj/celery.py", app)
     if form == "environment":
@@ -99,8 +119,9 @@ def project(tmp_path: Path, database_url: str, form: str) -> Project:
     return project
 
 
-#: On PostgreSQL one form is enough: what they differ in has ended before a database is asked.
-BOTH = [(form, kind) for form in FORMS for kind in ("sqlite", "postgresql") if form == "url" or kind == "sqlite"]
+#: On PostgreSQL one form is enough, and those with several servers: what others differ in ends before one is asked.
+BOTH = [("url", "postgresql")]
+BOTH += [(form, "postgresql" if "server" in form else "sqlite") for form in FORMS]
 
 
 @pytest.mark.parametrize(("form", "database_url"), BOTH, indirect=["database_url"])

@@ -18,11 +18,12 @@ from tests.support import apps
 from tests.support.workers import ROOT, WorkerProcess
 
 Start = Callable[..., WorkerProcess]
+CONCURRENCY = 2
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo", "gevent"])
 def test_a_worker(client: Celery, jobs: Jobs, start_worker: Start, journal: Journal, pool: str) -> None:
-    worker = start_worker(app="tests.support.unknown_celery", pool=pool)
+    worker = start_worker(app="tests.support.unknown_celery", pool=pool, concurrency=CONCURRENCY)
     assert [one.get(timeout=60) for one in [apps.add.delay(n, n) for n in range(20)]] == [2 * n for n in range(20)]
     assert apps.add.apply_async((1, 1), countdown=0.2).get(timeout=60) == 2
     assert chain(apps.add.s(1, 2), apps.add.s(3)).delay().get(timeout=60) == 6
@@ -32,7 +33,18 @@ def test_a_worker(client: Celery, jobs: Jobs, start_worker: Start, journal: Jour
     with pytest.raises(ValueError, match="broken"):
         failed.get(timeout=60)
     assert jobs.wait(failed, State.DEAD).traceback
+    # More than there are slots of tasks that are acknowledged before they run.
+    early = [apps.append_early.delay(f"{journal.path}.early", str(n)) for n in range(3 * CONCURRENCY)]
+    assert [one.get(timeout=60) for one in early] == [str(n) for n in range(3 * CONCURRENCY)]
+    failed = apps.fail_early.delay("broken early")
+    with pytest.raises(ValueError, match="broken early"):
+        failed.get(timeout=60)
+    for one in early:
+        jobs.wait(one, State.COMPLETED)
+    jobs.wait(failed, State.DEAD)
     if pool == "prefork":  # a process that is lost
+        jobs.wait(apps.kill_own_process_early.delay(f"{journal.path}.lost", "once"), State.DEAD)
+        assert apps.read_lines(f"{journal.path}.lost") == ["once"]
         assert apps.kill_own_process.delay(journal.path, "run", 1).get(timeout=60)
     assert worker.stop() == 0
     told = [line for line in worker.log.splitlines() if "Kathikon leaves out" in line]

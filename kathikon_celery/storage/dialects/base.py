@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import URL, Connection, Executable, Table, false
 from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
@@ -32,6 +32,9 @@ class Dialect(ABC):
     first_fence: ColumnElement[int]
     #: Whether one statement can change several sets of rows, each in a common table expression.
     changes_in_ctes = False
+
+    #: Arguments of the driver's connect() that refuse a server which cannot be written to.
+    writable: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, url: URL) -> None:
         self.url = url

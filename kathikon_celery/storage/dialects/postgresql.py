@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import chain
 from time import monotonic
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import (
     URL,
@@ -131,6 +131,8 @@ class PostgreSQL(Dialect):
     keeps_old_rows = True
     # A number is given anew when a crash has taken its row: somebody may have claimed that before it was on disk.
     first_fence: ColumnElement[int] = literal_column("floor(random() * 1073741824)::int")
+
+    writable: ClassVar[Mapping[str, Any]] = {"target_session_attrs": "read-write"}
 
     def __init__(self, url: URL) -> None:
         super().__init__(url)
