@@ -235,7 +235,7 @@ class KathikonBackend(CanvasBackend):
                 yield task_id, meta
         step, looks, storage = 0.0, 0, self.storage
         with Wait(storage.database, remaining, storage.settings.poll_interval, on_message is not None) as wait:
-            while wait.open:
+            while not wait.is_over:
                 jobs = wait.take(step)
                 for job in jobs:
                     meta = self._meta_of(job)

@@ -87,6 +87,11 @@ class Wait:
         if desk is not None and desk is _desks.get(self.database):
             desk.leave(self)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether `take` has returned all results. Another thread may add the last one at any moment."""
+        return not self.open and not self._arrived  # in this order: see `deliver`
+
     def take(self, timeout: float) -> list[Job]:
         """The results that have come since the last call, as soon as there are some; none after *timeout* seconds.
 
@@ -158,15 +163,15 @@ class Wait:
         """Take what was found of the job of that key; whether it is ready."""
         job = replace(job, id=self.open[name])
         is_ready = waits.is_ready(job)
-        if is_ready:
-            del self.open[name]
-            self._seen.pop(name, None)
-        elif self.news:
+        if not is_ready and self.news:
             seen = (job.state, job.status, job.result, job.meta)
             if self._seen.get(name) == seen:
                 return False
             self._seen[name] = seen
         self._arrived.append(job)
+        if is_ready:  # after it has arrived: who sees nothing open must see what has arrived (`is_over`)
+            del self.open[name]
+            self._seen.pop(name, None)
         self._event.set()
         return is_ready
 

@@ -200,12 +200,15 @@ class Database:
         _, own = dialect.create_connect_args(self.url)
         ours = {name: value for name, value in options.items() if name not in own}
         ours.update(self.dialect.writable)
-        for url in self._servers:
+        for url in list(self._servers):
             args, named = dialect.create_connect_args(url)
             try:
-                return dialect.connect(*args, **named, **{k: v for k, v in ours.items() if k not in named})
+                connection = dialect.connect(*args, **named, **{k: v for k, v in ours.items() if k not in named})
             except dialect.loaded_dbapi.OperationalError as error:
                 lost = error
+            else:  # the next one, in any thread, begins with the server that has answered
+                self._servers.sort(key=lambda one: one is not url)
+                return connection
         raise lost
 
     def _on_connect(self, connection: Any, on_disk: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -83,6 +84,17 @@ def test_a_corrupt_row_is_dead_and_says_why(app: Celery, jobs: Jobs, worker: Wor
     assert worker.running
 
 
+def unsendable() -> str:
+    """A list of lists, so deep that JSON can be read and pickle cannot be written. How deep depends on Python."""
+    for depth in range(500, 10_000, 250):
+        text = "[" * depth + "]" * depth
+        try:
+            pickle.dumps(json.loads(text))
+        except RecursionError:
+            return text
+    raise AssertionError("whatever JSON reads, pickle writes")
+
+
 @pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
 def test_what_cannot_be_sent_to_a_process_of_the_pool_is_dead(
     app: Celery, jobs: Jobs, worker: WorkerProcess, early: bool
@@ -91,7 +103,7 @@ def test_what_cannot_be_sent_to_a_process_of_the_pool_is_dead(
     job_id, task = f"deep-{early}", "tests.support.apps.append_early" if early else ADD
     envelope = envelope_of(job_id)
     envelope["headers"]["task"] = task
-    body = BODY.replace("[1, 2]", "[1, " + "[" * 700 + "]" * 700 + "]")
+    body = BODY.replace("[1, 2]", f"[1, {unsendable()}]")
     jobs.storage.insert(Job(id=job_id, task=task, envelope=json.dumps(envelope), body=body))
     sound = apps.add.delay(2, 2)
     dead = jobs.wait(AsyncResult(job_id, app=app), State.DEAD, State.COMPLETED)

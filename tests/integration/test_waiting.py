@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from celery.result import GroupResult, ResultSet
 from sqlalchemy import select
 
 from kathikon_celery import waiting
+from kathikon_celery.job import Job
 from kathikon_celery.storage import Storage, tables
+from kathikon_celery.storage.names import key
 from kathikon_celery.worker.embedded import EmbeddedWorker
 from tests.integration.conftest import Workers, client_of
 from tests.support import apps
@@ -56,6 +59,31 @@ def test_get_is_woken(app: Celery) -> None:
         apps.fail.delay().get(timeout=50)
     assert isinstance(apps.fail.delay().get(timeout=50, propagate=False), ValueError)
     assert nobody_waits(app)
+
+
+def test_the_last_result_that_another_thread_hands_over_at_any_moment_is_not_lost(app: Celery) -> None:
+    """Whoever leads hands over the results of all: here as soon as this thread has taken the one before it."""
+    results = [apps.add.delay(1, 1), apps.add.delay(2, 2)]
+    wait_until(lambda: all(one.status == "SUCCESS" for one in results), 60)
+    backend = results[0].backend
+    backend._cache.clear()
+    take, held = waiting.Wait.take, []
+
+    def take_one(self: waiting.Wait, timeout: float) -> list[Job]:
+        held.extend(take(self, timeout))
+        if len(held) == 2:
+            last = held.pop()
+            self.open[key(last.id)] = last.id
+            desk = self._desk
+            assert desk is not None
+            desk._by_key[key(last.id)] = [self]
+            desk._hand_over(replace(last, id=key(last.id)))
+        taken, held[:] = list(held), []
+        return taken
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(waiting.Wait, "take", take_one)
+        assert sorted(meta["result"] for _, meta in backend.get_many([one.id for one in results])) == [2, 4]
 
 
 def test_a_task_that_is_revoked_and_one_that_is_rejected(app: Celery) -> None:
