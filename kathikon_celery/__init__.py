@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kombu.transport import TRANSPORT_ALIASES
 
 if TYPE_CHECKING:
-    from kathikon_celery.transport.bulk import bulk
+    from kathikon_celery.publish.bulk import bulk
     from kathikon_celery.worker.embedded import EmbeddedWorker
 
 __all__ = ["EmbeddedWorker", "bulk"]
@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
 
         return EmbeddedWorker
     if name == "bulk":
-        from kathikon_celery.transport.bulk import bulk
+        from kathikon_celery.publish.bulk import bulk
 
         return bulk
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

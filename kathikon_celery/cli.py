@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 import kathikon_celery.hook  # noqa: F401 (a worker that has imported this one gets our parts)
-from kathikon_celery.brokers import broker_of, broker_urls, is_kathikon
 from kathikon_celery.settings import mask, shown
+from kathikon_celery.settings.brokers import broker_of, broker_urls, is_kathikon
 from kathikon_celery.storage import Storage, schema
 
 if TYPE_CHECKING:

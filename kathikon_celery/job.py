@@ -1,6 +1,6 @@
 """A job, its states, and the transitions between them.
 
-The words and the rules are Kathikon's; what a Celery message becomes is in ``transport/envelope.py``.
+The words and the rules are Kathikon's; what a Celery message becomes is in ``publish/envelope.py``.
 """
 
 from __future__ import annotations
@@ -103,6 +103,19 @@ class Hold(NamedTuple):
     seq: int
     fence: int
     node_id: int | None
+
+    @property
+    def tag(self) -> str:
+        """The delivery tag of the job. It is all that a process of the pool needs in order to write the result."""
+        return f"job.{self.seq}.{self.fence}.{self.node_id}"
+
+    @classmethod
+    def of_tag(cls, tag: object) -> Hold | None:
+        """The hold that a job's delivery tag names; `None` for any other tag."""
+        kind, *numbers = str(tag).split(".")
+        if kind != "job" or len(numbers) != 3 or not all(map(str.isdigit, numbers)):
+            return None
+        return cls(*map(int, numbers))
 
 
 @dataclass(slots=True, kw_only=True)

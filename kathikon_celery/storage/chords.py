@@ -25,7 +25,7 @@ from sqlalchemy import (
 from kathikon_celery.job import TERMINAL
 from kathikon_celery.storage.clock import now, seconds
 from kathikon_celery.storage.dialects import Dialect
-from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.names import key, printable
 from kathikon_celery.storage.tables import chord_parts, chords, jobs, state_in
 

@@ -28,13 +28,14 @@ from sqlalchemy.sql.expression import ColumnElement
 from sqlalchemy.types import NullType
 
 from kathikon_celery.job import Hold, Job, State
-from kathikon_celery.storage import messages, prepared
+from kathikon_celery.storage import messages
 from kathikon_celery.storage.clock import Instant
 from kathikon_celery.storage.dialects import Dialect
-from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.engine import prepared
+from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.finish import completing
-from kathikon_celery.storage.front import Front
 from kathikon_celery.storage.nodes import WAIT
+from kathikon_celery.storage.scan_start import Front
 from kathikon_celery.storage.tables import READY, jobs, nodes
 from kathikon_celery.storage.transitions import claimed
 

@@ -12,11 +12,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from kathikon_celery.brokers import broker_of, databases_of
 from kathikon_celery.job import Job, State
 from kathikon_celery.settings import SettingError, Settings, shown
+from kathikon_celery.settings.brokers import broker_of, databases_of
 from kathikon_celery.storage.backend import StorageBackend
-from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.promote import CHUNK as PROMOTED_AT_ONCE
 from kathikon_celery.storage.prune import CHUNK as PRUNED_AT_ONCE
 

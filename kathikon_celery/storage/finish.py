@@ -18,7 +18,7 @@ from kathikon_celery.job import Hold, Job, State, in_brief
 from kathikon_celery.storage import transitions
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.dialects import Dialect
-from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.names import printable
 from kathikon_celery.storage.reading import errors_of, jobs_of
 from kathikon_celery.storage.tables import UNTOLD, held_as, jobs, of_hold

@@ -10,9 +10,10 @@ from typing import Any
 from sqlalchemy import Connection, Executable, bindparam, or_, select
 
 from kathikon_celery.job import Hold, Job, State
-from kathikon_celery.storage import prepared, transitions
+from kathikon_celery.storage import transitions
 from kathikon_celery.storage.dialects import Dialect
-from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.engine import prepared
+from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.names import key, printable
 from kathikon_celery.storage.tables import jobs
 

@@ -24,10 +24,10 @@ from sqlalchemy import (
 )
 
 from kathikon_celery.job import Hold
-from kathikon_celery.storage import prepared
 from kathikon_celery.storage.clock import now, seconds
 from kathikon_celery.storage.dialects import Dialect
-from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.engine import prepared
+from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.tables import FREE, READY, jobs, messages, queues
 

@@ -26,10 +26,11 @@ from sqlalchemy import (
 from sqlalchemy.sql.expression import ColumnElement
 
 from kathikon_celery.job import Hold, State
-from kathikon_celery.storage import prepared, transitions
+from kathikon_celery.storage import transitions
 from kathikon_celery.storage.clock import now, seconds, seconds_until
 from kathikon_celery.storage.dialects import Dialect
-from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.engine import prepared
+from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.finish import note_crashes
 from kathikon_celery.storage.tables import HELD, jobs, messages, nodes, queues
 from kathikon_celery.storage.topology import delete_queue

@@ -7,10 +7,11 @@ from typing import Any
 
 from sqlalchemy import Connection, Integer, bindparam, select
 
-from kathikon_celery.storage import prepared, transitions
+from kathikon_celery.storage import transitions
 from kathikon_celery.storage.clock import now, seconds_until
 from kathikon_celery.storage.dialects import Dialect
-from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.engine import prepared
+from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.tables import DUE, EXPIRING, jobs
 
 #: Rows a transaction promotes: enough for a burst, few enough to hold no lock for long.

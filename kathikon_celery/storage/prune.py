@@ -27,7 +27,7 @@ from sqlalchemy.types import NullType
 from kathikon_celery.job import TERMINAL, State
 from kathikon_celery.storage.clock import Instant, now, seconds
 from kathikon_celery.storage.dialects import Dialect
-from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.tables import (
     DUE,
     ENDED,

@@ -9,10 +9,11 @@ from typing import Any
 from sqlalchemy import Connection, Text, bindparam, case, delete, null, select, update
 
 from kathikon_celery.job import TERMINAL, Hold, State
-from kathikon_celery.storage import prepared, transitions, waits
+from kathikon_celery.storage import result_listeners, transitions
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.dialects import Dialect
-from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.engine import prepared
+from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.finish import add_error
 from kathikon_celery.storage.names import key, printable
 from kathikon_celery.storage.tables import UNTOLD, groups, held_as, jobs, of_hold, state_in
@@ -52,8 +53,8 @@ def store(
             if state is State.RUNNING:
                 prepared.count(connection, _STARTED, of_hold(hold))
             values = {**of_hold(hold), **_new(texts)}
-            is_ready = status in waits.READY_WORDS
-            return bool(waits.tell(database, connection, _NOTED, values, ended=is_ready)) or again
+            is_ready = status in result_listeners.READY_WORDS
+            return bool(result_listeners.tell(database, connection, _NOTED, values, ended=is_ready)) or again
 
     return database.patiently(write)
 
@@ -67,7 +68,7 @@ def end(
 ) -> bool:
     """The run that holds the job under *hold* has ended so; false when the job has moved on."""
     values = {**of_hold(hold), **_new(written), "why": printable(reason)}
-    if not waits.tell(database, connection, _ENDED[state], values):
+    if not result_listeners.tell(database, connection, _ENDED[state], values):
         return False
     if state is State.DEAD:
         add_error(connection, hold.seq, reason or str(written["status"]), hold.fence)
@@ -85,7 +86,7 @@ def end_many(database: Database, connection: Connection, ends: Mapping[Hold, Map
     """The runs that hold jobs under these holds have returned, and so it is written of them; the number of them."""
     dialect = database.dialect
     values = dialect.of_holds({hold: _new(written) for hold, written in ends.items()}, {})
-    return waits.tell(database, connection, _returned(dialect), values)
+    return result_listeners.tell(database, connection, _returned(dialect), values)
 
 
 def store_retry(database: Database, hold: Hold, *, reason: str, **written: str | None) -> None:
@@ -106,7 +107,7 @@ _TOLD = update(jobs).where(jobs.c.id == bindparam("job_id"), UNTOLD).values(WRIT
 
 def tell(database: Database, connection: Connection, task_id: str, **written: str | None) -> bool:
     """Write the result of a job that has ended without a run; false when that was done."""
-    return bool(waits.tell(database, connection, _TOLD, {"job_id": key(task_id), **_new(written)}))
+    return bool(result_listeners.tell(database, connection, _TOLD, {"job_id": key(task_id), **_new(written)}))
 
 
 def store_alone(
@@ -136,7 +137,7 @@ def end_alone(
     ended = state if state in _ENDED else None
     new = {name: printable(text) for name, text in written.items()}
     statement = transitions.ended_from_afar(database.dialect, key(task_id), ended, printable(reason), new)
-    return bool(waits.tell(database, connection, statement, {}, ended=ended is not None, fixed=False))
+    return bool(result_listeners.tell(database, connection, statement, {}, ended=ended is not None, fixed=False))
 
 
 #: The word for a job that has ended and whose result was forgotten. Without one it might be untold once more.

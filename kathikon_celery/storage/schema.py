@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import URL, Column, Connection, MetaData, String, Table, inspect, select
 
-from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.errors import SchemaError
 
 #: The newest migration in ``migrations/versions``.

@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from kathikon_celery.job import Hold, Job, State
 from kathikon_celery.storage import chords, insert, results
 from kathikon_celery.storage.chords import Header, Part
-from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.engine.database import Database
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from sqlalchemy import Table, delete
 
 from kathikon_celery.job import Job, State
 from kathikon_celery.storage import claim, insert, promote, prune, reading, schema, update
-from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.tables import jobs, metadata
 

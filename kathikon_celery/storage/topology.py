@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import Connection, and_, bindparam, delete, exists, select, update
 
 from kathikon_celery.storage.clock import now
-from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.names import key, label, name_of
 from kathikon_celery.storage.tables import bindings, exchanges, messages, queues
 

@@ -9,7 +9,7 @@ from sqlalchemy import update as update_statement
 
 from kathikon_celery.job import WAITING, Job, State, check_transition
 from kathikon_celery.storage import transitions
-from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.errors import MovedOn, NotFound
 from kathikon_celery.storage.insert import envelope_of
 from kathikon_celery.storage.names import key

@@ -11,8 +11,8 @@ from sqlalchemy.engine import make_url
 from kathikon_celery.settings import Settings
 from kathikon_celery.storage import Storage
 from kathikon_celery.storage.dialects import dialect_for
-from kathikon_celery.storage.engine import Database
-from kathikon_celery.storage.wake import Wakeup
+from kathikon_celery.storage.engine.database import Database
+from kathikon_celery.storage.engine.wakeup import Wakeup
 
 __all__ = ["storage_double"]
 

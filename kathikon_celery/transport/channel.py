@@ -14,18 +14,18 @@ from kombu.transport import virtual
 from kombu.utils import json as kombu_json
 from kombu.utils.uuid import uuid
 
+from kathikon_celery.consume.delivery import BACK, Delivery, Outcome, Verdict
 from kathikon_celery.job import State, in_brief
+from kathikon_celery.publish import outbox
+from kathikon_celery.publish.destination import publish
+from kathikon_celery.publish.envelope import check_call, fold, loads, priority_of, task_of, to_job, unfold
+from kathikon_celery.results.carrier import CARRIED
 from kathikon_celery.storage import Storage, messages, prune, topology
 from kathikon_celery.storage.names import key
-from kathikon_celery.transport import collecting
-from kathikon_celery.transport.carrying import CARRIED
-from kathikon_celery.transport.delivery import BACK, Delivery, Outcome, Verdict
-from kathikon_celery.transport.envelope import check_call, fold, loads, priority_of, task_of, to_job, unfold
 from kathikon_celery.transport.exchanges import TopicExchange
-from kathikon_celery.transport.publishing import publish
 
 if TYPE_CHECKING:
-    from kathikon_celery.transport.intake import Intake
+    from kathikon_celery.consume.intake import Intake
     from kathikon_celery.transport.transport import Transport
 
 T = TypeVar("T")
@@ -300,7 +300,7 @@ class Channel(virtual.Channel):
     def _put(self, queues: list[str], message: dict[str, Any], **kwargs: Any) -> None:
         if not queues:
             return
-        ending = collecting.current(self._database)
+        ending = outbox.current(self._database)
         if ending is not None:
             ending.after.append(partial(self._put_now, queues, message))
             return

@@ -14,16 +14,16 @@ from kombu.transport import virtual
 from sqlalchemy.exc import DBAPIError
 
 import kathikon_celery.hook  # noqa: F401 (a worker that has imported this one gets our parts)
-from kathikon_celery.brokers import broker_of, databases_of, is_kathikon
+from kathikon_celery.consume.delivery import Delivery
+from kathikon_celery.consume.intake import Intake
+from kathikon_celery.publish import fast_path
 from kathikon_celery.routing import APP_OPTION, app_named
 from kathikon_celery.settings import Settings, mask
+from kathikon_celery.settings.brokers import broker_of, databases_of, is_kathikon
 from kathikon_celery.storage import Storage, topology
 from kathikon_celery.storage.errors import LOST, Unavailable, in_words, is_lost
 from kathikon_celery.storage.names import key
-from kathikon_celery.transport import sending
 from kathikon_celery.transport.channel import Channel
-from kathikon_celery.transport.delivery import Delivery
-from kathikon_celery.transport.intake import Intake
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -146,7 +146,7 @@ class Transport(virtual.Transport):
             type(self).on_unreachable()
             raise
         if (app := app_named((self.client.transport_options or {}).get(APP_OPTION))) is not None:
-            sending.install(app)
+            fast_path.install(app)
         return cast("Transport", super().establish_connection())
 
     def verify_connection(self, connection: Any) -> bool:

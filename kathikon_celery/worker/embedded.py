@@ -24,8 +24,8 @@ from celery.worker import WorkController
 from celery.worker.consumer import Consumer as CeleryConsumer
 
 import kathikon_celery.hook  # noqa: F401 (the first worker of a process has our parts, whatever configured its app)
-from kathikon_celery.brokers import broker_urls, is_kathikon
 from kathikon_celery.settings import mask
+from kathikon_celery.settings.brokers import broker_urls, is_kathikon
 from kathikon_celery.storage import Storage
 
 if TYPE_CHECKING:

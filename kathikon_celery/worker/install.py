@@ -12,19 +12,19 @@ from celery.concurrency import prefork
 from kombu.utils.imports import symbol_by_name
 
 from kathikon_celery.backports import mark_what_is_revoked
-from kathikon_celery.brokers import is_kathikon
 from kathikon_celery.internals import LIBPQ, PARTS, PREFORK, REQUESTS, is_usable
-from kathikon_celery.presence import Presence
+from kathikon_celery.nodes.own import Presence
+from kathikon_celery.results.unattended import tell
 from kathikon_celery.routing import configure, declare_queues
+from kathikon_celery.settings.brokers import is_kathikon
 from kathikon_celery.storage import Storage
-from kathikon_celery.worker.lifeline import Lifeline
-from kathikon_celery.worker.promoter import Promoter
-from kathikon_celery.worker.pruner import Pruner
+from kathikon_celery.worker.consumer_step import InWords, NotForUs, SentJobs, Supply
 from kathikon_celery.worker.request import Request, acknowledge_at_the_end, joined
 from kathikon_celery.worker.retrying import retry_failed
-from kathikon_celery.worker.service import Service
-from kathikon_celery.worker.supply import InWords, NotForUs, SentJobs, Supply
-from kathikon_celery.worker.telling import tell
+from kathikon_celery.worker.services.lifeline import Lifeline
+from kathikon_celery.worker.services.promoter import Promoter
+from kathikon_celery.worker.services.pruner import Pruner
+from kathikon_celery.worker.services.service import Service
 from kathikon_celery.worker.tracing import carry_results, collect_successors
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def install(sender: Any, **kwargs: Any) -> None:
         if storage.settings.retry_failed and not task.name.startswith("celery."):
             retry_failed(task, storage.settings.max_attempts)
     if sender.pool_cls in ("prefork", "processes", prefork.TaskPool) and has_requests and is_usable(PREFORK):
-        sender.pool_cls = "kathikon_celery.worker.prefork:TaskPool"
+        sender.pool_cls = "kathikon_celery.worker.prefork.pool:TaskPool"
     Presence.of(storage).name = sender.hostname
     logging.getLogger("celery.worker").addFilter(_IN_WORDS)
     logging.getLogger("celery.worker.consumer.tasks").addFilter(_NOT_FOR_US)

@@ -12,10 +12,10 @@ from celery.exceptions import Ignore, InvalidTaskError, Reject, Retry, TaskRevok
 from celery.worker import state as worker_state
 from celery.worker.request import Request as CeleryRequest
 
+from kathikon_celery.consume.delivery import CRASHED, DONE, PASSED_ON, REPLACED, WRITTEN, Delivery, Outcome, Verdict
 from kathikon_celery.job import State, in_brief
-from kathikon_celery.transport.carrying import Carried
+from kathikon_celery.results.carrier import Carried
 from kathikon_celery.transport.channel import Delivered
-from kathikon_celery.transport.delivery import CRASHED, DONE, PASSED_ON, REPLACED, WRITTEN, Delivery, Outcome, Verdict
 
 #: What `Task.on_replace` says. The last task of the replacement has the id of the replaced one.
 REPLACED_BY_NEW_TASK = "Replaced by new task"

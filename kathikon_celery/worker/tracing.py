@@ -7,13 +7,13 @@ from typing import Any
 
 from celery.app.trace import task_has_custom
 
-from kathikon_celery.backend import KathikonBackend
 from kathikon_celery.internals import TRACING, is_usable
+from kathikon_celery.job import Hold
+from kathikon_celery.publish import outbox
+from kathikon_celery.results.backend import KathikonBackend
+from kathikon_celery.results.carrier import CARRIED, Carried, Carrier
 from kathikon_celery.storage import Storage
 from kathikon_celery.storage.settle import Ending, settle
-from kathikon_celery.transport import collecting
-from kathikon_celery.transport.carrying import CARRIED, Carried, Carrier
-from kathikon_celery.transport.delivery import hold_of
 
 
 def collect_successors(task: Any, storage: Storage) -> None:
@@ -29,8 +29,8 @@ def collect_successors(task: Any, storage: Storage) -> None:
         if (request.callbacks or request.chain) and not request.called_directly and not request.is_eager:
             backend = task.backend
             is_ours = isinstance(backend, KathikonBackend) and backend.storage is storage
-            if is_ours and hold_of((request.properties or {}).get("delivery_tag")):
-                collecting.begin(storage.database)
+            if is_ours and Hold.of_tag((request.properties or {}).get("delivery_tag")):
+                outbox.begin(storage.database)
         return value
 
     run_and_collect.collects_successors = True  # type: ignore[attr-defined]
@@ -50,7 +50,7 @@ def carry_results(task: Any, storage: Storage) -> None:
     @wraps(trace)
     def trace_and_carry(uuid: str, args: Any, kwargs: Any, request: Any = None) -> Any:
         properties = (request or {}).get("properties") or {}
-        hold = hold_of(properties.get("delivery_tag"))
+        hold = Hold.of_tag(properties.get("delivery_tag"))
         if hold is None:
             return trace(uuid, args, kwargs, request)
         with Carrier(hold, bool(properties.get(CARRIED))) as carrier:

@@ -18,7 +18,7 @@ from celery.worker import state
 from kombu.asynchronous import Hub
 from kombu.asynchronous.semaphore import LaxBoundedSemaphore
 
-from kathikon_celery.worker.prefork import AsynPool
+from kathikon_celery.worker.prefork.pool import AsynPool
 from tests.support.waiting import wait_until
 from tests.support.workers import ROOT
 

@@ -14,12 +14,13 @@ import pytest
 from celery import Celery
 from sqlalchemy import Connection, select
 
+from kathikon_celery.consume import intake as module
+from kathikon_celery.consume.delivery import Delivery
+from kathikon_celery.consume.intake import Intake
 from kathikon_celery.job import State
-from kathikon_celery.storage import claim, prepared
+from kathikon_celery.storage import claim
+from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.tables import messages, nodes
-from kathikon_celery.transport import intake as module
-from kathikon_celery.transport.delivery import Delivery
-from kathikon_celery.transport.intake import Intake
 from tests.integration.conftest import Jobs
 from tests.support import apps
 from tests.support.waiting import wait_until

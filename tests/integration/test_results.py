@@ -20,8 +20,8 @@ from celery.result import AsyncResult, GroupResult, ResultSet, result_from_tuple
 from celery.utils import uuid
 from kombu.exceptions import ContentDisallowed
 
-from kathikon_celery.backend import BINARY
 from kathikon_celery.job import State
+from kathikon_celery.results.backend import BINARY
 from kathikon_celery.storage import Storage
 from tests.integration.conftest import Jobs, Journal, Workers, client_of
 from tests.support import apps, outcomes

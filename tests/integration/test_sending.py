@@ -14,9 +14,9 @@ from celery.exceptions import QueueNotFound, SoftTimeLimitExceeded
 from kombu import Exchange, Queue
 from kombu.exceptions import EncodeError, OperationalError
 
+from kathikon_celery.publish import fast_path
 from kathikon_celery.storage import Storage
 from kathikon_celery.storage.errors import Unavailable
-from kathikon_celery.transport import sending
 from tests.support import apps
 
 
@@ -50,13 +50,13 @@ def plain(app: Celery) -> Task:
 def ours(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Ids of what was sent without Celery."""
     ids: list[str] = []
-    publish = sending.publish_new
+    publish = fast_path.publish_new
 
     def noted(storage: Storage, job: Any) -> None:
         ids.append(job.id)
         publish(storage, job)
 
-    monkeypatch.setattr(sending, "publish_new", noted)
+    monkeypatch.setattr(fast_path, "publish_new", noted)
     return ids
 
 
@@ -80,7 +80,7 @@ def test_a_queue_is_declared_before_the_first_call_to_it(app: Celery, plain: Tas
 
 
 def test_what_goes_wrong_before_a_first_call_is_left_to_celery(app: Celery, plain: Task, ours: list[str]) -> None:
-    with mock.patch.object(sending, "maybe_declare", side_effect=Unavailable("for a moment")) as declare:
+    with mock.patch.object(fast_path, "maybe_declare", side_effect=Unavailable("for a moment")) as declare:
         plain.apply_async((1,), queue="other")
     assert declare.call_count == 1
     assert ours == []
@@ -91,7 +91,7 @@ def test_what_goes_wrong_before_a_first_call_is_left_to_celery(app: Celery, plai
 
 def test_a_time_limit_while_a_queue_is_declared_is_the_tasks(app: Celery, plain: Task) -> None:
     with (
-        mock.patch.object(sending, "maybe_declare", side_effect=SoftTimeLimitExceeded),
+        mock.patch.object(fast_path, "maybe_declare", side_effect=SoftTimeLimitExceeded),
         pytest.raises(SoftTimeLimitExceeded),
     ):
         plain.apply_async((1,), queue="other")
@@ -192,10 +192,10 @@ def test_a_proxy_of_a_method_is_no_method_of_celerys() -> None:
             return getattr(publish, name)
 
     publish, module = kombu.Producer.publish, "kombu.messaging"
-    assert sending._is_own(kombu.Producer, "publish", module)
+    assert fast_path._is_own(kombu.Producer, "publish", module)
     with mock.patch.object(kombu.Producer, "publish", Proxy()):
         assert kombu.Producer.publish.__globals__["__name__"] == module
-        assert not sending._is_own(kombu.Producer, "publish", module)
+        assert not fast_path._is_own(kombu.Producer, "publish", module)
 
 
 @pytest.mark.parametrize(("owner", "method"), [(Celery, "send_task"), (kombu.Producer, "publish")])
@@ -284,14 +284,14 @@ def test_arguments_that_cannot_be_sent_are_celerys_error(app: Celery, plain: Tas
 
 
 def test_a_lost_database_is_left_to_kombu_and_the_job_is_sent_once(app: Celery, plain: Task, ours: list[str]) -> None:
-    publish, fences = sending.publish_new, list[int]()
+    publish, fences = fast_path.publish_new, list[int]()
 
     def committed_but_unheard(storage: Storage, job: Any) -> None:
         publish(storage, job)
         fences.extend(one.fence for one in storage.all())
         raise Unavailable("the answer was lost")
 
-    with mock.patch.object(sending, "publish_new", committed_but_unheard):
+    with mock.patch.object(fast_path, "publish_new", committed_but_unheard):
         sent = plain.delay(1)
     (job,) = Storage.for_app(app).all()
     assert (job.id, job.fence) == (sent.id, *fences)

@@ -19,8 +19,8 @@ from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import GroupResult, ResultSet
 from sqlalchemy import select
 
-from kathikon_celery import waiting
 from kathikon_celery.job import Job
+from kathikon_celery.results import waiting
 from kathikon_celery.storage import Storage, tables
 from kathikon_celery.storage.names import key
 from kathikon_celery.worker.embedded import EmbeddedWorker

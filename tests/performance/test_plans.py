@@ -10,8 +10,8 @@ import pytest
 from sqlalchemy import Connection
 
 from kathikon_celery.job import TERMINAL, Hold, State
-from kathikon_celery.storage import chords, claim, finish, insert, messages, nodes, outlook, promote, prune, results
-from kathikon_celery.storage.front import Front
+from kathikon_celery.storage import chords, claim, finish, idle_query, insert, messages, nodes, promote, prune, results
+from kathikon_celery.storage.scan_start import Front
 from tests.performance.conftest import Plans
 from tests.storage.actors import new_job
 
@@ -56,7 +56,7 @@ def result(state: State | None) -> dict[str, Any]:
 
 
 #: All that an idle worker may ask at once.
-QUESTIONS: outlook.Questions = {
+QUESTIONS: idle_query.Questions = {
     "next_due": {},
     "is_amiss": {"node": 1, "machine": "elsewhere", "known": list(range(1, 21))},
     "is_anything_old": prune.ages(dict.fromkeys(TERMINAL, 600000.0), group=1e6, chord=1e6, wait=1e6),
@@ -66,7 +66,7 @@ QUESTIONS: outlook.Questions = {
 class Curious:
     """Asks them."""
 
-    def asks(self, within: float) -> outlook.Questions:
+    def asks(self, within: float) -> idle_query.Questions:
         return QUESTIONS
 
     def hear(self, answers: Mapping[str, Any]) -> None:
@@ -110,11 +110,11 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
         {BY_SEQ: ""},
     ),
     "look": (
-        reading(lambda plans, conn: outlook.look(plans.database, conn, ["queue-1", "queue-2"])),
+        reading(lambda plans, conn: idle_query.look(plans.database, conn, ["queue-1", "queue-2"])),
         {READY: "queue", MESSAGES_READY: "queue"},
     ),
     "look for all that an idle worker asks": (
-        reading(lambda plans, conn: outlook.look(plans.database, conn, ["queue-1"], True, [(Curious(), QUESTIONS)])),
+        reading(lambda plans, conn: idle_query.look(plans.database, conn, ["queue-1"], True, [(Curious(), QUESTIONS)])),
         {
             READY: "queue",
             MESSAGES_READY: "queue",
@@ -128,7 +128,7 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
         },
     ),
     "look and renew": (
-        lambda plans: outlook.renew(plans.database, ["queue-1"], True, plans.worker.id, 20.0),
+        lambda plans: idle_query.renew(plans.database, ["queue-1"], True, plans.worker.id, 20.0),
         {READY: "queue", MESSAGES_READY: "queue"},
     ),
     "started": (writing(lambda plans, conn: finish.started(plans.database, conn, HOLDS)), {BY_SEQ: ""}),

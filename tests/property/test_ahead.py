@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kathikon_celery.worker.ahead import Ahead
+from kathikon_celery.worker.prefork.ahead import Ahead
 
 processes = st.integers(0, 1)
 

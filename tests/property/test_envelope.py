@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kathikon_celery.job import State
-from kathikon_celery.transport.envelope import HIGHEST, LOWEST, _usual, fold, priority_of, task_of, to_job, unfold
+from kathikon_celery.publish.envelope import HIGHEST, LOWEST, _usual, fold, priority_of, task_of, to_job, unfold
 
 UTC = timezone.utc
 text = st.text(st.characters(), max_size=20)

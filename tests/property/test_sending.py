@@ -19,11 +19,11 @@ from kombu import serialization
 from kombu.exceptions import EncodeError
 
 from kathikon_celery.job import Job
+from kathikon_celery.publish import fast_path
+from kathikon_celery.publish.envelope import dumps_call
+from kathikon_celery.publish.fast_path import _simple_repr
 from kathikon_celery.routing import Router
 from kathikon_celery.storage import Storage
-from kathikon_celery.transport import sending
-from kathikon_celery.transport.envelope import dumps_call
-from kathikon_celery.transport.sending import _simple_repr
 from tests.property.test_envelope import json_values
 from tests.support import apps
 
@@ -106,9 +106,9 @@ def test_the_row_is_celerys(app: Celery, call: dict[str, Any], name: str, sender
     task = app.tasks[name]
     call["task_id"] = call.get("task_id") or "one"
     publications = []
-    publish = sending.publish_new
+    publish = fast_path.publish_new
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sending, "publish_new", lambda *args: publications.append(args) or publish(*args))
+        patch.setattr(fast_path, "publish_new", lambda *args: publications.append(args) or publish(*args))
         with sent_by(app, sender) as our_children:
             ours = sent_job(app, app.send_task, task, call)
     assert len(publications) == 1  # it was not left to Celery
@@ -142,8 +142,8 @@ def test_what_cannot_be_written_is_kombus_error() -> None:
 @given(st.binary(min_size=16, max_size=16))
 def test_a_new_id_is_a_random_uuid(random: bytes) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sending.os, "urandom", lambda size: random[:size])
-        assert sending.new_id() == str(UUID(bytes=random, version=4))
+        patch.setattr(fast_path.os, "urandom", lambda size: random[:size])
+        assert fast_path.new_id() == str(UUID(bytes=random, version=4))
 
 
 @given(st.lists(scalars, max_size=5), st.integers(1, 40) | st.just(1024), st.booleans())

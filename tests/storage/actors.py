@@ -8,9 +8,9 @@ from typing import Any
 
 from kathikon_celery.job import Job, State
 from kathikon_celery.storage import Storage, claim, finish, insert, messages, nodes, results
-from kathikon_celery.storage.front import Front
 from kathikon_celery.storage.messages import Message
 from kathikon_celery.storage.names import key
+from kathikon_celery.storage.scan_start import Front
 
 _publications = count(1)
 

@@ -14,7 +14,7 @@ from kathikon_celery.storage.chords import Part
 from kathikon_celery.storage.settle import End, Ending, Incomplete, settle
 from kathikon_celery.storage.tables import chord_parts
 from kathikon_celery.storage.tables import chords as table
-from kathikon_celery.worker.pruner import LONGEST_CHORD, Pruner
+from kathikon_celery.worker.services.pruner import LONGEST_CHORD, Pruner
 from tests.storage.actors import Worker, new_job, the_job
 from tests.support.statements import heard
 

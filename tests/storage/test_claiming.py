@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import select
 
 from kathikon_celery.job import State
-from kathikon_celery.storage import Storage, claim, messages, nodes, outlook, tables
+from kathikon_celery.storage import Storage, claim, idle_query, messages, nodes, tables
 from tests.storage.actors import Worker, new_job, the_job
 from tests.support.waiting import wait_until
 
@@ -139,9 +139,9 @@ def test_is_anything_there(storage: Storage, worker: Worker, queue: str, expecte
     messages.put(storage.database, ["messages", "held"], "{}", "")
     worker.take(queue="held")
     with storage.database.read() as connection:
-        assert outlook.look(storage.database, connection, [queue]) is expected
-        assert outlook.look(storage.database, connection, ["nowhere", queue]) is expected
-        assert not outlook.look(storage.database, connection, [])
+        assert idle_query.look(storage.database, connection, [queue]) is expected
+        assert idle_query.look(storage.database, connection, ["nowhere", queue]) is expected
+        assert not idle_query.look(storage.database, connection, [])
 
 
 def test_a_claim_that_the_server_forgot_is_made_again(storage: Storage, set_row: Callable[..., None]) -> None:

@@ -15,7 +15,7 @@ from kathikon_celery.job import Job, State
 from kathikon_celery.settings import Settings
 from kathikon_celery.storage import Storage, Unavailable, claim
 from kathikon_celery.storage.dialects.sqlite import FLUSHES
-from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.engine.database import Database
 from tests.storage.actors import Worker, new_job, the_job
 from tests.support.statements import counted, heard
 

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import update
 
-from kathikon_celery.storage import Storage, front
-from kathikon_celery.storage.front import Front
+from kathikon_celery.storage import Storage, scan_start
+from kathikon_celery.storage.scan_start import Front
 from kathikon_celery.storage.tables import jobs
 from tests.storage.actors import Worker, new_job
 
@@ -33,19 +33,19 @@ class TestFront:
 
     def test_it_begins_where_each_priority_began(self) -> None:
         found = [(5, NOON), (5, NOON + SECOND), (0, NOON - SECOND), (0, NOON)]
-        assert narrow(*found).marks() == [(5, NOON - front.SLACK), (0, NOON - SECOND - front.SLACK)]
+        assert narrow(*found).marks() == [(5, NOON - scan_start.SLACK), (0, NOON - SECOND - scan_start.SLACK)]
 
     def test_what_is_found_moves_it(self) -> None:
         moved = narrow((5, NOON), (0, NOON))
         moved.looked([(0, NOON + SECOND)], False, 0.1)
-        assert moved.marks() == [(5, NOON - front.SLACK), (0, NOON + SECOND - front.SLACK)]
+        assert moved.marks() == [(5, NOON - scan_start.SLACK), (0, NOON + SECOND - scan_start.SLACK)]
 
     def test_it_looks_everywhere_as_soon_as_that_costs_little(self, monkeypatch: pytest.MonkeyPatch) -> None:
         clock = [1000.0]
-        monkeypatch.setattr(front, "monotonic", lambda: clock[0])
+        monkeypatch.setattr(scan_start, "monotonic", lambda: clock[0])
         slow = Front()
         slow.looked([(0, NOON)], True, 0.1)
-        clock[0] += 0.1 * front.REST - 0.001
+        clock[0] += 0.1 * scan_start.REST - 0.001
         assert slow.marks()
         slow.looked([(0, NOON)], False, 10.0)  # how long the others take is of no interest
         clock[0] += 0.002
@@ -53,9 +53,9 @@ class TestFront:
 
     def test_and_after_some_seconds_whatever_it_costs(self, monkeypatch: pytest.MonkeyPatch) -> None:
         clock = [1000.0]
-        monkeypatch.setattr(front, "monotonic", lambda: clock[0])
+        monkeypatch.setattr(scan_start, "monotonic", lambda: clock[0])
         stopped = narrow((0, NOON))
-        clock[0] += front.LONGEST_REST
+        clock[0] += scan_start.LONGEST_REST
         assert stopped.marks() == []
 
     def test_jobs_that_are_given_back(self) -> None:
@@ -64,7 +64,7 @@ class TestFront:
         assert forgetful.marks() == []
 
     def test_too_many_priorities_are_none(self) -> None:
-        every = narrow(*((priority, NOON) for priority in range(front.MOST + 1)))
+        every = narrow(*((priority, NOON) for priority in range(scan_start.MOST + 1)))
         assert every.marks() == []
         every.looked([(0, NOON)], True, FOREVER)
         assert len(every.marks()) == 1
@@ -83,7 +83,7 @@ class TestClaims:
         worker, start = Worker(postgresql_storage), datetime.now(timezone.utc)
         postgresql_storage.insert_many([new_job("before"), new_job("just before"), new_job("after")])
         with postgresql_storage.database.write() as connection:
-            for name, earlier in (("before", front.SLACK + SECOND), ("just before", front.SLACK / 2)):
+            for name, earlier in (("before", scan_start.SLACK + SECOND), ("just before", scan_start.SLACK / 2)):
                 connection.execute(update(jobs).where(jobs.c.id == name).values(available_at=start - earlier))
         known = narrow((0, start))
         assert [job.id for job in worker.claim(10, front=known)] == ["just before", "after"]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from kathikon_celery.job import TERMINAL, State
-from kathikon_celery.storage import Storage, chords, messages, nodes, outlook, prune, results, topology
-from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage import Storage, chords, idle_query, messages, nodes, prune, results, topology
+from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.nodes import Holder
 from tests.storage.actors import Worker, new_job
 from tests.support.statements import counted
@@ -22,11 +22,11 @@ AGE = 3600.0
 class Asker:
     """Asks whatever it is told to."""
 
-    def __init__(self, questions: outlook.Questions) -> None:
+    def __init__(self, questions: idle_query.Questions) -> None:
         self.questions = questions
         self.answers: Mapping[str, Any] = {}
 
-    def asks(self, within: float) -> outlook.Questions:
+    def asks(self, within: float) -> idle_query.Questions:
         return self.questions
 
     def hear(self, answers: Mapping[str, Any]) -> None:
@@ -36,7 +36,7 @@ class Asker:
 def answer(storage: Storage, question: str, **parameters: Any) -> Any:
     asker = Asker({question: parameters})
     with storage.database.read() as connection:
-        assert not outlook.look(storage.database, connection, ["nowhere"], True, [(asker, asker.asks(1.0))])
+        assert not idle_query.look(storage.database, connection, ["nowhere"], True, [(asker, asker.asks(1.0))])
     (found,) = asker.answers.items()
     assert found[0] == question
     return found[1]
@@ -49,7 +49,7 @@ def test_all_is_one_statement(storage: Storage, worker: Worker) -> None:
     askers = [Asker({"next_due": {}, "is_amiss": is_amiss}), Asker({}), Asker({"is_anything_old": ages})]
     with storage.database.read() as connection, counted() as statements:
         asked = [(asker, asker.asks(1.0)) for asker in askers]
-        assert outlook.look(storage.database, connection, ["default", "mails"], True, asked)
+        assert idle_query.look(storage.database, connection, ["default", "mails"], True, asked)
     assert len(statements) == 1
     assert [list(asker.answers) for asker in askers] == [["next_due", "is_amiss"], [], ["is_anything_old"]]
     assert not any(value for asker in askers for value in asker.answers.values())
@@ -175,14 +175,14 @@ class TestIsAnythingOld:
 class TestRenewal:
     def test_it_is_a_look_as_well(self, storage: Storage, worker: Worker) -> None:
         with counted() as statements:
-            assert outlook.renew(storage.database, ["default"], True, worker.id, 300) is False
+            assert idle_query.renew(storage.database, ["default"], True, worker.id, 300) is False
         assert len(statements) == 1
         storage.insert(new_job())
-        assert outlook.renew(storage.database, ["default"], True, worker.id, 300) is True
+        assert idle_query.renew(storage.database, ["default"], True, worker.id, 300) is True
         with storage.database.read() as connection:
             (node,) = nodes.others(connection, 0)
         assert node.lease == pytest.approx(300, abs=60)
 
     def test_who_was_taken_for_dead_learns_it(self, storage: Storage, worker: Worker) -> None:
         worker.die()
-        assert outlook.renew(storage.database, ["default"], True, worker.id, 30) is None
+        assert idle_query.renew(storage.database, ["default"], True, worker.id, 30) is None

@@ -12,8 +12,9 @@ import pytest
 from sqlalchemy import Connection, bindparam, column, event, func, insert, literal, select, table, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from kathikon_celery.storage import Storage, claim, prepared
+from kathikon_celery.storage import Storage, claim
 from kathikon_celery.storage.clock import Instant
+from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.tables import groups, jobs
 from tests.storage.actors import Worker, new_job
 

@@ -20,7 +20,7 @@ from alembic.script import ScriptDirectory
 from kathikon_celery.job import Job
 from kathikon_celery.settings import Settings
 from kathikon_celery.storage import SchemaError, Storage, schema
-from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.tables import metadata
 from tests.storage.actors import new_job
 

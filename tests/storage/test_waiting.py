@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from sqlalchemy import select, text
 
-from kathikon_celery import waiting
+from kathikon_celery.results import waiting
+from kathikon_celery.results.waiting import Wait
 from kathikon_celery.settings import Settings
 from kathikon_celery.storage import Storage, tables
-from kathikon_celery.waiting import Wait
 from tests.storage.actors import Worker, new_job
 from tests.support.statements import counted
 from tests.support.waiting import wait_until

@@ -10,8 +10,8 @@ import pytest
 from sqlalchemy import select
 
 from kathikon_celery.job import State
-from kathikon_celery.storage import Storage, results, tables, waits
-from kathikon_celery.storage.wake import ENDED, OUTCOME, Wakeup
+from kathikon_celery.storage import Storage, result_listeners, results, tables
+from kathikon_celery.storage.engine.wakeup import ENDED, OUTCOME, Wakeup
 from tests.storage.actors import Worker, new_job
 
 LISTENER = 4711
@@ -33,7 +33,7 @@ def heard(wakeup: Wakeup, timeout: float = 60.0) -> tuple[bool, list[str]]:
     """Whether somebody called, and what was said: of an outcome the job's key, after the same sign."""
     called = wakeup.wait(timeout)
     said, wakeup.named = wakeup.named, []
-    return called, [OUTCOME + waits.told(call[1:]).id if call[0] == OUTCOME else call for call in said]
+    return called, [OUTCOME + result_listeners.told(call[1:]).id if call[0] == OUTCOME else call for call in said]
 
 
 def ended(storage: Storage, worker: Worker, how: str) -> None:
@@ -54,20 +54,20 @@ def ended(storage: Storage, worker: Worker, how: str) -> None:
 @pytest.mark.parametrize("how", ["run", "alone", "told"])
 def test_whoever_waits_is_called(storage: Storage, worker: Worker, hearing: Wakeup, how: str) -> None:
     by_name = storage.database.dialect.enters_waits
-    assert waits.enter(storage.database, ["job", "other"], LISTENER) == []
+    assert result_listeners.enter(storage.database, ["job", "other"], LISTENER) == []
     assert sorted(entered(storage)) == ([("job", LISTENER), ("other", LISTENER)] if by_name else [])
     ended(storage, worker, how)
     assert heard(hearing) == (True, ["ojob"] if by_name else [])
     assert entered(storage) == ([("other", LISTENER)] if by_name else [])
-    (job,) = waits.look(storage.database, ["job", "other"])
-    assert waits.is_ready(job)
+    (job,) = result_listeners.look(storage.database, ["job", "other"])
+    assert result_listeners.is_ready(job)
 
 
 @pytest.mark.postgresql
 def test_nobody_is_called_for_what_others_wait_for(postgresql_storage: Storage) -> None:
     storage, worker = postgresql_storage, Worker(postgresql_storage)
     with closing(storage.database.hearing(1)) as one, closing(storage.database.hearing(2)) as two:
-        waits.enter(storage.database, ["job"], 2)
+        result_listeners.enter(storage.database, ["job"], 2)
         storage.insert(new_job("nobody's"))
         assert worker.store(worker.claim_one())
         storage.insert(new_job())
@@ -81,11 +81,11 @@ def test_nobody_is_called_for_what_others_wait_for(postgresql_storage: Storage) 
 def test_a_call_says_what_a_look_would_find(postgresql_storage: Storage, how: str) -> None:
     storage, worker = postgresql_storage, Worker(postgresql_storage)
     with closing(storage.database.hearing(LISTENER)) as hearing:
-        waits.enter(storage.database, ["job"], LISTENER)
+        result_listeners.enter(storage.database, ["job"], LISTENER)
         ended(storage, worker, how)
         assert hearing.wait(60)
         (call,) = hearing.named
-    assert [waits.told(call.removeprefix(OUTCOME))] == waits.look(storage.database, ["job"])
+    assert [result_listeners.told(call.removeprefix(OUTCOME))] == result_listeners.look(storage.database, ["job"])
 
 
 @pytest.mark.postgresql
@@ -94,21 +94,21 @@ def test_a_result_that_fits_into_no_call(postgresql_storage: Storage, result: st
     storage, worker = postgresql_storage, Worker(postgresql_storage)
     with closing(storage.database.hearing(LISTENER)) as hearing:
         storage.insert(new_job())
-        waits.enter(storage.database, ["job"], LISTENER)
+        result_listeners.enter(storage.database, ["job"], LISTENER)
         assert worker.store(worker.claim_one(), result=result)
         assert heard(hearing) == (True, [f"{sign}job"])
-    assert [job.result for job in waits.look(storage.database, ["job"])] == [result]
+    assert [job.result for job in result_listeners.look(storage.database, ["job"])] == [result]
 
 
 def test_news_are_told_and_the_wait_goes_on(storage: Storage, worker: Worker, hearing: Wakeup) -> None:
     by_name = storage.database.dialect.enters_waits
     storage.insert(new_job())
     job = worker.claim_one()
-    waits.enter(storage.database, ["job"], LISTENER)
+    result_listeners.enter(storage.database, ["job"], LISTENER)
     assert worker.store(job, None, status="PROGRESS", result="{}")
     assert heard(hearing) == (True, ["njob"] if by_name else [])
-    assert waits.look(storage.database, ["job"]) == []
-    (found,) = waits.look(storage.database, ["job"], ready=False)
+    assert result_listeners.look(storage.database, ["job"]) == []
+    (found,) = result_listeners.look(storage.database, ["job"], ready=False)
     assert (found.state, found.status, found.result) == (State.CLAIMED, "PROGRESS", "{}")
     assert worker.store(job)
     assert heard(hearing) == (True, ["ojob"] if by_name else [])
@@ -117,7 +117,7 @@ def test_news_are_told_and_the_wait_goes_on(storage: Storage, worker: Worker, he
 def test_what_is_rolled_back_is_no_end(storage: Storage, worker: Worker) -> None:
     storage.insert(new_job())
     job = worker.claim_one()
-    before = waits.enter(storage.database, ["job"], LISTENER), entered(storage)
+    before = result_listeners.enter(storage.database, ["job"], LISTENER), entered(storage)
     written: dict[str, Any] = {"status": "SUCCESS", "result": "1", "traceback": None, "meta": None}
 
     def end_in_vain() -> NoReturn:
@@ -127,7 +127,7 @@ def test_what_is_rolled_back_is_no_end(storage: Storage, worker: Worker) -> None
 
     with pytest.raises(RuntimeError, match="killed"):
         end_in_vain()
-    assert (waits.look(storage.database, ["job"]), entered(storage)) == before
+    assert (result_listeners.look(storage.database, ["job"]), entered(storage)) == before
 
 
 @pytest.mark.parametrize(
@@ -148,46 +148,46 @@ def test_what_is_rolled_back_is_no_end(storage: Storage, worker: Worker) -> None
 def test_what_is_ready(storage: Storage, set_row: Any, state: State, status: str | None, is_ready: bool) -> None:
     storage.insert(new_job())
     set_row(state=state.value, status=status)
-    (job,) = waits.look(storage.database, ["job"], ready=False)
-    assert waits.is_ready(job) is is_ready
+    (job,) = result_listeners.look(storage.database, ["job"], ready=False)
+    assert result_listeners.is_ready(job) is is_ready
     for keys in (["job"], ["job", "other"]):
-        assert len(waits.look(storage.database, keys)) == is_ready
-        assert len(waits.enter(storage.database, keys, LISTENER)) == is_ready
+        assert len(result_listeners.look(storage.database, keys)) == is_ready
+        assert len(result_listeners.enter(storage.database, keys, LISTENER)) == is_ready
 
 
 def test_what_is_ready_is_not_entered(storage: Storage, worker: Worker) -> None:
     storage.insert(new_job())
     worker.store(worker.claim_one())
-    (job,) = waits.enter(storage.database, ["job"], LISTENER)
+    (job,) = result_listeners.enter(storage.database, ["job"], LISTENER)
     assert (job.id, job.result, job.body) == ("job", "1", "")
     assert entered(storage) == []
 
 
 def test_entered_twice_is_entered_once(storage: Storage) -> None:
     for _ in range(2):
-        waits.enter(storage.database, ["a", "b"], LISTENER)
+        result_listeners.enter(storage.database, ["a", "b"], LISTENER)
     assert len(entered(storage)) == (2 if storage.database.dialect.enters_waits else 0)
 
 
 def test_thousands(storage: Storage) -> None:
-    names = [f"job-{number}" for number in range(2 * waits.CHUNK + 1)]
+    names = [f"job-{number}" for number in range(2 * result_listeners.CHUNK + 1)]
     storage.insert_many([new_job(name) for name in names])
-    assert waits.enter(storage.database, names, LISTENER) == []
-    assert len(waits.look(storage.database, names, ready=False)) == len(names)
-    waits.leave(storage.database, names, LISTENER)
+    assert result_listeners.enter(storage.database, names, LISTENER) == []
+    assert len(result_listeners.look(storage.database, names, ready=False)) == len(names)
+    result_listeners.leave(storage.database, names, LISTENER)
     assert entered(storage) == []
 
 
 def test_leaving_is_ones_own(storage: Storage) -> None:
-    waits.enter(storage.database, ["job"], 1)
-    waits.enter(storage.database, ["job"], 2)
-    waits.leave(storage.database, ["job", "unknown"], 1)
+    result_listeners.enter(storage.database, ["job"], 1)
+    result_listeners.enter(storage.database, ["job"], 2)
+    result_listeners.leave(storage.database, ["job", "unknown"], 1)
     assert entered(storage) == ([("job", 2)] if storage.database.dialect.enters_waits else [])
 
 
 def test_stale_waits_are_pruned(storage: Storage) -> None:
-    waits.enter(storage.database, ["job"], LISTENER)
+    result_listeners.enter(storage.database, ["job"], LISTENER)
     number = len(entered(storage))
-    assert waits.prune(storage.database) == 0
-    assert waits.prune(storage.database, -1.0) == number
+    assert result_listeners.prune(storage.database) == 0
+    assert result_listeners.prune(storage.database, -1.0) == number
     assert entered(storage) == []

@@ -23,8 +23,8 @@ from celery.exceptions import Ignore, Reject
 from celery.result import allow_join_result
 from celery.worker.control import control_command
 
+from kathikon_celery.publish import fast_path
 from kathikon_celery.storage import Unavailable
-from kathikon_celery.transport import sending
 
 
 def create_app(name: str = "tests", /, **conf: Any) -> Celery:
@@ -151,7 +151,7 @@ def send(canvas: dict[str, Any]) -> Any:
 @shared_task
 def send_many(number: int) -> int:
     """Send so many tasks; how many of them were not sent in Celery's way."""
-    with mock.patch.object(sending, "publish_new", wraps=sending.publish_new) as publish:
+    with mock.patch.object(fast_path, "publish_new", wraps=fast_path.publish_new) as publish:
         for value in range(number):
             echo.delay(value)
     return int(publish.call_count)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from kathikon_celery.brokers import broker_of, databases_of, is_kathikon
 from kathikon_celery.settings import SettingError
+from kathikon_celery.settings.brokers import broker_of, databases_of, is_kathikon
 
 A, B = "kathikon+postgresql+psycopg://app:secret@a/jobs", "kathikon+postgresql://app:secret@b/jobs?sslmode=require"
 FILE = "kathikon+sqlite:///jobs.db"

@@ -5,8 +5,8 @@ import pickle
 import pytest
 
 from kathikon_celery.job import Hold, Job, State
+from kathikon_celery.results.carrier import LONGEST, Carried, Carrier, carry, written
 from kathikon_celery.storage.settle import End, Ending
-from kathikon_celery.transport.carrying import LONGEST, Carried, Carrier, carry, written
 
 HOLD = Hold(1, 2, 3)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kathikon_celery.transport import pace
-from kathikon_celery.transport.pace import Pace
+from kathikon_celery.consume import pace
+from kathikon_celery.consume.pace import Pace
 
 HORIZON = 0.05
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from kathikon_celery.presence import Presence
+from kathikon_celery.nodes.own import Presence
 from kathikon_celery.storage import Storage, nodes
-from kathikon_celery.worker import promoter
-from kathikon_celery.worker.lifeline import Lifeline
-from kathikon_celery.worker.promoter import Promoter
-from kathikon_celery.worker.pruner import Pruner
-from kathikon_celery.worker.service import Service
+from kathikon_celery.worker.services import promoter
+from kathikon_celery.worker.services.lifeline import Lifeline
+from kathikon_celery.worker.services.promoter import Promoter
+from kathikon_celery.worker.services.pruner import Pruner
+from kathikon_celery.worker.services.service import Service
 from tests.support.waiting import wait_until
 
 
@@ -155,8 +155,8 @@ def test_lifeline_sees_for_itself_that_its_neighbours_run(storage: Storage, monk
     assert question["known"] == [presence.id]
     other = nodes.register(storage.database, "other", "here", 1, 0.0, 60.0)
     runs = True
-    monkeypatch.setattr("kathikon_celery.watch.machine", lambda: "here")
-    monkeypatch.setattr("kathikon_celery.watch.is_running", lambda pid, started: runs)
+    monkeypatch.setattr("kathikon_celery.nodes.others.machine", lambda: "here")
+    monkeypatch.setattr("kathikon_celery.nodes.others.is_running", lambda pid, started: runs)
     lifeline.step()
     (question,) = lifeline.questions().values()
     assert question["known"] == [presence.id, other]

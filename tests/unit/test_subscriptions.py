@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kathikon_celery.transport.subscriptions import Subscription, Subscriptions
+from kathikon_celery.consume.subscriptions import Subscription, Subscriptions
 
 
 @pytest.mark.parametrize(("slots", "may"), [(-1, False), (0, False), (1, True)])

@@ -7,7 +7,7 @@ import pytest
 from kathikon_celery.job import Job, State
 from kathikon_celery.settings import Settings
 from kathikon_celery.storage import Storage
-from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.testing.doubles import storage_double
 
 

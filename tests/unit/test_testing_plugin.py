@@ -10,12 +10,12 @@ from celery.result import AsyncResult
 
 from kathikon_celery import EmbeddedWorker
 from kathikon_celery.job import Job, State
-from kathikon_celery.presence import Presence
+from kathikon_celery.nodes.own import Presence
 from kathikon_celery.settings import Settings
 from kathikon_celery.storage import Storage
-from kathikon_celery.worker.lifeline import Lifeline
-from kathikon_celery.worker.promoter import Promoter
-from kathikon_celery.worker.pruner import Pruner
+from kathikon_celery.worker.services.lifeline import Lifeline
+from kathikon_celery.worker.services.promoter import Promoter
+from kathikon_celery.worker.services.pruner import Pruner
 
 pytest_plugins = ["pytester"]
 

@@ -11,9 +11,9 @@ from sqlalchemy import URL, Connection, Executable, Table, false
 from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
 
 from kathikon_celery.job import Hold
-from kathikon_celery.storage import prepared
+from kathikon_celery.storage.engine import prepared
+from kathikon_celery.storage.engine.wakeup import Wakeup
 from kathikon_celery.storage.errors import StorageError
-from kathikon_celery.storage.wake import Wakeup
 
 
 class Dialect(ABC):

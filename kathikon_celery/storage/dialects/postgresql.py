@@ -42,13 +42,13 @@ from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
 
 from kathikon_celery.job import Hold
 from kathikon_celery.settings import shown
-from kathikon_celery.storage import prepared
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.dialects.base import Dialect
+from kathikon_celery.storage.engine import prepared
+from kathikon_celery.storage.engine.wakeup import ENDED, NEWS, PUBLISHED, Wakeup
+from kathikon_celery.storage.engine.wakeup import OUTCOME as OUTCOME_CALL
 from kathikon_celery.storage.errors import Forbidden, Unavailable, UnknownDatabase, in_words
 from kathikon_celery.storage.tables import OUTCOME, jobs, nodes, waits
-from kathikon_celery.storage.wake import ENDED, NEWS, PUBLISHED, Wakeup
-from kathikon_celery.storage.wake import OUTCOME as OUTCOME_CALL
 
 #: Every node listens to it: a message came, or a job is due soon.
 CHANNEL = "kathikon"

@@ -17,10 +17,10 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
 
 from kathikon_celery.job import Hold
-from kathikon_celery.storage import prepared
 from kathikon_celery.storage.dialects.base import Dialect
+from kathikon_celery.storage.engine import prepared
+from kathikon_celery.storage.engine.wakeup import Wakeup
 from kathikon_celery.storage.errors import Unavailable, in_words
-from kathikon_celery.storage.wake import Wakeup
 
 try:
     import fcntl

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from time import monotonic, sleep
 from typing import Any
 
-from kathikon_celery.storage.outlook import Questions
+from kathikon_celery.storage.idle_query import Questions
 from kathikon_celery.storage.promote import CHUNK
-from kathikon_celery.worker.service import Service
+from kathikon_celery.worker.services.service import Service
 
 #: Seconds between two looks at the table when one call, or one promotion, follows another.
 GAP = 0.005

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from sqlalchemy import Connection
 
+from kathikon_celery.consume.delivery import Delivery, Outcome, Verdict
 from kathikon_celery.job import Hold
 from kathikon_celery.storage import finish, messages, results
-from kathikon_celery.storage.engine import Database
-from kathikon_celery.transport.delivery import Delivery, Outcome, Verdict
+from kathikon_celery.storage.engine.database import Database
 
 logger = logging.getLogger(__name__)
 

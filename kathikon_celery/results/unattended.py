@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from celery.app.task import Context
 from kombu.message import Message
 
-from kathikon_celery.backend import error_of
 from kathikon_celery.job import Job, State
+from kathikon_celery.publish.envelope import unfold
+from kathikon_celery.results.backend import error_of
 from kathikon_celery.storage import finish
-from kathikon_celery.transport.envelope import unfold
 
 if TYPE_CHECKING:
     from celery import Celery

@@ -15,7 +15,7 @@ from typing import Any
 
 from celery.concurrency import asynpool, prefork
 
-from kathikon_celery.worker import ahead
+from kathikon_celery.worker.prefork import ahead
 from kathikon_celery.worker.request import Request, Unsendable
 
 #: Bytes that are read at once: what a pipe holds.

@@ -13,7 +13,7 @@ from kathikon_celery.storage.errors import SchemaError, StorageError, in_words, 
 
 if TYPE_CHECKING:
     from kathikon_celery.storage import Storage
-    from kathikon_celery.storage.outlook import Questions
+    from kathikon_celery.storage.idle_query import Questions
 
 logger = logging.getLogger(__name__)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kathikon_celery.presence import Presence
+from kathikon_celery.nodes.others import Watch
+from kathikon_celery.nodes.own import Presence
 from kathikon_celery.storage import Storage
-from kathikon_celery.storage.outlook import Questions
-from kathikon_celery.watch import Watch
-from kathikon_celery.worker.service import Service
+from kathikon_celery.storage.idle_query import Questions
+from kathikon_celery.worker.services.service import Service
 
 
 class Lifeline(Service):

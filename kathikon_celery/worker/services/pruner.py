@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from random import uniform
 from typing import Any
 
-from kathikon_celery.storage import chords, prune, waits
-from kathikon_celery.storage.outlook import Questions
-from kathikon_celery.worker.service import Service
+from kathikon_celery.storage import chords, prune, result_listeners
+from kathikon_celery.storage.idle_query import Questions
+from kathikon_celery.worker.services.service import Service
 
 #: Seconds for which a chord may wait for a part that is not sent yet, as the last task of a chain is not, while none of
 #: its parts waits or runs.
@@ -22,7 +22,9 @@ class Pruner(Service):
         retention = self.storage.settings.retention_period
         kept = retention["completed"]
         longest_chord = None if kept is None else max(kept, LONGEST_CHORD)
-        return {"is_anything_old": prune.ages(retention, group=kept, chord=longest_chord, wait=waits.LONGEST)}
+        return {
+            "is_anything_old": prune.ages(retention, group=kept, chord=longest_chord, wait=result_listeners.LONGEST)
+        }
 
     def spare(self, answers: Mapping[str, Any]) -> float:
         return 0.0 if answers["is_anything_old"] else self._pause()
@@ -33,7 +35,7 @@ class Pruner(Service):
             pass
         database = self.storage.database
         prune.expired_messages(database)
-        waits.prune(database)
+        result_listeners.prune(database)
         kept = self.storage.settings.retention_period["completed"]
         if kept is not None:
             prune.old_groups(database, kept)

@@ -15,10 +15,10 @@ from typing import TypeVar
 import psutil
 
 from kathikon_celery.job import Hold
-from kathikon_celery.processes import machine
+from kathikon_celery.nodes.machine import machine
+from kathikon_celery.nodes.others import Watch
 from kathikon_celery.storage import Storage, nodes
 from kathikon_celery.storage.errors import in_words, is_lost
-from kathikon_celery.watch import Watch
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ import logging
 from time import monotonic
 from typing import Any, Protocol
 
-from kathikon_celery.processes import is_running, machine
+from kathikon_celery.nodes.machine import is_running, machine
 from kathikon_celery.storage import Storage, nodes, prune, topology
 from kathikon_celery.storage.errors import is_lost
 from kathikon_celery.storage.nodes import Node
@@ -25,7 +25,7 @@ ORPHANS = 10.0
 
 
 class Observer(Protocol):
-    """The node that looks at the others: a `kathikon_celery.presence.Presence`."""
+    """The node that looks at the others: a `kathikon_celery.nodes.own.Presence`."""
 
     id: int
 

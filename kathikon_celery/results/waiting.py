@@ -20,12 +20,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from kathikon_celery.job import Job
-from kathikon_celery.storage import waits
-from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage import result_listeners
+from kathikon_celery.storage.engine.database import Database
+from kathikon_celery.storage.engine.wakeup import ENDED, OUTCOME, Wakeup
 from kathikon_celery.storage.errors import in_words, is_lost
-from kathikon_celery.storage.front import rest
 from kathikon_celery.storage.names import key
-from kathikon_celery.storage.wake import ENDED, OUTCOME, Wakeup
+from kathikon_celery.storage.scan_start import rest
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ class Wait:
     def deliver(self, name: str, job: Job) -> bool:
         """Take what was found of the job of that key; whether it is ready."""
         job = replace(job, id=self.open[name])
-        is_ready = waits.is_ready(job)
+        is_ready = result_listeners.is_ready(job)
         if not is_ready and self.news:
             seen = (job.state, job.status, job.result, job.meta)
             if self._seen.get(name) == seen:
@@ -217,7 +217,7 @@ class Desk:
             self._ended.difference_update(wait._keys)
         if left:
             with suppress(Exception):  # the database is away: the pruner will do it
-                waits.leave(self.database, left, self._number)
+                result_listeners.leave(self.database, left, self._number)
 
     def _forget(self, name: str, wait: Wait) -> None:
         waiting = self._by_key.get(name, [])
@@ -282,9 +282,9 @@ class Desk:
                     wait.called()
             for call in named:
                 if call[0] == OUTCOME:
-                    job = waits.told(call[1:])
+                    job = result_listeners.told(call[1:])
                     self._entered.discard(job.id)
-                    if waits.is_ready(job):
+                    if result_listeners.is_ready(job):
                         self._hand_over(job)
                         continue
                     call = ENDED + job.id
@@ -308,10 +308,10 @@ class Desk:
             self._entered.update(unknown)
             self._ended.difference_update(known)
         try:
-            found = waits.enter(self.database, unknown, self._number) if unknown else []
+            found = result_listeners.enter(self.database, unknown, self._number) if unknown else []
             there = [job.id for job in found]  # there was nothing to enter for them
-            found += waits.look(self.database, known) if known else []
-            found += waits.look(self.database, news, ready=False) if news else []
+            found += result_listeners.look(self.database, known) if known else []
+            found += result_listeners.look(self.database, news, ready=False) if news else []
         except BaseException as error:
             with self.lock:
                 self._entered.difference_update(unknown)

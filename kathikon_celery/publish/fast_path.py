@@ -31,11 +31,11 @@ from sqlalchemy.exc import DBAPIError
 
 from kathikon_celery.internals import SENDING, is_usable
 from kathikon_celery.job import Job
+from kathikon_celery.publish.destination import publish_new
+from kathikon_celery.publish.envelope import PUBLICATION, checked_priority, common, dumps_call, fold_call
 from kathikon_celery.routing import Router
 from kathikon_celery.storage import Storage
 from kathikon_celery.storage.errors import LOST, StorageError
-from kathikon_celery.transport.envelope import PUBLICATION, checked_priority, common, dumps_call, fold_call
-from kathikon_celery.transport.publishing import publish_new
 
 #: Options of a plain call; any other one is none, unless it says nothing.
 _PLAIN = {

@@ -7,10 +7,10 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from kathikon_celery.storage.front import Front
+from kathikon_celery.consume.delivery import Delivery
+from kathikon_celery.consume.pace import Pace
 from kathikon_celery.storage.names import key
-from kathikon_celery.transport.delivery import Delivery
-from kathikon_celery.transport.pace import Pace
+from kathikon_celery.storage.scan_start import Front
 
 #: Deliveries that a consumer without prefetch limit has in hand at most.
 UNLIMITED = 200

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 from sqlalchemy import Connection, or_, select
 
-from kathikon_celery.storage import claim, finish, nodes, prepared, promote, prune, topology
+from kathikon_celery.storage import claim, finish, nodes, promote, prune, topology
 from kathikon_celery.storage.dialects import Dialect
-from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.engine import prepared
+from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.messages import by_number
 
 #: Questions by their names, with the values of their parameters.

@@ -12,10 +12,11 @@ from typing import Any
 from sqlalchemy import BigInteger, Connection, Integer, and_, bindparam, delete, literal_column, not_, or_, select
 
 from kathikon_celery.job import TERMINAL, Job, State
-from kathikon_celery.storage import prepared, reading
+from kathikon_celery.storage import reading
 from kathikon_celery.storage.clock import now, seconds
 from kathikon_celery.storage.dialects import Dialect
-from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.engine import prepared
+from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.tables import OUTCOME, jobs, state_in, waits
 
 #: Ids of one query.

@@ -13,15 +13,15 @@ from celery.worker import state
 from celery.worker.consumer.tasks import Tasks
 from kombu.utils.imports import symbol_by_name
 
+from kathikon_celery.consume.delivery import DONE, Delivery, Outcome, Verdict
+from kathikon_celery.consume.subscriptions import UNLIMITED
 from kathikon_celery.job import Job, State
 from kathikon_celery.settings import SettingError, mask
 from kathikon_celery.storage import StorageError
 from kathikon_celery.storage.sql import SQLBackend
-from kathikon_celery.transport.delivery import DONE, Delivery, Outcome, Verdict
-from kathikon_celery.transport.subscriptions import UNLIMITED
 from kathikon_celery.transport.transport import Transport
-from kathikon_celery.worker.ahead import request_of
-from kathikon_celery.worker.prefork import AsynPool, TaskPool
+from kathikon_celery.worker.prefork.ahead import request_of
+from kathikon_celery.worker.prefork.pool import AsynPool, TaskPool
 from kathikon_celery.worker.request import Request, is_early
 from kathikon_celery.worker.tracing import carry_results
 

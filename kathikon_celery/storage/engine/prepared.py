@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.expression import BindParameter
 
 from kathikon_celery.internals import LIBPQ, PREPARED, is_usable
-from kathikon_celery.storage import libpq
+from kathikon_celery.storage.engine import libpq
 
 
 @lru_cache(maxsize=8)

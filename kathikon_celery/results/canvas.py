@@ -21,12 +21,11 @@ from celery.result import GroupResult, result_from_tuple
 
 from kathikon_celery.backports import Backend, name_group
 from kathikon_celery.job import Hold, State
+from kathikon_celery.publish import outbox
+from kathikon_celery.results.carrier import carry, written
 from kathikon_celery.storage import chords
 from kathikon_celery.storage.chords import Header, Part
 from kathikon_celery.storage.settle import End, Ending, Incomplete, settle
-from kathikon_celery.transport import collecting
-from kathikon_celery.transport.carrying import carry, written
-from kathikon_celery.transport.delivery import hold_of
 
 if TYPE_CHECKING:
     from kathikon_celery.storage import Storage
@@ -43,7 +42,7 @@ def hold_by(request: Any, task_id: str) -> Hold | None:
     """How the worker holds the job that *request* is about; `None` for another task's, or one that ran elsewhere."""
     if getattr(request, "id", None) != task_id:
         return None
-    return hold_of((getattr(request, "properties", None) or {}).get("delivery_tag"))
+    return Hold.of_tag((getattr(request, "properties", None) or {}).get("delivery_tag"))
 
 
 class CanvasBackend(Backend):
@@ -69,7 +68,7 @@ class CanvasBackend(Backend):
         self, task_id: str, result: Any, request: Any = None, store_result: bool = True, *args: Any, **kwargs: Any
     ) -> None:
         """Store the result, publish what follows the task, and count it in its chord, in one transaction."""
-        if not store_result and not (request and request.chord) and collecting.current(self.storage.database) is None:
+        if not store_result and not (request and request.chord) and outbox.current(self.storage.database) is None:
             return  # nothing of all that
         with self._ending(task_id, request, State.COMPLETED):
             super().mark_as_done(task_id, result, request, store_result, *args, **kwargs)
@@ -79,7 +78,7 @@ class CanvasBackend(Backend):
     ) -> None:
         """Store the failure, publish the errbacks, and fail what was to follow, in one transaction."""
         if _bodies.get() is None:
-            collecting.take(self.storage.database)  # what was to follow a success
+            outbox.take(self.storage.database)  # what was to follow a success
         with self._ending(task_id, request, State.DEAD):
             super().mark_as_failure(task_id, exc, traceback, request, *args, **kwargs)
 
@@ -94,10 +93,10 @@ class CanvasBackend(Backend):
             yield
             return
         database, hold = self.storage.database, self._hold_by(request, task_id)
-        ending = collecting.take(database)
+        ending = outbox.take(database)
         token = _bodies.set({})
         try:
-            with collecting.into(database, ending):
+            with outbox.into(database, ending):
                 yield
             is_stored = any(end.task_id == task_id for end in ending.ends)
             if hold is not None and not is_stored and (ending.jobs or ending.parts):
@@ -129,7 +128,7 @@ class CanvasBackend(Backend):
             except Incomplete as complete:
                 # What sends a body is Celery's and the user's code: it runs while no transaction is open.
                 for header in complete.headers:
-                    with collecting.into(database, Ending()) as prepared[header.chord]:
+                    with outbox.into(database, Ending()) as prepared[header.chord]:
                         self._send_body(header, known[header.chord])
 
     # --- chords
@@ -173,7 +172,7 @@ class CanvasBackend(Backend):
                 self.on_chord_part_return(request, state, result)
             return
         bodies[chord] = maybe_signature(request.chord, app=self.app)
-        ending = collecting.current(self.storage.database)
+        ending = outbox.current(self.storage.database)
         assert ending is not None
         ending.parts.append(part)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from kathikon_celery.storage.engine import Database
+from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.settle import Ending
 
 _collected: ContextVar[tuple[Database, Ending] | None] = ContextVar("kathikon_ending", default=None)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from kathikon_celery.job import Job
+from kathikon_celery.publish import bulk, outbox, republishing
 from kathikon_celery.storage import Storage, insert
-from kathikon_celery.transport import bulk, collecting, republishing
 
 
 def publish(storage: Storage, job: Job) -> None:
@@ -18,7 +18,7 @@ def publish(storage: Storage, job: Job) -> None:
 
 def publish_new(storage: Storage, job: Job) -> None:
     """`publish` outside of a task, or of another job than the task's own."""
-    if (ending := collecting.current(storage.database)) is not None:
+    if (ending := outbox.current(storage.database)) is not None:
         ending.jobs.append(job)
     elif (chunks := bulk.current()) is not None:
         chunks.add(storage, job)

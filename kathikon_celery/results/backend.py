@@ -16,16 +16,16 @@ from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import AsyncResult, ResultSet, result_from_tuple
 from kombu.utils.encoding import ensure_bytes
 
-from kathikon_celery.brokers import broker_of, databases_of, is_kathikon
-from kathikon_celery.canvas import CanvasBackend
 from kathikon_celery.job import TERMINAL, Hold, Job, State, in_brief
+from kathikon_celery.publish import outbox
+from kathikon_celery.results.canvas import CanvasBackend
+from kathikon_celery.results.waiting import Wait
 from kathikon_celery.settings import Settings, mask
-from kathikon_celery.storage import Storage, prune, results, transitions, waits
+from kathikon_celery.settings.brokers import broker_of, databases_of, is_kathikon
+from kathikon_celery.storage import Storage, prune, result_listeners, results, transitions
 from kathikon_celery.storage.errors import is_lost
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.settle import End
-from kathikon_celery.transport import collecting
-from kathikon_celery.waiting import Wait
 
 #: Which state of a job a state of Celery's makes it take.
 STATES = {
@@ -132,7 +132,7 @@ class KathikonBackend(CanvasBackend):
         reason = _reason(result) if state in states.EXCEPTION_STATES else None
         if reason == "expired" or _type_and_arguments(result)[0] == "Reject":
             becomes = State.DISCARDED
-        ending = collecting.current(database)
+        ending = outbox.current(database)
         if ending is not None and becomes in TERMINAL:
             untold = getattr(request, "is_untold", False) and request.id == task_id
             end = End(task_id=task_id, hold=hold, state=becomes, written=written, reason=reason, untold=untold)
@@ -207,7 +207,10 @@ class KathikonBackend(CanvasBackend):
     def _knowing_parents(self, result: AsyncResult, call: Callable[[], Any]) -> None:
         """Call *call*, which asks for every task before *result* by itself, and answer it from one query."""
         before = [leaf.id for parent in result._parents() for leaf in _leaves(parent) if leaf._cache is None]
-        found = {job.id: job for job in waits.look(self.storage.database, [key(one) for one in before], ready=False)}
+        found = {
+            job.id: job
+            for job in result_listeners.look(self.storage.database, [key(one) for one in before], ready=False)
+        }
         token = _known.set({one: found.get(key(one)) for one in before})
         try:
             call()
@@ -241,7 +244,7 @@ class KathikonBackend(CanvasBackend):
                     meta = self._meta_of(job)
                     if on_message is not None:
                         on_message(meta)
-                    if waits.is_ready(job):
+                    if result_listeners.is_ready(job):
                         if meta["status"] == states.SUCCESS:
                             self._cache[job.id] = meta
                         yield job.id, meta

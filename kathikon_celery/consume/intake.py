@@ -15,16 +15,16 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from kathikon_celery.consume import reporting
+from kathikon_celery.consume.delivery import BACK, DONE, PASSED_ON, WRITTEN, Delivery, Outcome, Verdict
+from kathikon_celery.consume.subscriptions import UNLIMITED, Subscription, Subscriptions
 from kathikon_celery.job import Hold, Job, State
-from kathikon_celery.presence import Presence
-from kathikon_celery.storage import Storage, claim, finish, messages, nodes, outlook, transitions
+from kathikon_celery.nodes.own import Presence
+from kathikon_celery.storage import Storage, claim, finish, idle_query, messages, nodes, transitions
+from kathikon_celery.storage.engine.wakeup import Wakeup
 from kathikon_celery.storage.errors import StorageError, Unavailable, in_words, is_lost
-from kathikon_celery.storage.front import rest
 from kathikon_celery.storage.names import key
-from kathikon_celery.storage.wake import Wakeup
-from kathikon_celery.transport import reporting
-from kathikon_celery.transport.delivery import BACK, DONE, PASSED_ON, WRITTEN, Delivery, Outcome, Verdict
-from kathikon_celery.transport.subscriptions import UNLIMITED, Subscription, Subscriptions
+from kathikon_celery.storage.scan_start import rest
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Intake:
         #: Called from this thread when another process calls all nodes: perhaps a job is due soon.
         self.on_call: Callable[[], None] = lambda: None
         #: Whose questions to the database are asked with the look for work while nothing else is to be done.
-        self.askers: Sequence[outlook.Asker] = ()
+        self.askers: Sequence[idle_query.Asker] = ()
         #: Called, in any thread, when there is something to deliver.
         self.on_ready: Callable[[], None] = lambda: None
         #: Monotonic time of the last transaction that went well.
@@ -487,16 +487,16 @@ class Intake:
         """Whether there is work. With that statement the lease is renewed, or it asks what others will soon ask."""
         soon = 2 * self.storage.settings.poll_interval
         if self.presence.is_due(min(soon, self.presence.lease / 8)):
-            return bool(self.presence.renew_by(partial(outlook.renew, self.database, names, with_messages)))
+            return bool(self.presence.renew_by(partial(idle_query.renew, self.database, names, with_messages)))
         asked = [(one, questions) for one in self.askers if (questions := one.asks(soon))]
         with self.database.read() as connection:
             try:
-                return outlook.look(self.database, connection, names, with_messages, asked)
+                return idle_query.look(self.database, connection, names, with_messages, asked)
             except Exception as error:
                 if not asked or is_lost(error):
                     raise
                 # A question that has no answer is the trouble of who asks it: he asks again by himself.
-                return outlook.look(self.database, connection, names, with_messages)
+                return idle_query.look(self.database, connection, names, with_messages)
 
     def _mark(self, deliveries: list[Delivery]) -> None:
         """Write, on disk, that at-most-once tasks start; only then they are handed out."""

@@ -18,10 +18,10 @@ from sqlalchemy.exc import DBAPIError
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from kathikon_celery.settings import shown
-from kathikon_celery.storage import prepared
 from kathikon_celery.storage.dialects import Dialect, dialect_for
+from kathikon_celery.storage.engine import prepared
+from kathikon_celery.storage.engine.wakeup import Wakeup
 from kathikon_celery.storage.errors import Unavailable, in_words, is_lost
-from kathikon_celery.storage.wake import Wakeup
 
 T = TypeVar("T")
 

@@ -8,7 +8,6 @@ from datetime import datetime, timezone
 from celery._state import get_current_task
 
 from kathikon_celery.job import Hold, Job
-from kathikon_celery.transport.delivery import hold_of
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +18,7 @@ def hold_on(job_id: str) -> Hold | None:
     request = task.request if task is not None else None
     if request is None or request.id != job_id or request.called_directly or request.is_eager:
         return None
-    return hold_of((request.properties or {}).get("delivery_tag"))
+    return Hold.of_tag((request.properties or {}).get("delivery_tag"))
 
 
 def refused(job_id: str) -> None:

@@ -68,22 +68,14 @@ class Delivery:
     #: What an acknowledgement means; the worker's request says when it means something else.
     outcome: Outcome = DONE
     is_job: bool = field(init=False)
-    #: The delivery tag. Of a job it is all that the pool child needs in order to write its result.
+    #: The delivery tag: see `Hold.tag`.
     tag: str = field(init=False)
 
     def __post_init__(self) -> None:
         item = self.item
         self.is_job = isinstance(item, Job)
-        self.tag = f"{'job' if self.is_job else 'message'}.{item.seq}.{item.fence}.{item.node_id}"
+        self.tag = item.hold.tag if isinstance(item, Job) else f"message.{item.seq}.{item.fence}.{item.node_id}"
 
     @property
     def hold(self) -> Hold:
         return self.item.hold
-
-
-def hold_of(tag: object) -> Hold | None:
-    """What a job's delivery tag names; `None` for any other tag."""
-    kind, *numbers = str(tag).split(".")
-    if kind != "job" or len(numbers) != 3 or not all(map(str.isdigit, numbers)):
-        return None
-    return Hold(*map(int, numbers))

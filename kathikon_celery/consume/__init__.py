@@ -1,0 +1,1 @@
+"""The thread that claims jobs and writes their ends, and what it hands them to."""

@@ -1,0 +1,1 @@
+"""Results: written with the end of a task, read and waited for by its callers."""
