@@ -29,7 +29,7 @@ class Outcome:
     verdict: Verdict
     state: State | None = None
     reason: str = ""
-    #: Celery's word for it, when it has told all that follows; `None` leaves that to `finish.untold`.
+    #: Celery's word for it, when it has told all that follows; `None` leaves that to `finish.unreported`.
     status: str | None = None
     traceback: str | None = None
     #: What is to be written of its result.

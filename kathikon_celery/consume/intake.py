@@ -19,12 +19,12 @@ from kathikon_celery.consume import reporting
 from kathikon_celery.consume.delivery import BACK, DONE, PASSED_ON, WRITTEN, Delivery, Outcome, Verdict
 from kathikon_celery.consume.subscriptions import UNLIMITED, Subscription, Subscriptions
 from kathikon_celery.job import Hold, Job, State
-from kathikon_celery.nodes.own import Presence
+from kathikon_celery.nodes.own import OwnNode
 from kathikon_celery.storage import Storage, claim, finish, idle_query, messages, nodes, transitions
 from kathikon_celery.storage.engine.wakeup import Wakeup
 from kathikon_celery.storage.errors import StorageError, Unavailable, in_words, is_lost
 from kathikon_celery.storage.names import key
-from kathikon_celery.storage.scan_start import rest
+from kathikon_celery.storage.scan_start import cooldown
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Intake:
     def __init__(self, storage: Storage, concurrency: Callable[[str], int | None] = lambda queue: None) -> None:
         self.storage = storage
         self.database = storage.database
-        self.presence = Presence.of(storage)
+        self.own_node = OwnNode.of(storage)
         self.subscriptions = Subscriptions(storage.settings.claim_horizon)
         #: Whether the pool runs as many jobs as it can, so that what is behind them waits for their end.
         self.is_pool_full: Callable[[], bool] = lambda: True
@@ -89,7 +89,7 @@ class Intake:
         self._server: object = None  # which life of the server we know
         self._opened = 0  # how many connections had been made when we last made sure
         self._claims_from = 0.0  # after its restart, all nodes first claim anew what they hold
-        self._said = reporting.Said()
+        self._said = reporting.RecentReports()
         self._wakeup: Wakeup | None = None
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -131,11 +131,11 @@ class Intake:
         with self._lock:
             if self._thread is not None:
                 return
-            self.presence.enter()
-            self.presence.on_reborn.append(self._reborn)
-            self.presence.holds.append(self._holds)
+            self.own_node.enter()
+            self.own_node.on_reborn.append(self._reborn)
+            self.own_node.holds.append(self._holds)
             self.database.on_replaced.append(self._replaced)
-            self._wakeup = self.database.wakeup(self.presence.id)
+            self._wakeup = self.database.wakeup(self.own_node.id)
             self._stopping = False
             self._thread = threading.Thread(target=self._run, name="kathikon-intake", daemon=True)
             self._thread.start()
@@ -144,11 +144,11 @@ class Intake:
         """Claim one delivery at once, in the caller's thread (AMQP's ``basic.get``)."""
         self.start()
         name = key(queue)
-        with self.presence.claiming:
+        with self.own_node.claiming:
             with self.database.write() as connection:
-                items: list[Any] = list(claim.claim(self.database, connection, name, 1, self.presence.id))
+                items: list[Any] = list(claim.claim(self.database, connection, name, 1, self.own_node.id))
                 if not items:
-                    items = list(messages.take(self.database, connection, name, 1, self.presence.id, keep=not no_ack))
+                    items = list(messages.take(self.database, connection, name, 1, self.own_node.id, keep=not no_ack))
             if not items:
                 return None
             delivery = Delivery(items[0], name, monotonic())
@@ -335,7 +335,7 @@ class Intake:
                     continue
                 if now >= next_look:
                     self._called = True
-                with self.presence.claiming:
+                with self.own_node.claiming:
                     is_ready = self._step()
                 if is_ready:
                     self.on_ready()
@@ -360,10 +360,10 @@ class Intake:
                 pause = min(PAUSE, pause * 2 or 0.05)
                 self._wakeup.wait(pause)
         self._wakeup.close()
-        self.presence.on_reborn.remove(self._reborn)
-        self.presence.holds.remove(self._holds)
+        self.own_node.on_reborn.remove(self._reborn)
+        self.own_node.holds.remove(self._holds)
         self.database.on_replaced.remove(self._replaced)
-        self.presence.leave()
+        self.own_node.leave()
 
     def _prepare(self) -> None:
         """Do one thing of those that the first jobs would have to wait for, as there is nothing else to do."""
@@ -475,7 +475,7 @@ class Intake:
             return True  # we were called, or must say that we wait
         began = monotonic()
         there = self._look_for(names, called)
-        self._rest = rest(monotonic() - began)
+        self._rest = cooldown(monotonic() - began)
         if there:  # perhaps before the front: where that was found, the claim shall look as well
             self.subscriptions.forget_fronts()
         self._waits = not there
@@ -486,8 +486,8 @@ class Intake:
     def _look_for(self, names: list[str], with_messages: bool) -> bool:
         """Whether there is work. With that statement the lease is renewed, or it asks what others will soon ask."""
         soon = 2 * self.storage.settings.poll_interval
-        if self.presence.is_due(min(soon, self.presence.lease / 8)):
-            return bool(self.presence.renew_by(partial(idle_query.renew, self.database, names, with_messages)))
+        if self.own_node.is_due(min(soon, self.own_node.lease / 8)):
+            return bool(self.own_node.renew_by(partial(idle_query.renew, self.database, names, with_messages)))
         asked = [(one, questions) for one in self.askers if (questions := one.asks(soon))]
         with self.database.read() as connection:
             try:
@@ -529,7 +529,7 @@ class Intake:
                 continue
             limit = (one.prefetch() or UNLIMITED) - one.outstanding
             if limit > 0:
-                batch = messages.take(self.database, connection, name, limit, self.presence.id, not one.no_ack)
+                batch = messages.take(self.database, connection, name, limit, self.own_node.id, not one.no_ack)
                 taken += [(one, Delivery(message, name, monotonic())) for message in batch]
                 self._called = self._called or len(batch) == limit
         return taken
@@ -580,7 +580,7 @@ class Intake:
         seq: int | None,
     ) -> list[Job]:
         """Claim jobs of one queue, by one statement: that for which we were called, *seq*, or as many as may be."""
-        database, name, node = self.database, key(subscription.queue), self.presence.id
+        database, name, node = self.database, key(subscription.queue), self.own_node.id
         if done:
             holds = [one.hold for one in done]
             completed, jobs = claim.complete_and_claim(
@@ -603,7 +603,7 @@ class Intake:
         busy = (claimed and not has_room) or self.subscriptions.rate() > (RUSH if has_room else BUSY)
         waits = hungry and not (by_name and busy)  # to look again costs less, when there is much to do
         if waits != self._waits and by_name:
-            nodes.wait_for(connection, self.presence.id, names if waits else None)
+            nodes.wait_for(connection, self.own_node.id, names if waits else None)
             if waits:
                 self._says_that_we_wait()
         self._waits = waits
@@ -622,7 +622,7 @@ class Intake:
             held += [one for subscription in self.subscriptions.every() for one in subscription.waiting]
         holds = [one.hold for one in held if one.is_job]
         if holds:
-            claim.claim_again(self.database, connection, holds, self.presence.id)
+            claim.claim_again(self.database, connection, holds, self.own_node.id)
         self._report(connection, self._said.reports())
         self._opened = self.database.opened
         server, self._server = self._server, self.database.dialect.incarnation(connection)
@@ -637,8 +637,8 @@ class Intake:
 
     def _reconcile(self, connection: Connection, reports: list[tuple[Delivery, Outcome]]) -> None:
         """Give back what the table says that this process holds and nobody here knows of: a claim's answer was lost."""
-        known = {one.hold for one, _ in reports}.union(*(holds() for holds in list(self.presence.holds)))
-        forgotten = [hold for hold in finish.held_by(connection, self.presence.id) if hold not in known]
+        known = {one.hold for one, _ in reports}.union(*(holds() for holds in list(self.own_node.holds)))
+        forgotten = [hold for hold in finish.held_by(connection, self.own_node.id) if hold not in known]
         if forgotten:
             finish.given_back(self.database, connection, forgotten)
 

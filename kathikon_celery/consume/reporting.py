@@ -80,7 +80,7 @@ def complain(connection: Connection, deliveries: list[Delivery]) -> None:
         )  # fmt: skip
 
 
-class Said:
+class RecentReports:
     """The reports of the last moments: a server that crashed may have forgotten them."""
 
     def __init__(self) -> None:

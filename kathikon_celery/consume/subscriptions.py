@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from kathikon_celery.consume.delivery import Delivery
 from kathikon_celery.consume.pace import Pace
 from kathikon_celery.storage.names import key
-from kathikon_celery.storage.scan_start import Front
+from kathikon_celery.storage.scan_start import ScanStart
 
 #: Deliveries that a consumer without prefetch limit has in hand at most.
 UNLIMITED = 200
@@ -30,7 +30,7 @@ class Subscription:
     #: How many of its jobs may be in hand at once; `None` is no limit.
     concurrency: int | None = None
     pace: Pace = field(default_factory=Pace)
-    front: Front = field(default_factory=Front)
+    front: ScanStart = field(default_factory=ScanStart)
     waiting: deque[Delivery] = field(default_factory=deque)
     in_hand: int = 0
     #: How many more may be handed out before that is to be reckoned anew.

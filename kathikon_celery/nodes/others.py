@@ -25,7 +25,7 @@ ORPHANS = 10.0
 
 
 class Observer(Protocol):
-    """The node that looks at the others: a `kathikon_celery.nodes.own.Presence`."""
+    """The node that looks at the others: a `kathikon_celery.nodes.own.OwnNode`."""
 
     id: int
 
@@ -48,7 +48,7 @@ class Watch:
 
     def __init__(self, storage: Storage, presence: Observer) -> None:
         self.storage = storage
-        self.presence = presence
+        self.own_node = presence
         self._prune_at = self._orphans_at = monotonic()
         #: Since when a node's lock is free, and the end of its lease then, both in monotonic time.
         self._unlocked: dict[int, tuple[float, float]] = {}
@@ -56,8 +56,8 @@ class Watch:
 
     def asks(self) -> dict[str, Any]:
         """The parameters of the question ``is_amiss`` (see `storage.outlook`)."""
-        known = [self.presence.id, *(node.id for node in self._others)]
-        return {"node": self.presence.id, "machine": machine(), "known": known}
+        known = [self.own_node.id, *(node.id for node in self._others)]
+        return {"node": self.own_node.id, "machine": machine(), "known": known}
 
     def is_calm(self) -> bool:
         """Whether there is nothing to look for, given that nothing is amiss."""
@@ -67,7 +67,7 @@ class Watch:
     def look(self) -> None:
         """Look at all others once."""
         with self.storage.database.read() as connection:
-            others = self._others = nodes.others(connection, self.presence.id)
+            others = self._others = nodes.others(connection, self.own_node.id)
             suspects = [node for node in others if node.machine != machine()]
             free = {node.id for node in suspects if nodes.is_lock_free(self.storage.database, connection, node.id)}
         for node in others:
@@ -93,7 +93,7 @@ class Watch:
         """Why the node is dead; `None` while it may be alive."""
         if node.machine == machine() and not is_running(node.pid, node.pid_started):
             return "its process is gone"
-        if node.lease <= 0 and self.presence.unbroken >= self.presence.lease:
+        if node.lease <= 0 and self.own_node.unbroken >= self.own_node.lease:
             return "its lease has run out"
         if not unlocked:
             self._unlocked.pop(node.id, None)
@@ -102,7 +102,7 @@ class Watch:
         since, until = self._unlocked.setdefault(node.id, (now, now + node.lease))
         if now + node.lease > until + 0.5:  # renewed: it has only lost its connection
             self._unlocked[node.id] = (now, now + node.lease)
-        elif now - since >= GRACE and self.presence.unbroken >= GRACE:
+        elif now - since >= GRACE and self.own_node.unbroken >= GRACE:
             return "its connection is gone"
         return None
 
@@ -110,7 +110,7 @@ class Watch:
         with self.storage.database.read() as connection:
             orphans = nodes.orphans(connection)
         for node_id in orphans:
-            if node_id != self.presence.id:
+            if node_id != self.own_node.id:
                 nodes.remove(self.storage.database, node_id)
 
     def _rescue(self, node: Node, why: str) -> None:

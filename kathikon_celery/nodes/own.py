@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 #: Seconds between two looks at the other nodes, and at the lock.
 LOOK = 1.0
 
-_all: dict[tuple[int, Storage], Presence] = {}
+_all: dict[tuple[int, Storage], OwnNode] = {}
 _all_lock = threading.Lock()
 
 
-class Presence:
+class OwnNode:
     """A node: entered when this process first consumes, renewed by a thread of its own, removed at the end.
 
     Arguments:
@@ -64,7 +64,7 @@ class Presence:
         self.id, self._is_lost = 0, True
 
     @classmethod
-    def of(cls, storage: Storage) -> Presence:
+    def of(cls, storage: Storage) -> OwnNode:
         """The one presence of this process on a database."""
         with _all_lock:
             return _all.setdefault((os.getpid(), storage), cls(storage, f"{os.getpid()}@{platform.node()}"))
@@ -178,4 +178,4 @@ class Presence:
             callback(old, self.id)
 
 
-atexit.register(Presence.leave_all)
+atexit.register(OwnNode.leave_all)

@@ -82,7 +82,7 @@ def _is_hooked() -> bool:
     return False
 
 
-class _Way(NamedTuple):
+class _Route(NamedTuple):
     """Where a task goes that is called without more than a queue's name."""
 
     queue: str
@@ -90,7 +90,7 @@ class _Way(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Known:
+class _Cache:
     """What was found out, and what it depends on."""
 
     pool: Any
@@ -102,7 +102,7 @@ class _Known:
     #: Whether the backend does something for each call whose result is kept.
     calls_backend: bool
     #: By a task's name and the queue that the call names; `None` where Celery's way is to be taken.
-    ways: dict[tuple[str, str | None], _Way | None] = field(default_factory=dict)
+    ways: dict[tuple[str, str | None], _Route | None] = field(default_factory=dict)
 
 
 class Sender:
@@ -110,16 +110,16 @@ class Sender:
 
     def __init__(self, app: Celery) -> None:
         self._app = app
-        self._known: _Known | None = None
+        self._cache: _Cache | None = None
 
     def __call__(self, name: str, args: Any = None, kwargs: Any = None, *more: Any, **options: Any) -> Any:
         """Send the task called *name*; see `celery.Celery.send_task`."""
         app, parent = self._app, get_current_worker_task()
         if more or not _is_plain(args, kwargs, options) or (parent is not None and not _is_child(parent, options)):
             return type(app).send_task(app, name, args, kwargs, *more, **options)
-        known, key = self._known, (name, options.get("queue"))
-        if known is None or not self._holds(known) or key not in known.ways:
-            known = self._learned(name, args, kwargs, options)
+        known, key = self._cache, (name, options.get("queue"))
+        if known is None or not self._is_current(known) or key not in known.ways:
+            known = self._lookup(name, args, kwargs, options)
         way = known.ways.get(key) if known is not None else None
         if known is None or way is None or (known.calls_backend and not options.get("ignore_result")):
             return type(app).send_task(app, name, args, kwargs, **options)
@@ -143,7 +143,7 @@ class Sender:
         return result
 
     def _job(
-        self, known: _Known, way: _Way, task_id: str, name: str, args: Any, kwargs: Any, options: dict[str, Any]
+        self, known: _Cache, way: _Route, task_id: str, name: str, args: Any, kwargs: Any, options: dict[str, Any]
     ) -> Job:
         """The job that Celery and kombu would make of the call."""
         given = options.get
@@ -175,7 +175,7 @@ class Sender:
             group_id=group,
         )
 
-    def _holds(self, known: _Known) -> bool:
+    def _is_current(self, known: _Cache) -> bool:
         """Whether *known* is still true."""
         return (
             self._app.amqp._producer_pool is known.pool
@@ -184,7 +184,7 @@ class Sender:
             and not _is_hooked()
         )
 
-    def _learned(self, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> _Known | None:
+    def _lookup(self, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> _Cache | None:
         """What is known once it is found out where such a call goes, and its queue is declared.
 
         `None` while there is no connection, and when the broker refuses something: Celery's way says what.
@@ -198,16 +198,16 @@ class Sender:
             pool = getattr(connection, "_pool", None)
             if connection is None or pool is not app.amqp.producer_pool.connections or not connection.connected:
                 return None
-            known = self._known
-            if known is None or not self._holds(known):
-                known = self._found_out(producer.channel)
+            known = self._cache
+            if known is None or not self._is_current(known):
+                known = self._build_cache(producer.channel)
             if known is not None:
                 if queue is not None:
                     maybe_declare(queue, producer.channel)
                 if len(known.ways) >= _MEMO:
                     known.ways.clear()
                 known.ways[name, options.get("queue")] = self._way(queue) if queue is not None else None
-                self._known = known
+                self._cache = known
             return known
         return None
 
@@ -226,13 +226,13 @@ class Sender:
             and all(isinstance(one, Router | MapRoute) for one in amqp.router.routes)
         )
 
-    def _found_out(self, channel: Any) -> _Known | None:
+    def _build_cache(self, channel: Any) -> _Cache | None:
         """What holds for all calls of a usual app that has *channel* open."""
         app = self._app
         amqp, conf, storage = app.amqp, app.conf, getattr(channel, "storage", None)
         if not isinstance(storage, Storage):
             return None
-        return _Known(
+        return _Cache(
             pool=amqp.producer_pool,
             conf=conf,
             changes=dict(conf.changes),
@@ -256,9 +256,9 @@ class Sender:
             return None
         return queue
 
-    def _way(self, queue: Queue) -> _Way:
+    def _way(self, queue: Queue) -> _Route:
         mode = queue.exchange.delivery_mode or self._app.conf.task_default_delivery_mode
-        return _Way(queue.name, maybe_delivery_mode(mode))
+        return _Route(queue.name, maybe_delivery_mode(mode))
 
 
 @lru_cache(maxsize=_MEMO, typed=True)
@@ -266,7 +266,7 @@ def _common(
     name: str,
     origin: str,
     reply_to: str,
-    way: _Way,
+    way: _Route,
     ignored: Any,
     priority: int,
     time_limit: Any,

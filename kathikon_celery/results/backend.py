@@ -25,7 +25,7 @@ from kathikon_celery.settings.brokers import broker_of, databases_of, is_kathiko
 from kathikon_celery.storage import Storage, prune, result_listeners, results, transitions
 from kathikon_celery.storage.errors import is_lost
 from kathikon_celery.storage.names import key
-from kathikon_celery.storage.settle import End
+from kathikon_celery.storage.settle import JobEnd
 
 #: Which state of a job a state of Celery's makes it take.
 STATES = {
@@ -134,8 +134,10 @@ class KathikonBackend(CanvasBackend):
             becomes = State.DISCARDED
         ending = outbox.current(database)
         if ending is not None and becomes in TERMINAL:
-            untold = getattr(request, "is_untold", False) and request.id == task_id
-            end = End(task_id=task_id, hold=hold, state=becomes, written=written, reason=reason, untold=untold)
+            unreported = getattr(request, "is_unreported", False) and request.id == task_id
+            end = JobEnd(
+                task_id=task_id, hold=hold, state=becomes, written=written, reason=reason, unreported=unreported
+            )
             ending.ends.append(end)
         elif hold is None:
             results.store_alone(database, task_id, becomes, reason=reason, **written)

@@ -25,7 +25,7 @@ from kathikon_celery.publish import outbox
 from kathikon_celery.results.carrier import carry, written
 from kathikon_celery.storage import chords
 from kathikon_celery.storage.chords import Header, Part
-from kathikon_celery.storage.settle import End, Ending, Incomplete, settle
+from kathikon_celery.storage.settle import Incomplete, JobEnd, TaskEnd, settle
 
 if TYPE_CHECKING:
     from kathikon_celery.storage import Storage
@@ -100,7 +100,7 @@ class CanvasBackend(Backend):
                 yield
             is_stored = any(end.task_id == task_id for end in ending.ends)
             if hold is not None and not is_stored and (ending.jobs or ending.parts):
-                ending.ends.insert(0, End(task_id=task_id, hold=hold, state=state, written=_NOTHING))
+                ending.ends.insert(0, JobEnd(task_id=task_id, hold=hold, state=state, written=_NOTHING))
             # What stores no result is reported once more by the worker, which would make up for the end alone.
             if not self._settle(ending, on_disk=not is_stored) and not getattr(request, "has_failed", False):
                 logger.warning(
@@ -110,12 +110,12 @@ class CanvasBackend(Backend):
         finally:
             _bodies.reset(token)
 
-    def _settle(self, ending: Ending, on_disk: bool = False) -> bool:
+    def _settle(self, ending: TaskEnd, on_disk: bool = False) -> bool:
         if not (ending.ends or ending.parts or ending.jobs) or carry(ending):
             return True
         database = self.storage.database
         known = _bodies.get() or {}
-        prepared: dict[str, Ending] = {}
+        prepared: dict[str, TaskEnd] = {}
         while True:
             try:
                 is_ours = settle(database, ending, prepared, on_disk)
@@ -128,7 +128,7 @@ class CanvasBackend(Backend):
             except Incomplete as complete:
                 # What sends a body is Celery's and the user's code: it runs while no transaction is open.
                 for header in complete.headers:
-                    with outbox.into(database, Ending()) as prepared[header.chord]:
+                    with outbox.into(database, TaskEnd()) as prepared[header.chord]:
                         self._send_body(header, known[header.chord])
 
     # --- chords

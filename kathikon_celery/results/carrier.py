@@ -6,7 +6,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from kathikon_celery.job import Hold
-from kathikon_celery.storage.settle import End, Ending
+from kathikon_celery.storage.settle import JobEnd, TaskEnd
 
 #: The property of a message whose result is to travel so: others wait behind it, and time is scarcer than haste.
 CARRIED = "kathikon_carried"
@@ -23,7 +23,7 @@ class Carrier:
     def __init__(self, hold: Hold | None, travels: bool = True) -> None:
         self.hold = hold
         self.travels = travels
-        self.end: End | None = None
+        self.end: JobEnd | None = None
         #: The job's row has got its end.
         self.is_written = False
 
@@ -38,7 +38,7 @@ class Carrier:
 _carrier: ContextVar[Carrier | None] = ContextVar("kathikon_carrier", default=None)
 
 
-def carry(ending: Ending) -> bool:
+def carry(ending: TaskEnd) -> bool:
     """Whether *ending* travels; not if more belongs to it than a return value, which must be written with it."""
     carrier = _carrier.get()
     if carrier is None or not carrier.travels or ending.after or not ending.is_return:
@@ -52,7 +52,7 @@ def carry(ending: Ending) -> bool:
     return True
 
 
-def written(ending: Ending) -> None:
+def written(ending: TaskEnd) -> None:
     """Note that *ending* is written, so that the main process need not report its task."""
     carrier = _carrier.get()
     if carrier is not None and ending.ends and ending.ends[0].hold == carrier.hold is not None:

@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 def tell(app: Celery, storage: Storage) -> None:
-    """Tell of all that is untold. Of several workers that do so at once, one writes each end."""
+    """Tell of all that is unreported. Of several workers that do so at once, one writes each end."""
     with storage.database.read() as connection:
-        untold = finish.untold(connection)
-    for job in untold:
+        unreported = finish.unreported(connection)
+    for job in unreported:
         request, why = _request_of(job), job.reason or job.state.value
         if job.state is State.DEAD:
             app.backend.mark_as_failure(job.id, error_of(job), request=request)
@@ -57,5 +57,5 @@ def _request_of(job: Job) -> Context:
     except Exception as error:
         logger.warning("Kathikon: what was to follow job %s cannot be read: %s", job.id, error)
     context = Context(request)
-    context.is_untold = True
+    context.is_unreported = True
     return context

@@ -25,7 +25,7 @@ from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.engine.wakeup import ENDED, OUTCOME, Wakeup
 from kathikon_celery.storage.errors import in_words, is_lost
 from kathikon_celery.storage.names import key
-from kathikon_celery.storage.scan_start import rest
+from kathikon_celery.storage.scan_start import cooldown
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class Wait:
         """What was `wanted` has been looked for, and delivered."""
         self._vain = 0 if self._arrived or not self._is_known else self._vain + 1
         if self._all_due <= now:
-            self._all_due = now + max(self.interval, rest(took))
+            self._all_due = now + max(self.interval, cooldown(took))
             if self._doubts:
                 self._all_due = min(self._all_due, now + took + self._doubts.pop(0))
         self._named, self._named_due = set(), inf

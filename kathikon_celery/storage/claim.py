@@ -35,7 +35,7 @@ from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.finish import completing
 from kathikon_celery.storage.nodes import WAIT
-from kathikon_celery.storage.scan_start import Front
+from kathikon_celery.storage.scan_start import ScanStart
 from kathikon_celery.storage.tables import READY, jobs, nodes
 from kathikon_celery.storage.transitions import claimed
 
@@ -124,7 +124,7 @@ def claim(
     queue: str,
     limit: int,
     node_id: int | None,
-    front: Front | None = None,
+    front: ScanStart | None = None,
     waiting: Waiting | None = None,
 ) -> list[Job]:
     """Take up to *limit* ready jobs of the key *queue*: higher priority first, then longer ready.
@@ -169,7 +169,7 @@ def _job(row: Sequence[Any], node_id: int | None) -> Job:
 class _Look:
     """Where a claim looks, and what it finds there."""
 
-    def __init__(self, database: Database, front: Front | None) -> None:
+    def __init__(self, database: Database, front: ScanStart | None) -> None:
         self._front = front if database.dialect.keeps_old_rows else None
         self.marks = self._front.marks() if self._front is not None else []
         self.values: dict[str, Any] = {}
@@ -213,7 +213,7 @@ def complete_and_claim(
     queue: str,
     limit: int,
     node_id: int,
-    front: Front | None = None,
+    front: ScanStart | None = None,
     waiting: Waiting | None = None,
 ) -> tuple[int, list[Job]]:
     """`finish.completed` and `claim` in one statement, where the dialect ``changes_in_ctes``; what both return."""

@@ -21,7 +21,7 @@ from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.names import printable
 from kathikon_celery.storage.reading import errors_of, jobs_of
-from kathikon_celery.storage.tables import UNTOLD, held_as, jobs, of_hold
+from kathikon_celery.storage.tables import UNREPORTED, held_as, jobs, of_hold
 from kathikon_celery.storage.transitions import IS_HELD
 
 #: What is noted of a run whose process was lost.
@@ -68,7 +68,7 @@ def ended(
 ) -> int:
     """The job is *state* (dead, cancelled or discarded), for that *reason*.
 
-    *status*: Celery's word for it, if all that depends on the task's end was told of it (see `untold`).
+    *status*: Celery's word for it, if all that depends on the task's end was told of it (see `unreported`).
     """
     values = {**of_hold(hold), "why": printable(reason), "trace": printable(traceback), "word": status}
     changed = connection.execute(_ended(state), values).rowcount
@@ -87,14 +87,16 @@ def replaced(database: Database, connection: Connection, holds: Sequence[Hold]) 
     return database.dialect.for_holds(connection, _replaced(database.dialect), holds, {})
 
 
-_UNTOLD = select(jobs).where(UNTOLD).order_by(jobs.c.ended_at).limit(100)
-#: Whether a job is `untold`.
-IS_ANY_UNTOLD = select(jobs.c.seq).where(UNTOLD).order_by(jobs.c.ended_at).limit(1).scalar_subquery().is_not(None)
+_UNREPORTED = select(jobs).where(UNREPORTED).order_by(jobs.c.ended_at).limit(100)
+#: Whether a job is `unreported`.
+IS_ANY_UNREPORTED = (
+    select(jobs.c.seq).where(UNREPORTED).order_by(jobs.c.ended_at).limit(1).scalar_subquery().is_not(None)
+)
 
 
-def untold(connection: Connection) -> list[Job]:
+def unreported(connection: Connection) -> list[Job]:
     """Jobs that have ended without a run: callbacks, chains and chords that wait for them were not told of it."""
-    return jobs_of(connection, _UNTOLD)
+    return jobs_of(connection, _UNREPORTED)
 
 
 _ERRORS = (

@@ -35,7 +35,7 @@ def _next_due(dialect: Dialect) -> Any:
 
 def _is_amiss(dialect: Dialect) -> Any:
     """Whether a node may be dead, or new; a job has ended of which nobody was told; or a queue is no longer used."""
-    return or_(nodes.is_any_suspect(dialect), finish.IS_ANY_UNTOLD, topology.IS_ANY_UNUSED)
+    return or_(nodes.is_any_suspect(dialect), finish.IS_ANY_UNREPORTED, topology.IS_ANY_UNUSED)
 
 
 def _is_anything_old(dialect: Dialect) -> Any:

@@ -27,10 +27,10 @@ LONGEST = 3600.0
 READY_WORDS = frozenset({"SUCCESS", "FAILURE", "REVOKED"})
 
 _NAMES = [column.name for column in OUTCOME]
-_UNTOLD = and_(jobs.c.status.is_(None), state_in(TERMINAL))
+_READY = and_(jobs.c.status.is_(None), state_in(TERMINAL))
 _CORRUPT = not_(state_in(State))
 _IS_READY_WORD = jobs.c.status.in_([literal_column(f"'{word}'") for word in sorted(READY_WORDS)])
-_READY = or_(_IS_READY_WORD, _UNTOLD, _CORRUPT)
+_READY = or_(_IS_READY_WORD, _READY, _CORRUPT)
 _ALL = select(*OUTCOME).where(jobs.c.id.in_(bindparam("keys", expanding=True)))
 _READY_ONES = _ALL.where(_READY)
 #: The same of one.

@@ -16,7 +16,7 @@ from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.finish import add_error
 from kathikon_celery.storage.names import key, printable
-from kathikon_celery.storage.tables import UNTOLD, groups, held_as, jobs, of_hold, state_in
+from kathikon_celery.storage.tables import UNREPORTED, groups, held_as, jobs, of_hold, state_in
 from kathikon_celery.storage.transitions import WRITTEN, may_become
 
 #: UPDATE for a task's own `update_state()`: the row's state does not change.
@@ -102,7 +102,7 @@ def store_retry(database: Database, hold: Hold, *, reason: str, **written: str |
     database.patiently(write)
 
 
-_TOLD = update(jobs).where(jobs.c.id == bindparam("job_id"), UNTOLD).values(WRITTEN)
+_TOLD = update(jobs).where(jobs.c.id == bindparam("job_id"), UNREPORTED).values(WRITTEN)
 
 
 def tell(database: Database, connection: Connection, task_id: str, **written: str | None) -> bool:
@@ -140,11 +140,11 @@ def end_alone(
     return bool(result_listeners.tell(database, connection, statement, {}, ended=ended is not None, fixed=False))
 
 
-#: The word for a job that has ended and whose result was forgotten. Without one it might be untold once more.
+#: The word for a job that has ended and whose result was forgotten. Without one it might be unreported once more.
 FORGOTTEN = "PENDING"
 _FORGET = update(jobs).where(jobs.c.id == bindparam("job_id"))
 _FORGET = _FORGET.values(
-    status=case((UNTOLD, null()), (state_in(TERMINAL), FORGOTTEN), else_=null()),
+    status=case((UNREPORTED, null()), (state_in(TERMINAL), FORGOTTEN), else_=null()),
     result=null(),
     traceback=null(),
     meta=null(),

@@ -18,12 +18,12 @@ REST, LONGEST_REST = 20, 5.0
 MOST = 8
 
 
-def rest(took: float) -> float:
+def cooldown(took: float) -> float:
     """Seconds for which nobody looks so again, after a look that took *took* seconds."""
     return min(REST * took, LONGEST_REST)
 
 
-class Front:
+class ScanStart:
     """The moment from which on each priority of a queue has ready jobs.
 
     There may be others before it, which were given back or were published by a transaction that lasted: as often as
@@ -50,7 +50,7 @@ class Front:
         for priority, since in found:
             first.setdefault(priority, since)
         if everywhere:
-            self._everywhere_from = monotonic() + rest(took)
+            self._everywhere_from = monotonic() + cooldown(took)
             if len(self._since) > MOST:
                 self._since.clear()
         self._since.update(first)

@@ -17,10 +17,10 @@ from kathikon_celery.storage.engine.database import Database
 
 
 @dataclass(frozen=True, kw_only=True)
-class End:
+class JobEnd:
     """The end of one task, for its row. Without *hold* whoever comes first writes it.
 
-    *untold*: the row has ended, and what follows the task is not told yet (see `finish.untold`).
+    *unreported*: the row has ended, and what follows the task is not told yet (see `finish.unreported`).
     """
 
     task_id: str
@@ -28,14 +28,14 @@ class End:
     state: State
     written: dict[str, str | None]
     reason: str | None = None
-    untold: bool = False
+    unreported: bool = False
 
 
 @dataclass
-class Ending:
+class TaskEnd:
     """What is to be written together: the first of *ends* is the task's own, and decides about all else."""
 
-    ends: list[End] = field(default_factory=list)
+    ends: list[JobEnd] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     #: What is called once it is written, such as the revocation of tasks that can no longer run.
@@ -56,7 +56,7 @@ class Incomplete(Exception):
         self.headers = headers
 
 
-def settle(database: Database, ending: Ending, bodies: Mapping[str, Ending], on_disk: bool = False) -> bool:
+def settle(database: Database, ending: TaskEnd, bodies: Mapping[str, TaskEnd], on_disk: bool = False) -> bool:
     """Write *ending*; false, and nothing is written, when its task is somebody else's now or has ended before.
 
     Arguments:
@@ -94,9 +94,9 @@ def settle(database: Database, ending: Ending, bodies: Mapping[str, Ending], on_
     return database.patiently(write)
 
 
-def _end(database: Database, connection: Connection, end: End) -> bool:
+def _end(database: Database, connection: Connection, end: JobEnd) -> bool:
     if end.hold is not None:
         return results.end(database, connection, end.hold, end.state, reason=end.reason, **end.written)
-    if end.untold:
+    if end.unreported:
         return results.tell(database, connection, end.task_id, **end.written)
     return results.end_alone(database, connection, end.task_id, end.state, end.reason, **end.written)

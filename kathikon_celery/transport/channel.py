@@ -219,7 +219,7 @@ class Channel(virtual.Channel):
 
     def _own(self, queue: str, used: bool) -> None:
         """Note that this process uses the queue, or that it does so no longer."""
-        node_id = self._intake.presence.id if used else None
+        node_id = self._intake.own_node.id if used else None
         self._tried(lambda: topology.own_queue(self._database, queue, node_id))
 
     def prepare_queue_arguments(self, arguments: dict[str, Any], **kwargs: Any) -> dict[str, Any]:

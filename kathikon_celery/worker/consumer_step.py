@@ -21,7 +21,7 @@ from kathikon_celery.storage import StorageError
 from kathikon_celery.storage.sql import SQLBackend
 from kathikon_celery.transport.transport import Transport
 from kathikon_celery.worker.prefork.ahead import request_of
-from kathikon_celery.worker.prefork.pool import AsynPool, TaskPool
+from kathikon_celery.worker.prefork.pool import FastPool, TaskPool
 from kathikon_celery.worker.request import Request, is_early
 from kathikon_celery.worker.tracing import carry_results
 
@@ -29,7 +29,7 @@ from kathikon_celery.worker.tracing import carry_results
 UNREADABLE = Outcome(Verdict.ENDED, State.DEAD, "the worker could not read the message; its log says why")
 
 
-class Supply(bootsteps.StartStopStep):
+class ConsumerStep(bootsteps.StartStopStep):
     """A step of the consumer, started for each connection."""
 
     requires = (Tasks,)
@@ -40,7 +40,7 @@ class Supply(bootsteps.StartStopStep):
         transport.is_worker = True
         Transport.on_unreachable = staticmethod(_end_if_asked)
         intake = transport.intake
-        intake.presence.name = c.hostname
+        intake.own_node.name = c.hostname
         tasks = c.app.tasks
 
         def is_early_task(name: str) -> bool:
@@ -109,7 +109,7 @@ class SentJobs(bootsteps.StartStopStep):
     def close(self, w: Any) -> None:
         """Called before the consumer has the pool forget all that was not accepted."""
         pool = getattr(w.pool, "_pool", None)
-        if not isinstance(pool, AsynPool):  # only the processes of prefork are sent anything
+        if not isinstance(pool, FastPool):  # only the processes of prefork are sent anything
             return
         pool.maintain_pool()  # what was sent to a process that is gone waits again
         for job in list(pool._cache.values()):

@@ -13,12 +13,12 @@ from kombu.utils.imports import symbol_by_name
 
 from kathikon_celery.backports import mark_what_is_revoked
 from kathikon_celery.internals import LIBPQ, PARTS, PREFORK, REQUESTS, is_usable
-from kathikon_celery.nodes.own import Presence
+from kathikon_celery.nodes.own import OwnNode
 from kathikon_celery.results.unattended import tell
 from kathikon_celery.routing import configure, declare_queues
 from kathikon_celery.settings.brokers import is_kathikon
 from kathikon_celery.storage import Storage
-from kathikon_celery.worker.consumer_step import InWords, NotForUs, SentJobs, Supply
+from kathikon_celery.worker.consumer_step import ConsumerStep, InWords, NotForUs, SentJobs
 from kathikon_celery.worker.request import Request, acknowledge_at_the_end, joined
 from kathikon_celery.worker.retrying import retry_failed
 from kathikon_celery.worker.services.lifeline import Lifeline
@@ -101,7 +101,7 @@ def install(sender: Any, **kwargs: Any) -> None:
     declare_queues(app)
     mark_what_is_revoked()
     app.steps["worker"].update({PromoterStep, PrunerStep, LifelineStep, SentJobs})
-    app.steps["consumer"].add(Supply)
+    app.steps["consumer"].add(ConsumerStep)
     has_requests = is_usable(REQUESTS)
     if has_requests and app.Task.Request == "celery.worker.request:Request":
         app.Task.Request = "kathikon_celery.worker.request:Request"
@@ -122,6 +122,6 @@ def install(sender: Any, **kwargs: Any) -> None:
             retry_failed(task, storage.settings.max_attempts)
     if sender.pool_cls in ("prefork", "processes", prefork.TaskPool) and has_requests and is_usable(PREFORK):
         sender.pool_cls = "kathikon_celery.worker.prefork.pool:TaskPool"
-    Presence.of(storage).name = sender.hostname
+    OwnNode.of(storage).name = sender.hostname
     logging.getLogger("celery.worker").addFilter(_IN_WORDS)
     logging.getLogger("celery.worker.consumer.tasks").addFilter(_NOT_FOR_US)

@@ -18,7 +18,7 @@ from celery.worker import state
 from kombu.asynchronous import Hub
 from kombu.asynchronous.semaphore import LaxBoundedSemaphore
 
-from kathikon_celery.worker.prefork.pool import AsynPool
+from kathikon_celery.worker.prefork.pool import FastPool
 from tests.support.waiting import wait_until
 from tests.support.workers import ROOT
 
@@ -42,7 +42,7 @@ class Pool:
         self.failed: dict[str, Any] = {}
         self.hub = Hub()
         self.places = LaxBoundedSemaphore(options["processes"])
-        self.pool = AsynPool(threads=False, enable_timeouts=True, semaphore=self.places, **options)
+        self.pool = FastPool(threads=False, enable_timeouts=True, semaphore=self.places, **options)
         self.pool.register_with_event_loop(self.hub)
         self.until_up(options["processes"])
 

@@ -145,7 +145,7 @@ def test_a_worker_with_a_slot_to_spare_is_called_while_it_works(client: Celery, 
 
     def waiting() -> object:
         with database.read() as connection:
-            return connection.execute(select(nodes.c.waiting).where(nodes.c.id == intake.presence.id)).scalar_one()
+            return connection.execute(select(nodes.c.waiting).where(nodes.c.id == intake.own_node.id)).scalar_one()
 
     wait_until(lambda: intake._waits)
     for number, waits_for in enumerate([["default"], None], 1):

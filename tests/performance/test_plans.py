@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from kathikon_celery.job import TERMINAL, Hold, State
 from kathikon_celery.storage import chords, claim, finish, idle_query, insert, messages, nodes, promote, prune, results
-from kathikon_celery.storage.scan_start import Front
+from kathikon_celery.storage.scan_start import ScanStart
 from tests.performance.conftest import Plans
 from tests.storage.actors import new_job
 
@@ -22,7 +22,7 @@ READY = "kathikon_jobs_ready"
 DUE = "kathikon_jobs_due"
 HELD = "kathikon_jobs_held"
 ENDED = "kathikon_jobs_ended"
-UNTOLD = "kathikon_jobs_untold"
+UNREPORTED = "kathikon_jobs_untold"
 ROOT = "kathikon_jobs_root"
 GROUP = "kathikon_jobs_group"
 CHORDS = "kathikon_chords_inserted"
@@ -73,11 +73,11 @@ class Curious:
         assert set(answers) == set(QUESTIONS)
 
 
-def narrowed(plans: Plans) -> Front | None:
+def narrowed(plans: Plans) -> ScanStart | None:
     """A front that knows where to look; there is none where no old rows are kept."""
     if not plans.database.dialect.keeps_old_rows:
         return None
-    front = Front()
+    front = ScanStart()
     front.looked([(5, datetime.now(timezone.utc)), (0, datetime.now(timezone.utc))], True, 1000.0)
     return front
 
@@ -121,7 +121,7 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
             DUE: "",
             HELD: "",
             MESSAGES_HELD: "",
-            UNTOLD: "",
+            UNREPORTED: "",
             ENDED: "state",
             EXPIRING: "",
             CHORDS: "",

@@ -10,7 +10,7 @@ from kathikon_celery.job import Job, State
 from kathikon_celery.storage import Storage, claim, finish, insert, messages, nodes, results
 from kathikon_celery.storage.messages import Message
 from kathikon_celery.storage.names import key
-from kathikon_celery.storage.scan_start import Front
+from kathikon_celery.storage.scan_start import ScanStart
 
 _publications = count(1)
 
@@ -34,7 +34,7 @@ class Worker:
         self.database = storage.database
         self.id = nodes.register(self.database, "worker", "machine", 1, 0.0, lease)
 
-    def claim(self, limit: int = 1, queue: str = "default", front: Front | None = None) -> list[Job]:
+    def claim(self, limit: int = 1, queue: str = "default", front: ScanStart | None = None) -> list[Job]:
         with self.database.write() as connection:
             return claim.claim(self.database, connection, key(queue), limit, self.id, front)
 

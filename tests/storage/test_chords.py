@@ -11,7 +11,7 @@ from sqlalchemy import func, select, update
 from kathikon_celery.job import State
 from kathikon_celery.storage import Storage, chords, finish, results
 from kathikon_celery.storage.chords import Part
-from kathikon_celery.storage.settle import End, Ending, Incomplete, settle
+from kathikon_celery.storage.settle import Incomplete, JobEnd, TaskEnd, settle
 from kathikon_celery.storage.tables import chord_parts
 from kathikon_celery.storage.tables import chords as table
 from kathikon_celery.worker.services.pruner import LONGEST_CHORD, Pruner
@@ -56,13 +56,13 @@ def test_the_last_part_sends_the_body_in_its_own_transaction(storage: Storage, w
     storage.insert(new_job("1", group_id="chord"))
     job = worker.claim_one()
     written = {"status": "SUCCESS", "result": "1", "traceback": None, "meta": None}
-    end = End(task_id="1", hold=job.hold, state=State.COMPLETED, written=written)
-    ending = Ending(ends=[end], parts=[part("chord", "1")])
+    end = JobEnd(task_id="1", hold=job.hold, state=State.COMPLETED, written=written)
+    ending = TaskEnd(ends=[end], parts=[part("chord", "1")])
     with pytest.raises(Incomplete) as complete:
         settle(storage.database, ending, {})
     assert [header.chord for header in complete.value.headers] == ["chord"]
     assert (storage.fetch("1").state, known(storage)) == (State.CLAIMED, ["chord"])  # type: ignore[union-attr]
-    bodies = {"chord": Ending(jobs=[new_job("body")])}
+    bodies = {"chord": TaskEnd(jobs=[new_job("body")])}
     assert settle(storage.database, ending, bodies)
     assert not settle(storage.database, ending, bodies)
     assert [(one.id, one.state) for one in storage.all()] == [("1", State.COMPLETED), ("body", State.AVAILABLE)]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sqlalchemy import update
 
 from kathikon_celery.storage import Storage, scan_start
-from kathikon_celery.storage.scan_start import Front
+from kathikon_celery.storage.scan_start import ScanStart
 from kathikon_celery.storage.tables import jobs
 from tests.storage.actors import Worker, new_job
 
@@ -20,16 +20,16 @@ FOREVER = 1e6
 SECOND = timedelta(seconds=1)
 
 
-def narrow(*found: tuple[int, datetime]) -> Front:
+def narrow(*found: tuple[int, datetime]) -> ScanStart:
     """A front that has just looked everywhere, and shall not again."""
-    made = Front()
+    made = ScanStart()
     made.looked(found, True, FOREVER)
     return made
 
 
 class TestFront:
     def test_a_new_one_looks_everywhere(self) -> None:
-        assert Front().marks() == []
+        assert ScanStart().marks() == []
 
     def test_it_begins_where_each_priority_began(self) -> None:
         found = [(5, NOON), (5, NOON + SECOND), (0, NOON - SECOND), (0, NOON)]
@@ -43,7 +43,7 @@ class TestFront:
     def test_it_looks_everywhere_as_soon_as_that_costs_little(self, monkeypatch: pytest.MonkeyPatch) -> None:
         clock = [1000.0]
         monkeypatch.setattr(scan_start, "monotonic", lambda: clock[0])
-        slow = Front()
+        slow = ScanStart()
         slow.looked([(0, NOON)], True, 0.1)
         clock[0] += 0.1 * scan_start.REST - 0.001
         assert slow.marks()
@@ -102,7 +102,7 @@ class TestClaims:
     def test_nothing_is_missed(self, postgresql_storage: Storage, steps: list[tuple[int, int]]) -> None:
         """What is published while it claims, of whatever priority, is claimed in the order of the queue."""
         postgresql_storage.reset()
-        worker, known = Worker(postgresql_storage), Front()
+        worker, known = Worker(postgresql_storage), ScanStart()
         known.looked([], True, FOREVER)
         waiting: list[tuple[int, int]] = []
         for number, (priority, claims) in enumerate(steps):

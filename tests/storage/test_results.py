@@ -194,14 +194,14 @@ class TestForgetting:
         worker.store(worker.claim_one(), State.DEAD, status="FAILURE")
         results.forget(storage.database, "job")
         with storage.database.read() as connection:
-            assert finish.untold(connection) == []
+            assert finish.unreported(connection) == []
 
     def test_of_a_job_whose_end_is_untold_it_is_told(self, storage: Storage, worker: Worker) -> None:
         storage.insert(new_job())
         worker.end(worker.claim_one(), State.DEAD, "why", None)
         results.forget(storage.database, "job")
         with storage.database.read() as connection:
-            assert [job.id for job in finish.untold(connection)] == ["job"]
+            assert [job.id for job in finish.unreported(connection)] == ["job"]
 
     def test_of_a_job_that_runs_its_end_is_known_again(self, storage: Storage, worker: Worker) -> None:
         storage.insert(new_job())

@@ -6,13 +6,13 @@ import pytest
 
 from kathikon_celery.job import Hold, Job, State
 from kathikon_celery.results.carrier import LONGEST, Carried, Carrier, carry, written
-from kathikon_celery.storage.settle import End, Ending
+from kathikon_celery.storage.settle import JobEnd, TaskEnd
 
 HOLD = Hold(1, 2, 3)
 
 
-def ending(hold: Hold | None = HOLD, state: State = State.COMPLETED, result: str = "1") -> Ending:
-    return Ending(ends=[End(task_id="id", hold=hold, state=state, written={"result": result, "meta": None})])
+def ending(hold: Hold | None = HOLD, state: State = State.COMPLETED, result: str = "1") -> TaskEnd:
+    return TaskEnd(ends=[JobEnd(task_id="id", hold=hold, state=state, written={"result": result, "meta": None})])
 
 
 def test_an_end_travels_with_its_own_job() -> None:
@@ -28,13 +28,13 @@ def test_an_end_travels_with_its_own_job() -> None:
         ending(hold=None),
         ending(state=State.DEAD),
         ending(result="x" * (LONGEST + 1)),
-        Ending(),
-        Ending(ends=ending().ends * 2),
-        Ending(ends=ending().ends, jobs=[Job(id="successor")]),
-        Ending(ends=ending().ends, after=[lambda: None]),
+        TaskEnd(),
+        TaskEnd(ends=ending().ends * 2),
+        TaskEnd(ends=ending().ends, jobs=[Job(id="successor")]),
+        TaskEnd(ends=ending().ends, after=[lambda: None]),
     ],
 )
-def test_what_is_written_where_it_is(other: Ending) -> None:
+def test_what_is_written_where_it_is(other: TaskEnd) -> None:
     with Carrier(HOLD) as carrier:
         assert not carry(other)
     assert carrier.end is None

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kathikon_celery.nodes.own import Presence
+from kathikon_celery.nodes.own import OwnNode
 from kathikon_celery.storage import Storage, nodes
 from kathikon_celery.worker.services import promoter
 from kathikon_celery.worker.services.lifeline import Lifeline
@@ -149,7 +149,7 @@ def test_pruner(storage: Storage) -> None:
 
 
 def test_lifeline_sees_for_itself_that_its_neighbours_run(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    presence = Presence(storage, "me")
+    presence = OwnNode(storage, "me")
     lifeline = Lifeline(storage=storage, presence=presence)
     (question,) = lifeline.questions().values()
     assert question["known"] == [presence.id]

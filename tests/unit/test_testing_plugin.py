@@ -10,7 +10,7 @@ from celery.result import AsyncResult
 
 from kathikon_celery import EmbeddedWorker
 from kathikon_celery.job import Job, State
-from kathikon_celery.nodes.own import Presence
+from kathikon_celery.nodes.own import OwnNode
 from kathikon_celery.settings import Settings
 from kathikon_celery.storage import Storage
 from kathikon_celery.worker.services.lifeline import Lifeline
@@ -136,7 +136,7 @@ def test_pruner_with_the_double(mock_storage: Storage) -> None:
 
 
 def test_lifeline_with_the_double(mock_storage: Storage) -> None:
-    presence = Presence(mock_storage, "me")
+    presence = OwnNode(mock_storage, "me")
     assert Lifeline(storage=mock_storage, interval=2, presence=presence).step() == 2
 
 

@@ -159,7 +159,7 @@ def request_of(job: Any) -> Any:
     return request if result is not None and result() is job else None
 
 
-class AsynPool(asynpool.AsynPool):
+class ReadAheadPool(asynpool.AsynPool):
     """Processes that are sent a job while they are busy with another one.
 
     Celery's semaphore lets in as many jobs as there are places for: two for each process. A job that is taken back

@@ -94,7 +94,7 @@ class _Writers:
             self._hub.remove_writer(fd)
 
 
-class AsynPool(ahead.AsynPool):
+class FastPool(ahead.ReadAheadPool):
     """The processes."""
 
     ResultHandler = ResultHandler
@@ -128,13 +128,13 @@ class AsynPool(ahead.AsynPool):
 class TaskPool(prefork.TaskPool):
     """What a worker of ours uses where Celery's own prefork pool is asked for."""
 
-    Pool = AsynPool
+    Pool = FastPool
 
     def give_back(self, request: Request) -> bool:
         """Take back a request that the pool was given; false if a process may have begun it. For any thread."""
         result = request._apply_result
         job = None if result is None else result()
-        return job is not None and isinstance(self._pool, AsynPool) and self._pool.give_back(job, request._leave)
+        return job is not None and isinstance(self._pool, FastPool) and self._pool.give_back(job, request._leave)
 
     def on_start(self) -> None:
         """Start the processes.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kathikon_celery.nodes.others import Watch
-from kathikon_celery.nodes.own import Presence
+from kathikon_celery.nodes.own import OwnNode
 from kathikon_celery.storage import Storage
 from kathikon_celery.storage.idle_query import Questions
 from kathikon_celery.worker.services.service import Service
@@ -20,22 +20,22 @@ class Lifeline(Service):
         *,
         storage: Storage,
         interval: float = 1.0,
-        presence: Presence | None = None,
+        presence: OwnNode | None = None,
         tell: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(storage=storage, interval=interval)
         #: Tells of the jobs that have ended without a run.
         self.tell = tell
-        self.presence = presence or Presence.of(storage)
-        self._watch = Watch(storage, self.presence)
+        self.own_node = presence or OwnNode.of(storage)
+        self._watch = Watch(storage, self.own_node)
 
     def start(self) -> None:
-        self.presence.is_watched = True
+        self.own_node.is_watched = True
         super().start()
 
     def stop(self) -> None:
         super().stop()
-        self.presence.is_watched = False
+        self.own_node.is_watched = False
 
     def questions(self) -> Questions:
         return {"is_amiss": self._watch.asks()}
