@@ -1,0 +1,218 @@
+"""The checks of the settings' values, and the forms in which a value may be given."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from difflib import get_close_matches
+from typing import Any, cast
+from zoneinfo import ZoneInfo, available_timezones
+
+#: Concurrency of a queue that is named without one (Kathikon's default).
+DEFAULT_CONCURRENCY = 10
+
+#: Seconds that an ended job stays in the table where nothing else is set (Kathikon's default: 7 days). Dead jobs stay.
+_RETENTION: Mapping[str, float | None] = dict.fromkeys(("completed", "cancelled", "discarded"), 604800.0) | {
+    "dead": None
+}
+
+#: The longest time that a database can look back, in seconds: some three thousand years.
+LONGEST = 1e11
+#: The longest time for which a thread can wait, in seconds: some thirty years.
+LONGEST_WAIT = 1e9
+#: The largest number that a column of the tables holds.
+LARGEST = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class QueueSettings:
+    """One queue: its name, how many of its jobs a worker runs at once (None: as many as its pool), what goes there."""
+
+    name: str
+    concurrency: int | None = DEFAULT_CONCURRENCY
+    #: Names of tasks, or patterns with ``*``, ``?`` and ``[…]``.
+    tasks: tuple[str, ...] = ()
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """A hint at the one of *words* that is close to *word*; empty where none is."""
+    close = get_close_matches(word, list(words), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+# A check returns what the setting then is, in one form whatever form it was given in (also that one),
+# or raises ValueError with a text that says what is allowed.
+
+
+def seconds(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[Any], float]:
+    """A check for seconds, which may be given as a number, a text or a `timedelta`."""
+    allowed = (
+        f"seconds from {low:g} to {high:g}" if high < math.inf else f"seconds {'above' if above else 'from'} {low:g}"
+    )
+
+    def check(value: Any) -> float:
+        try:
+            if isinstance(value, bool) or not isinstance(value, int | float | str | timedelta):
+                raise TypeError
+            number = value.total_seconds() if isinstance(value, timedelta) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(allowed) from None
+        if not low <= number <= high or math.isinf(number) or (above and number == low):
+            raise ValueError(allowed)
+        return number
+
+    return check
+
+
+def whole_number(low: int, high: int | None = None) -> Callable[[Any], int]:
+    """A check for a whole number, which may be given as a text."""
+    allowed = f"a whole number from {low} to {high}" if high else f"a whole number from {low}"
+
+    def check(value: Any) -> int:
+        try:
+            if isinstance(value, bool) or not isinstance(value, int | str):
+                raise TypeError
+            number = int(value)
+        except (TypeError, ValueError):
+            raise ValueError(allowed) from None
+        if number < low or (high and number > high):
+            raise ValueError(allowed)
+        return number
+
+    return check
+
+
+def choice(*choices: str) -> Callable[[Any], str]:
+    """A check for one of some words."""
+
+    def check(value: Any) -> str:
+        if value not in choices:
+            raise ValueError(" or ".join(choices))
+        return cast("str", value)
+
+    return check
+
+
+def boolean(value: Any) -> bool:
+    """Take a truth value, also as a word such as ``yes`` or ``off``."""
+    known = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if isinstance(value, bool | int | str) and (word := str(value).lower()) in known:
+        return known[word]
+    raise ValueError("true or false")
+
+
+def time_zone(value: Any) -> str:
+    """Take the name of a time zone, or a `ZoneInfo`."""
+    name = getattr(value, "key", value)  # a ZoneInfo has its name there
+    try:
+        if not isinstance(name, str):
+            raise TypeError
+        ZoneInfo(name)
+    except (KeyError, TypeError, ValueError, OSError):
+        raise ValueError(
+            "the name of a time zone in the IANA database, such as UTC or Europe/Athens"
+            + did_you_mean(str(name), available_timezones())
+        ) from None
+    return name
+
+
+def import_path(value: Any) -> str:
+    """Take ``package.module:Class``."""
+    if not isinstance(value, str) or not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value):
+        raise ValueError("an import path of the form package.module:Class")
+    return value
+
+
+_concurrency = whole_number(1)
+
+
+def _check_concurrency(value: Any, allowed: str) -> int | None:
+    if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
+        return None
+    try:
+        return _concurrency(value)
+    except ValueError:
+        raise ValueError(allowed) from None
+
+
+def _check_queue(name: Any, value: Any) -> QueueSettings:
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError("queue names that are strings and not empty")
+    if isinstance(value, QueueSettings):
+        value = {"concurrency": value.concurrency, "tasks": value.tasks}
+    elif not isinstance(value, Mapping):
+        value = {"concurrency": value}
+    for key in value.keys() - {"concurrency", "tasks"}:
+        raise ValueError(
+            f"the keys concurrency and tasks for queue {name!r}, not {key!r}"
+            + did_you_mean(str(key), ("concurrency", "tasks"))
+        )
+    concurrency = _check_concurrency(
+        value.get("concurrency", DEFAULT_CONCURRENCY),
+        f"for queue {name!r} a concurrency that is a whole number from 1, or None for as many as the pool runs",
+    )
+    tasks = value.get("tasks", ())
+    tasks = (tasks,) if isinstance(tasks, str) else tasks
+    if not isinstance(tasks, list | tuple | set | frozenset) or not all(isinstance(it, str) and it for it in tasks):
+        raise ValueError(f"for queue {name!r} tasks that are a list of task names or patterns such as 'proj.mail.*'")
+    return QueueSettings(name, concurrency, tuple(tasks))
+
+
+def queues_of(value: Any) -> dict[str, QueueSettings]:
+    """Take ``{name: concurrency or {concurrency, tasks}}``, ``"name:concurrency,…"`` or ``[name, …]``."""
+    pairs: list[tuple[Any, Any]]
+    if isinstance(value, str):
+        pairs = []
+        for item in value.split(","):
+            # A name may hold colons: the last one splits.
+            name, colon, concurrency = item.strip().rpartition(":")
+            if colon:
+                wrong = f"name:concurrency, the concurrency being a whole number from 1 or none, not {item.strip()!r}"
+                pairs.append((name.strip(), _check_concurrency(concurrency, wrong)))
+            else:
+                pairs.append((concurrency, DEFAULT_CONCURRENCY))
+    elif isinstance(value, Mapping):
+        pairs = list(value.items())
+    elif isinstance(value, list | tuple):
+        pairs = [(item.name, item) if isinstance(item, QueueSettings) else (item, {}) for item in value]
+    else:
+        raise ValueError(
+            'a mapping such as {"default": 10}, a string such as "default:10,emails:5", or a list of names'
+        )
+    queues = {queue.name: queue for queue in (_check_queue(*pair) for pair in pairs)}
+    if not queues:
+        raise ValueError("at least one queue")
+    if len(queues) < len(pairs):
+        raise ValueError("each queue once")
+    return queues
+
+
+_seconds_to_keep = seconds(0, LONGEST, above=True)
+
+
+def retention(value: Any) -> dict[str, float | None]:
+    """Take seconds or None for all but dead jobs, or a mapping or ``"state:seconds,…"`` that names states."""
+    states = ", ".join(_RETENTION)
+    times = f"seconds above 0 and up to {LONGEST:g}, None to keep for ever"
+    allowed = f"{times}, or one of these for each of the states {states}"
+
+    def keep(value: Any) -> float | None:
+        if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
+            return None
+        try:
+            return _seconds_to_keep(value)
+        except ValueError:
+            raise ValueError(allowed) from None
+
+    if isinstance(value, str) and ":" in value:
+        value = {state.strip(): seconds for state, _, seconds in (item.partition(":") for item in value.split(","))}
+    if not isinstance(value, Mapping):
+        seconds = keep(value)
+        return {state: seconds if default else None for state, default in _RETENTION.items()}
+    given = {str(state): keep(seconds) for state, seconds in value.items()}
+    for state in given.keys() - _RETENTION.keys():
+        raise ValueError(f"{allowed}, not {state!r}" + did_you_mean(state, _RETENTION))
+    return {**_RETENTION, **given}
