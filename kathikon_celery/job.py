@@ -30,6 +30,26 @@ class State(str, Enum):
         return self.value
 
 
+class Cause(str, Enum):
+    """Why a job has ended without returning. `Job.reason` says the same in words, for people; no code reads those.
+
+    A row has none (`None`) if a caller wrote the job's state, or if a version before 0.1 wrote the row.
+    """
+
+    RAISED = "raised"  # the task raised
+    TIME_LIMIT = "time_limit"  # the task ran longer than its hard time limit
+    LOST = "lost"  # the processes that ran the task were lost, as often as max_attempts allows
+    LOST_ONCE = "lost_once"  # the process that ran the task was lost, and acks_late=False forbids a second run
+    UNREADABLE = "unreadable"  # no worker can read the row or its message
+    UNREGISTERED = "unregistered"  # the worker does not know the task
+    REJECTED = "rejected"  # the task raised Celery's Reject, or a consumer rejected the message
+    EXPIRED = "expired"  # the job waited longer than its `expires`
+    REVOKED = "revoked"  # revoked before the task ran, or terminated while the task ran
+
+    def __str__(self) -> str:
+        return self.value
+
+
 #: States that a job does not leave by itself.
 TERMINAL = frozenset({State.COMPLETED, State.DEAD, State.CANCELLED, State.DISCARDED})
 
@@ -165,8 +185,10 @@ class Job:
     traceback: str | None = None
     #: What else the result backend keeps, as JSON.
     meta: str | None = None
-    #: Why the job is dead, discarded or cancelled.
+    #: Why the job is dead, discarded or cancelled, in words.
     reason: str | None = None
+    #: Why the job is dead, discarded or cancelled, as a value.
+    cause: Cause | None = None
     #: One ``{"at", "attempt", "reason"}`` a failure.
     errors: list[dict[str, Any]] = field(default_factory=list)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from kathikon_celery.job import Hold, Job, State
+from kathikon_celery.job import Cause, Hold, Job, State
 from kathikon_celery.storage.messages import Message
 
 
@@ -28,6 +28,7 @@ class Outcome:
 
     verdict: Verdict
     state: State | None = None
+    cause: Cause | None = None
     reason: str = ""
     #: Celery's word for it, when it has told all that follows; `None` leaves that to `finish.unreported`.
     status: str | None = None

@@ -18,7 +18,7 @@ from sqlalchemy import Connection
 from kathikon_celery.consume import reporting
 from kathikon_celery.consume.delivery import BACK, DONE, PASSED_ON, WRITTEN, Delivery, Outcome, Verdict
 from kathikon_celery.consume.subscriptions import UNLIMITED, Subscription, Subscriptions
-from kathikon_celery.job import Hold, Job, State
+from kathikon_celery.job import Cause, Hold, Job, State
 from kathikon_celery.nodes.own import OwnNode
 from kathikon_celery.storage import Storage, claim, finish, idle_query, messages, nodes, transitions
 from kathikon_celery.storage.engine.wakeup import Wakeup
@@ -47,7 +47,7 @@ PAUSE = 0.5
 
 
 #: A task that must not run twice was cut short.
-LOST = Outcome(Verdict.ENDED, State.DEAD, transitions.LOST_AT_MOST_ONCE)
+LOST = Outcome(Verdict.ENDED, State.DEAD, Cause.LOST_ONCE, transitions.LOST_AT_MOST_ONCE)
 
 
 class Intake:

@@ -42,7 +42,13 @@ def write(
         elif outcome.state is None:
             jobs[outcome.verdict].append(delivery)
         elif not finish.ended(
-            connection, delivery.hold, outcome.state, outcome.reason, outcome.traceback, outcome.status
+            connection,
+            delivery.hold,
+            outcome.state,
+            outcome.cause,
+            outcome.reason,
+            outcome.traceback,
+            outcome.status,
         ):
             complain([delivery])
     if (done := jobs[Verdict.DONE]) and finish.completed(database, connection, _holds(done)) != len(done):

@@ -16,13 +16,13 @@ from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import AsyncResult, ResultSet, result_from_tuple
 from kombu.utils.encoding import ensure_bytes
 
-from kathikon_celery.job import TERMINAL, Hold, Job, State, in_brief
+from kathikon_celery.job import TERMINAL, Cause, Hold, Job, State, in_brief
 from kathikon_celery.publish import outbox
 from kathikon_celery.results.canvas import CanvasBackend
 from kathikon_celery.results.waiting import Wait
 from kathikon_celery.settings import Settings, mask
 from kathikon_celery.settings.brokers import broker_of, databases_of, is_kathikon
-from kathikon_celery.storage import Storage, prune, result_listeners, results, transitions
+from kathikon_celery.storage import Storage, prune, result_listeners, results
 from kathikon_celery.storage.errors import is_lost
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.settle import JobEnd
@@ -129,18 +129,18 @@ class KathikonBackend(CanvasBackend):
                 del written["status"]
                 results.store_retry(database, hold, **written, reason="Retry" if result is None else _reason(result))
             return result
-        reason = _reason(result) if state in states.EXCEPTION_STATES else None
-        if reason == "expired" or _type_and_arguments(result)[0] == "Reject":
+        reason = cause = None
+        if state in states.EXCEPTION_STATES:
+            reason, cause = _reason(result), _cause(result)
+        if cause in (Cause.EXPIRED, Cause.REJECTED):
             becomes = State.DISCARDED
         ending = outbox.current(database)
         if ending is not None and becomes in TERMINAL:
             unreported = getattr(request, "is_unreported", False) and request.id == task_id
-            end = JobEnd(
-                task_id=task_id, hold=hold, state=becomes, written=written, reason=reason, unreported=unreported
-            )
-            ending.ends.append(end)
+            why: dict[str, Any] = {"reason": reason, "cause": cause, "unreported": unreported}
+            ending.ends.append(JobEnd(task_id=task_id, hold=hold, state=becomes, written=written, **why))
         elif hold is None:
-            results.store_alone(database, task_id, becomes, reason=reason, **written)
+            results.store_alone(database, task_id, becomes, reason=reason, cause=cause, **written)
         else:  # what a task says of itself while it runs, be it SUCCESS: its end, and what follows it, is yet to come
             results.store(database, hold, State.RUNNING if becomes is State.RUNNING else None, **written)
         return result
@@ -172,7 +172,7 @@ class KathikonBackend(CanvasBackend):
 
     def _meta_of(self, job: Job) -> dict[str, Any]:
         word = job.status or WORDS[job.state]
-        if job.status is None and job.state is State.DISCARDED and job.reason != "expired":
+        if job.status is None and job.state is State.DISCARDED and job.cause is Cause.REJECTED:
             word = states.FAILURE
         result, traceback = self._value(job.result), job.traceback
         if job.status is None and word not in states.EXCEPTION_STATES:
@@ -348,19 +348,31 @@ def _type_and_arguments(result: Any) -> tuple[str, tuple[Any, ...]]:
     return "", ()
 
 
+_EXCEPTIONS: Mapping[Cause, type[Exception]] = {
+    Cause.REJECTED: Reject,
+    Cause.LOST: WorkerLostError,
+    Cause.LOST_ONCE: WorkerLostError,
+}
+
+
 def error_of(job: Job) -> Exception:
     """The exception of a job that ended without a result of its own, whoever tells of it first."""
-    why = job.reason or job.state.value
-    kind: type[Exception] = Exception
-    if job.state is State.CANCELLED or why == "expired":
-        kind = TaskRevokedError
-    elif why.startswith("rejected"):
-        kind = Reject
-    elif why.startswith("NotRegistered("):
-        kind, why = NotRegistered, job.task
-    elif why in (transitions.LOST_TOO_OFTEN, transitions.LOST_AT_MOST_ONCE):
-        kind = WorkerLostError
-    return kind(why)
+    if job.cause is Cause.UNREGISTERED:
+        return NotRegistered(job.task)  # type: ignore[no-any-return]
+    by_state = TaskRevokedError if job.state in (State.CANCELLED, State.DISCARDED) else Exception
+    kind = _EXCEPTIONS.get(job.cause, by_state) if job.cause is not None else by_state
+    return kind(job.reason or job.state.value)
+
+
+_CAUSES = {"Reject": Cause.REJECTED, "TimeLimitExceeded": Cause.TIME_LIMIT, "WorkerLostError": Cause.LOST}
+
+
+def _cause(result: Any) -> Cause:
+    """Why the task failed or was revoked, by the exception that Celery stores."""
+    kind, arguments = _type_and_arguments(result)
+    if kind == "TaskRevokedError":  # with Celery's word for why
+        return Cause.EXPIRED if arguments[:1] == ("expired",) else Cause.REVOKED
+    return _CAUSES.get(kind, Cause.RAISED)
 
 
 def _reason(result: Any) -> str:

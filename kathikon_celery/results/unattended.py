@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from celery.app.task import Context
 from kombu.message import Message
 
-from kathikon_celery.job import Job, State
+from kathikon_celery.job import Cause, Job, State
 from kathikon_celery.publish.envelope import unfold
 from kathikon_celery.results.backend import error_of
 from kathikon_celery.storage import finish
@@ -33,7 +33,7 @@ def tell(app: Celery, storage: Storage) -> None:
         request, why = _request_of(job), job.reason or job.state.value
         if job.state is State.DEAD:
             app.backend.mark_as_failure(job.id, error_of(job), request=request)
-        elif why.startswith("rejected"):
+        elif job.cause is Cause.REJECTED:
             app.backend.mark_as_failure(job.id, error_of(job), request=request, call_errbacks=False)
         else:
             app.backend.mark_as_revoked(job.id, why, request=request)

@@ -23,6 +23,10 @@ class SchemaError(StorageError):
     """The tables do not fit this version of the code."""
 
 
+class TablesInUse(StorageError):
+    """Transactions of others keep the tables from being upgraded."""
+
+
 class Forbidden(StorageError):
     """The database gives the role that is connected no right to do what is needed."""
 

@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import Boolean, Connection, Text, bindparam, select, update
 from sqlalchemy.sql.dml import Update
 
-from kathikon_celery.job import Hold, Job, State, in_brief
+from kathikon_celery.job import Cause, Hold, Job, State, in_brief
 from kathikon_celery.storage import transitions
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.dialects import Dialect
@@ -45,7 +45,7 @@ def _ended(state: State) -> Any:
     return transitions.ended(state, held_as(jobs), IS_HELD, **texts)
 
 
-_TEXTS = {"reason": "why", "traceback": "trace", "status": "word"}
+_TEXTS = {"reason": "why", "traceback": "trace", "status": "word", "cause": "because"}
 
 
 @lru_cache(maxsize=8)
@@ -64,13 +64,20 @@ def completed(database: Database, connection: Connection, holds: Sequence[Hold])
 
 
 def ended(
-    connection: Connection, hold: Hold, state: State, reason: str, traceback: str | None, status: str | None = None
+    connection: Connection,
+    hold: Hold,
+    state: State,
+    cause: Cause | None,
+    reason: str,
+    traceback: str | None = None,
+    status: str | None = None,
 ) -> int:
-    """The job is *state* (dead, cancelled or discarded), for that *reason*.
+    """The job is *state* (dead, cancelled or discarded), for that *cause* and, in words, *reason*.
 
     *status*: Celery's word for it, if all that depends on the task's end was told of it (see `unreported`).
     """
-    values = {**of_hold(hold), "why": printable(reason), "trace": printable(traceback), "word": status}
+    texts = {"why": printable(reason), "trace": printable(traceback)}
+    values = {**of_hold(hold), **texts, "word": status, "because": cause.value if cause else None}
     changed = connection.execute(_ended(state), values).rowcount
     if changed and state is State.DEAD:
         add_error(connection, hold.seq, reason, hold.fence)

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Boolean, Column, Connection, Select, Text, bindparam, func, select, type_coerce, union
 from sqlalchemy.types import NullType
 
-from kathikon_celery.job import Job, State, in_brief
+from kathikon_celery.job import Cause, Job, State, in_brief
 from kathikon_celery.storage.clock import Instant
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.tables import jobs
@@ -20,6 +20,7 @@ _LOCKED = _BY_ID.with_for_update()
 _COUNTS = select(jobs.c.queue, jobs.c.state, func.count()).group_by(jobs.c.queue, jobs.c.state)
 _ENVELOPE = select(jobs.c.envelope).where(jobs.c.queue == bindparam("of_queue")).limit(1)
 _FAILURE = {"attempt", "reason"}
+_CAUSES = frozenset(cause.value for cause in Cause)
 #: The columns as they are stored.
 _RAW = [type_coerce(column, NullType()).label(column.name) for column in jobs.c]
 
@@ -37,6 +38,7 @@ def _job_of(row: Any) -> Job:
     """The job that *row* describes. Raises `ValueError`, `TypeError` or `AttributeError` for a corrupt one."""
     values = dict(row)
     values["state"] = State(values["state"])
+    values["cause"] = cause_of(values.get("cause"))
     values["errors"] = errors_of(values["errors"])
     if values["id"].startswith("#"):  # a digest stands for it: see names.py
         with suppress(ValueError, TypeError, KeyError, AttributeError):
@@ -44,6 +46,11 @@ def _job_of(row: Any) -> Job:
     if values["queue"] is not None and values["queue"].startswith("#"):
         values["queue"] = queue_of(values["queue"], values["envelope"])
     return Job(**values)
+
+
+def cause_of(value: object) -> Cause | None:
+    """The cause that a row names; `None` also for one that only a newer version knows."""
+    return Cause(value) if value in _CAUSES else None
 
 
 def errors_of(text: str | None) -> list[dict[str, Any]]:
@@ -74,7 +81,11 @@ def _as_far_as_legible(row: Any) -> Job:
             del values[column.name]
     if wrong:
         said = [values["reason"]] if values.get("reason") else []
-        values |= {"state": State.DEAD, "reason": "; ".join([f"corrupt row: {', '.join(wrong)}", *said])}
+        values |= {
+            "state": State.DEAD,
+            "cause": Cause.UNREADABLE.value,
+            "reason": "; ".join([f"corrupt row: {', '.join(wrong)}", *said]),
+        }
     errors = values.pop("errors", [])
     job = _job_of({"id": "", "queue": None, "envelope": "{}", **values, "errors": None})
     job.errors = errors

@@ -105,7 +105,7 @@ def told(outcome: str) -> Job:
 
 def _outcome(row: Any) -> Job:
     values = dict(zip(_NAMES, row, strict=True))
-    return Job(**{**values, "state": State(values["state"])})
+    return Job(**{**values, "state": State(values["state"]), "cause": reading.cause_of(values["cause"])})
 
 
 def _outcomes(

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Text, bindparam, case, delete, null, select, update
 
-from kathikon_celery.job import TERMINAL, Hold, State
+from kathikon_celery.job import TERMINAL, Cause, Hold, State
 from kathikon_celery.storage import result_listeners, transitions
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.dialects import Dialect
@@ -21,8 +21,9 @@ from kathikon_celery.storage.transitions import WRITTEN, may_become
 
 #: UPDATE for a task's own `update_state()`: the row's state does not change.
 _NOTED = update(jobs).where(held_as(jobs), may_become(State.COMPLETED)).values(WRITTEN)
+_WHY = {"reason": bindparam("why", type_=Text()), "cause": bindparam("because", type_=Text())}
 _ENDED = {
-    state: transitions.ended(state, held_as(jobs), **WRITTEN, reason=bindparam("why", type_=Text()))
+    state: transitions.ended(state, held_as(jobs), **WRITTEN, **_WHY)
     for state in (State.COMPLETED, State.DEAD, State.CANCELLED, State.DISCARDED)
 }
 _STARTED = transitions.started(held_as(jobs))
@@ -39,6 +40,7 @@ def store(
     traceback: str | None,
     meta: str | None,
     reason: str | None = None,
+    cause: Cause | None = None,
 ) -> bool:
     """Write what the run that holds the job under *hold* has to say; false when the job has moved on.
 
@@ -49,7 +51,7 @@ def store(
     def write(again: bool) -> bool:
         with database.write() as connection:
             if state in _ENDED:
-                return end(database, connection, hold, state, **texts, reason=reason) or again
+                return end(database, connection, hold, state, **texts, reason=reason, cause=cause) or again
             if state is State.RUNNING:
                 prepared.count(connection, _STARTED, of_hold(hold))
             values = {**of_hold(hold), **_new(texts)}
@@ -64,10 +66,17 @@ def _new(texts: Mapping[str, str | None]) -> dict[str, str | None]:
 
 
 def end(
-    database: Database, connection: Connection, hold: Hold, state: State, *, reason: str | None, **written: str | None
+    database: Database,
+    connection: Connection,
+    hold: Hold,
+    state: State,
+    *,
+    reason: str | None,
+    cause: Cause | None,
+    **written: str | None,
 ) -> bool:
     """The run that holds the job under *hold* has ended so; false when the job has moved on."""
-    values = {**of_hold(hold), **_new(written), "why": printable(reason)}
+    values = {**of_hold(hold), **_new(written), "why": printable(reason), "because": cause.value if cause else None}
     if not result_listeners.tell(database, connection, _ENDED[state], values):
         return False
     if state is State.DEAD:
@@ -111,7 +120,13 @@ def tell(database: Database, connection: Connection, task_id: str, **written: st
 
 
 def store_alone(
-    database: Database, task_id: str, state: State | None, *, reason: str | None = None, **written: str | None
+    database: Database,
+    task_id: str,
+    state: State | None,
+    *,
+    reason: str | None = None,
+    cause: Cause | None = None,
+    **written: str | None,
 ) -> None:
     """Write a result under an id, whoever ran it; a row of its own is made where there is no job.
 
@@ -120,7 +135,7 @@ def store_alone(
 
     def write(again: bool) -> None:
         with database.once() as connection:
-            end_alone(database, connection, task_id, state, reason, **written)
+            end_alone(database, connection, task_id, state, reason, cause, **written)
 
     database.patiently(write)
 
@@ -131,12 +146,13 @@ def end_alone(
     task_id: str,
     state: State | None,
     reason: str | None,
+    cause: Cause | None,
     **written: str | None,
 ) -> bool:
     """What `store_alone` does, as a part of a transaction; false when the job has ended otherwise."""
     ended = state if state in _ENDED else None
     new = {name: printable(text) for name, text in written.items()}
-    statement = transitions.ended_from_afar(database.dialect, key(task_id), ended, printable(reason), new)
+    statement = transitions.ended_from_afar(database.dialect, key(task_id), ended, printable(reason), cause, new)
     return bool(result_listeners.tell(database, connection, statement, {}, ended=ended is not None, fixed=False))
 
 

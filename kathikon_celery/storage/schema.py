@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import threading
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 from sqlalchemy import URL, Column, Connection, MetaData, String, Table, inspect, select
 
 from kathikon_celery.storage.engine.database import Database
-from kathikon_celery.storage.errors import SchemaError
+from kathikon_celery.storage.errors import SchemaError, TablesInUse
 
-#: The newest migration in ``migrations/versions``.
-HEAD = "0001"
+logger = logging.getLogger(__name__)
+
+#: The newest migration in ``migrations/versions``. A version is a number of four digits. Code uses the tables of a
+#: newer version with the same first digit: such migrations only add what older code does not need. So a fleet may be
+#: upgraded worker by worker, and its old workers may restart.
+HEAD = "0002"
+#: Seconds for which an upgrade is tried while transactions of others use the tables, and between two tries.
+PATIENCE, PAUSE = 120.0, 0.5
 #: Where alembic keeps the version of the tables.
 VERSION_TABLE = "kathikon_version"
 
@@ -36,23 +44,30 @@ def current(connection: Connection) -> str | None:
 def setup(database: Database) -> None:
     """Make or upgrade the tables where need be; any number of processes may do so at once.
 
-    It is tried once, however patient the database's other users are: a worker that cannot connect is to say so, and to
-    heed the signal that stops it. Raises `SchemaError` for tables that are newer than the code, `Unavailable`.
+    A database that is away is tried once, however patient its other users are: a worker that cannot connect is to say
+    so, and to heed the signal that stops it. Raises `SchemaError` for tables that are newer than the code,
+    `TablesInUse` when transactions of others keep them from being upgraded for `PATIENCE`, `Unavailable`.
     """
-    try:
-        _upgrade(database)
-    except Exception as error:
-        raise database.explain(error) from error
+    until = monotonic() + PATIENCE
+    while True:
+        try:
+            return _upgrade(database)
+        except Exception as error:
+            explained = database.explain(error)
+            if not isinstance(explained, TablesInUse) or monotonic() > until:
+                raise explained from error
+            logger.warning("Kathikon: %s; trying again", explained)
+            sleep(PAUSE)
 
 
 def _upgrade(database: Database) -> None:
     with database.read() as connection:
         version = current(connection)
-    if version == HEAD:
+    if version == HEAD or _is_newer_and_usable(version):
         return
     with database.write(durable=True) as connection, database.dialect.migrating(connection):
         version = current(connection)
-        if version == HEAD:
+        if version == HEAD or _is_newer_and_usable(version):
             return
         if version is not None and version not in _known():
             raise SchemaError(
@@ -60,6 +75,10 @@ def _upgrade(database: Database) -> None:
                 " they were made by a newer kathikon-celery; install that version or a newer one"
             )
         _alembic(attributes={"connection": connection})
+
+
+def _is_newer_and_usable(version: str | None) -> bool:
+    return version is not None and version > HEAD and version[:-3] == HEAD[:-3] and version.isdigit()
 
 
 def ddl(url: str | URL, since: str | None = None) -> str:

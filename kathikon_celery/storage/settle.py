@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import Connection
 
-from kathikon_celery.job import Hold, Job, State
+from kathikon_celery.job import Cause, Hold, Job, State
 from kathikon_celery.storage import chords, insert, results
 from kathikon_celery.storage.chords import Header, Part
 from kathikon_celery.storage.engine.database import Database
@@ -28,6 +28,7 @@ class JobEnd:
     state: State
     written: dict[str, str | None]
     reason: str | None = None
+    cause: Cause | None = None
     unreported: bool = False
 
 
@@ -96,7 +97,7 @@ def settle(database: Database, ending: TaskEnd, bodies: Mapping[str, TaskEnd], o
 
 def _end(database: Database, connection: Connection, end: JobEnd) -> bool:
     if end.hold is not None:
-        return results.end(database, connection, end.hold, end.state, reason=end.reason, **end.written)
+        return results.end(database, connection, end.hold, end.state, reason=end.reason, cause=end.cause, **end.written)
     if end.unreported:
         return results.tell(database, connection, end.task_id, **end.written)
-    return results.end_alone(database, connection, end.task_id, end.state, end.reason, **end.written)
+    return results.end_alone(database, connection, end.task_id, end.state, end.reason, end.cause, **end.written)

@@ -76,6 +76,7 @@ jobs = Table(
     Column("meta", Long),
     Column("reason", Long),
     Column("errors", Long),
+    Column("cause", String(20)),
     UniqueConstraint("id", name="kathikon_jobs_id"),
 )
 
@@ -116,7 +117,9 @@ def state_in(states: Iterable[State]) -> ColumnElement[bool]:
 
 
 #: What is to be known of a result; the message that led to it may be large.
-OUTCOME = tuple(jobs.c[name] for name in ("id", "state", "status", "result", "traceback", "meta", "reason", "ended_at"))
+OUTCOME = tuple(
+    jobs.c[name] for name in ("id", "state", "status", "result", "traceback", "meta", "reason", "ended_at", "cause")
+)
 
 
 def held_as(table: Table, owned: bool = True) -> ColumnElement[bool]:

@@ -35,7 +35,7 @@ from sqlalchemy import (
 from sqlalchemy.sql.dml import Update
 from sqlalchemy.sql.expression import ColumnElement, TextClause
 
-from kathikon_celery.job import HELD, TERMINAL, WAITING, Job, State, sources
+from kathikon_celery.job import HELD, TERMINAL, WAITING, Cause, Job, State, sources
 from kathikon_celery.storage.clock import Instant, now
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.tables import jobs, state_in
@@ -44,6 +44,7 @@ from kathikon_celery.storage.tables import jobs, state_in
 LOST_TOO_OFTEN = "the process that ran it was lost, as often as max_attempts allows"
 #: The reason on the row of a job whose message was acknowledged before its process was lost.
 LOST_AT_MOST_ONCE = "the worker was lost while the task ran, and acks_late=False forbids to run it again"
+#: The reason on the row of a job that waited longer than its `expires`, in Celery's word.
 EXPIRED = "expired"
 
 #: What a WHERE takes.
@@ -52,7 +53,18 @@ _Condition = ColumnElement[bool] | TextClause
 IS_HELD = state_in(HELD)
 
 #: Columns that tell of one run only.
-OF_A_RUN = ("node_id", "claimed_at", "started_at", "ended_at", "status", "result", "traceback", "meta", "reason")
+OF_A_RUN = (
+    "node_id",
+    "claimed_at",
+    "started_at",
+    "ended_at",
+    "status",
+    "result",
+    "traceback",
+    "meta",
+    "reason",
+    "cause",
+)
 #: The columns that a result backend writes, each by a parameter ``new_…``.
 WRITTEN = {name: bindparam(f"new_{name}", type_=Text()) for name in ("status", "result", "traceback", "meta")}
 
@@ -159,10 +171,12 @@ def returned(*where: _Condition, crashed: Any) -> Update:
     crashes = jobs.c.crashes + case((crashed, 1), else_=0)
     lost = and_(crashed, or_(jobs.c.acked, crashes >= jobs.c.max_attempts))
     why = case((jobs.c.acked, LOST_AT_MOST_ONCE), else_=LOST_TOO_OFTEN)
+    cause = case((jobs.c.acked, Cause.LOST_ONCE.value), else_=Cause.LOST.value)
     values = {
         "state": case((lost, State.DEAD.value), else_=State.AVAILABLE.value),
         "ended_at": case((lost, now()), else_=null()),
         "reason": case((lost, why), else_=null()),
+        "cause": case((lost, cause), else_=null()),
         "crashes": crashes,
         "node_id": null(),
         "acked": false(),
@@ -196,28 +210,35 @@ def ended(state: State, *where: _Condition, **more: Any) -> Update:
 
 def expired(picked: ColumnElement[bool]) -> Update:
     """The rows that are *picked* and wait, given up."""
-    values = {"state": State.DISCARDED.value, "reason": EXPIRED, "status": null(), "ended_at": now()}
-    return update(jobs).where(picked).values(values)
+    why = {"reason": EXPIRED, "cause": Cause.EXPIRED.value}
+    return update(jobs).where(picked).values(state=State.DISCARDED.value, status=null(), ended_at=now(), **why)
 
 
 def ended_from_afar(
-    dialect: Dialect, task_id: str, ended: State | None, reason: str | None, written: Mapping[str, str | None]
+    dialect: Dialect,
+    task_id: str,
+    ended: State | None,
+    reason: str | None,
+    cause: Cause | None,
+    written: Mapping[str, str | None],
 ) -> Any:
     """The INSERT of a result of whoever ran it; a row that is there *ended* so, unless a worker holds it.
 
     ``None`` for *ended*: it is news of a task that goes on. A success is never written over.
     """
-    becomes = ended or State.COMPLETED
+    becomes, because = ended or State.COMPLETED, cause.value if cause else None
     row = dict(
         id=task_id, task="", priority=0, publication=0, fence=dialect.first_fence,
         attempts=0, crashes=0, max_attempts=0, acked=false(), state=becomes.value,
-        inserted_at=now(), available_at=now(), ended_at=now(), envelope="{}", body="", reason=reason, **written,
+        inserted_at=now(), available_at=now(), ended_at=now(), envelope="{}", body="", reason=reason, cause=because,
+        **written,
     )  # fmt: skip
     changes: dict[str, Any] = dict(written)
     if ended:
         changes["state"] = case((IS_HELD, jobs.c.state), else_=ended.value)
         changes["ended_at"] = case((IS_HELD, null()), else_=now())
         changes["reason"] = case((IS_HELD, jobs.c.reason), else_=reason)
+        changes["cause"] = case((IS_HELD, jobs.c.cause), else_=because)
     if ended is State.CANCELLED:  # by another process, which does not know what was to follow: the lifeline tells that
         changes["status"] = case((or_(IS_HELD, jobs.c.queue.is_(None)), written["status"]), else_=null())
     fits = or_(may_become(becomes), jobs.c.state == becomes.value) if ended else not_(state_in(TERMINAL))

@@ -15,7 +15,7 @@ from kombu.utils import json as kombu_json
 from kombu.utils.uuid import uuid
 
 from kathikon_celery.consume.delivery import BACK, Delivery, Outcome, Verdict
-from kathikon_celery.job import State, in_brief
+from kathikon_celery.job import Cause, State, in_brief
 from kathikon_celery.publish import outbox
 from kathikon_celery.publish.destination import publish
 from kathikon_celery.publish.envelope import check_call, fold, loads, priority_of, task_of, to_job, unfold
@@ -33,7 +33,7 @@ T = TypeVar("T")
 JSON = "application/json"
 #: Bytes of a body up to which it does not matter who reads it.
 EASY = 4096
-REJECTED = Outcome(Verdict.ENDED, State.DISCARDED, "rejected")
+REJECTED = Outcome(Verdict.ENDED, State.DISCARDED, Cause.REJECTED, "rejected")
 
 
 class Delivered(virtual.Message):
@@ -81,7 +81,7 @@ class Delivered(virtual.Message):
         kind = "" if isinstance(error, DecodeError) else f"{type(error).__name__}: "
         if self.delivery.is_job:
             reason = in_brief(f"corrupt row: the body cannot be read: {kind}{error}")
-            self.delivery.outcome = Outcome(Verdict.ENDED, State.DEAD, reason)
+            self.delivery.outcome = Outcome(Verdict.ENDED, State.DEAD, Cause.UNREADABLE, reason)
 
 
 class QoS:
@@ -362,7 +362,9 @@ class Channel(virtual.Channel):
             unfolded["properties"][CARRIED] = delivery.carried
             message = Delivered(unfolded, channel=self)
         except Exception as error:
-            self._intake.finish(delivery.tag, Outcome(Verdict.ENDED, State.DEAD, in_brief(str(error))))
+            self._intake.finish(
+                delivery.tag, Outcome(Verdict.ENDED, State.DEAD, Cause.UNREADABLE, in_brief(str(error)))
+            )
             self.connection.corrupt(delivery, error)
             return None
         message.delivery = delivery

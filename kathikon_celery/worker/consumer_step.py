@@ -15,7 +15,7 @@ from kombu.utils.imports import symbol_by_name
 
 from kathikon_celery.consume.delivery import DONE, Delivery, Outcome, Verdict
 from kathikon_celery.consume.subscriptions import UNLIMITED
-from kathikon_celery.job import Job, State
+from kathikon_celery.job import Cause, Job, State
 from kathikon_celery.settings import SettingError, mask
 from kathikon_celery.storage import StorageError
 from kathikon_celery.storage.sql import SQLBackend
@@ -26,7 +26,9 @@ from kathikon_celery.worker.request import Request, is_early
 from kathikon_celery.worker.tracing import carry_results
 
 #: Celery acknowledges, or rejects, what it cannot make a request of.
-UNREADABLE = Outcome(Verdict.ENDED, State.DEAD, "the worker could not read the message; its log says why")
+UNREADABLE = Outcome(
+    Verdict.ENDED, State.DEAD, Cause.UNREADABLE, "the worker could not read the message; its log says why"
+)
 
 
 class ConsumerStep(bootsteps.StartStopStep):
@@ -51,7 +53,7 @@ class ConsumerStep(bootsteps.StartStopStep):
         def outcome_of(name: str) -> Outcome:
             task = tasks.get(name)
             if task is None:
-                return Outcome(Verdict.ENDED, State.DEAD, f"NotRegistered({name!r})")
+                return Outcome(Verdict.ENDED, State.DEAD, Cause.UNREGISTERED, f"NotRegistered({name!r})")
             return UNREADABLE if issubclass(symbol_by_name(task.Request), Request) else DONE
 
         for task in tasks.values():  # the pools whose tasks run in this process

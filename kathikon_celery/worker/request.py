@@ -13,17 +13,18 @@ from celery.worker import state as worker_state
 from celery.worker.request import Request as CeleryRequest
 
 from kathikon_celery.consume.delivery import CRASHED, DONE, PASSED_ON, REPLACED, WRITTEN, Delivery, Outcome, Verdict
-from kathikon_celery.job import State, in_brief
+from kathikon_celery.job import Cause, State, in_brief
 from kathikon_celery.results.carrier import Carried
+from kathikon_celery.storage.transitions import LOST_AT_MOST_ONCE
 from kathikon_celery.transport.channel import Delivered
 
 #: What `Task.on_replace` says. The last task of the replacement has the id of the replaced one.
 REPLACED_BY_NEW_TASK = "Replaced by new task"
 
 
-def _ended(state: State, reason: str, traceback: str | None = None) -> Outcome:
+def _ended(state: State, cause: Cause, reason: str, traceback: str | None = None) -> Outcome:
     status = states.FAILURE if state is State.DEAD else states.REVOKED
-    return Outcome(Verdict.ENDED, state, reason, status, traceback)
+    return Outcome(Verdict.ENDED, state, cause, reason, status, traceback)
 
 
 def _check_limits(limits: Any) -> None:
@@ -54,7 +55,7 @@ class Request(CeleryRequest):
         except (AttributeError, KeyError, TypeError, ValueError, InvalidTaskError) as error:
             reason = in_brief(f"corrupt row: {type(error).__name__}: {error}")
             if self._delivery is not None:
-                self._delivery.outcome = Outcome(Verdict.ENDED, State.DEAD, reason)
+                self._delivery.outcome = Outcome(Verdict.ENDED, State.DEAD, Cause.UNREADABLE, reason)
             raise InvalidTaskError(reason) from error  # anything else would end the worker
         self._set_outcome(DONE)
         if not self._decoded and isinstance(message, Delivered) and message.is_read_easily():
@@ -119,7 +120,7 @@ class Request(CeleryRequest):
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         if not soft:
-            self._set_outcome(_ended(State.DEAD, f"hard time limit ({timeout} s) exceeded"))
+            self._set_outcome(_ended(State.DEAD, Cause.TIME_LIMIT, f"hard time limit ({timeout} s) exceeded"))
             self._context.has_failed = self._has_failed  # billiard tells of it first: what Celery stores is no news
         try:
             super().on_timeout(soft, timeout)
@@ -128,7 +129,8 @@ class Request(CeleryRequest):
                 self._end_of_early_task()
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
-        self._set_outcome(_ended(State.DISCARDED if expired else State.CANCELLED, reason))
+        state, cause = (State.DISCARDED, Cause.EXPIRED) if expired else (State.CANCELLED, Cause.REVOKED)
+        self._set_outcome(_ended(state, cause, reason))
         if self._delivery is not None:
             self._delivery.stored = self.store_errors
         super()._announce_revoked(reason, terminated, signum, expired)
@@ -163,11 +165,13 @@ class Request(CeleryRequest):
         elif isinstance(error, Reject):
             if not error.requeue:
                 # Celery does no more about it, so the lifeline tells what was to follow.
-                self._set_outcome(Outcome(Verdict.ENDED, State.DISCARDED, in_brief(f"rejected: {error.reason}")))
+                reason = in_brief(f"rejected: {error.reason}")
+                self._set_outcome(Outcome(Verdict.ENDED, State.DISCARDED, Cause.REJECTED, reason))
         elif isinstance(error, (WorkerLostError, SystemExit, KeyboardInterrupt)) and self.task.reject_on_worker_lost:
             self._set_outcome(CRASHED)
         else:
-            self._set_outcome(_ended(State.DEAD, in_brief(error), str(exc_info.traceback)))
+            cause = Cause.LOST if isinstance(error, WorkerLostError) else Cause.RAISED
+            self._set_outcome(_ended(State.DEAD, cause, in_brief(error), str(exc_info.traceback)))
 
     def _end_of_early_task(self) -> None:
         """A task that was acknowledged before it ran has ended: now its row is told."""
@@ -175,7 +179,9 @@ class Request(CeleryRequest):
             outcome = self._delivery.outcome
             if outcome.verdict is Verdict.CRASHED:
                 outcome = _ended(
-                    State.DEAD, "the process that ran it was lost, and acks_late=False forbids a second run"
+                    State.DEAD,
+                    Cause.LOST_ONCE,
+                    LOST_AT_MOST_ONCE,
                 )
             self._intake.finish(self._delivery.tag, outcome)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from kathikon_celery.job import Job, State
+from kathikon_celery.job import Cause, Job, State
 from kathikon_celery.storage import Storage, claim, finish, insert, messages, nodes, results
 from kathikon_celery.storage.messages import Message
 from kathikon_celery.storage.names import key
@@ -68,7 +68,7 @@ class Worker:
 
     def end(self, job: Job, state: State, reason: str = "because", traceback: str | None = None) -> int:
         with self.database.write() as connection:
-            return finish.ended(connection, job.hold, state, reason, traceback)
+            return finish.ended(connection, job.hold, state, Cause.RAISED, reason, traceback)
 
     def give_back(self, *jobs: Job, crashed: bool = False) -> int:
         with self.database.write() as connection:

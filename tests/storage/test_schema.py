@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from datetime import datetime, timezone
 from pathlib import Path
 from threading import Barrier
 
@@ -17,9 +18,11 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from kathikon_celery.job import Job
+from kathikon_celery.job import Cause, Job, State
+from kathikon_celery.results.backend import error_of
 from kathikon_celery.settings import Settings
 from kathikon_celery.storage import SchemaError, Storage, schema
+from kathikon_celery.storage.clock import Instant
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.tables import metadata
 from tests.storage.actors import new_job
@@ -171,6 +174,100 @@ def test_a_newer_schema_is_refused(database_url: str) -> None:
         assert f"up to '{schema.HEAD}'" in str(raised.value)
         with storage.database.read() as connection:
             assert schema.current(connection) == "9999"
+
+
+def test_a_newer_schema_that_only_adds_is_used(database_url: str) -> None:
+    """By old workers that restart while a fleet is upgraded."""
+    with closing(Storage(database_url, SETTINGS)) as storage:
+        storage.setup()
+        with storage.database.write() as connection:
+            connection.execute(sa.text("UPDATE kathikon_version SET version_num = '0999'"))
+        with closing(Storage(database_url, SETTINGS)) as old:
+            old.setup()
+            old.insert(Job(id="1", task="any"))
+            assert [job.id for job in old.claim("default")] == ["1"]
+
+
+def with_first_schema(url: str) -> Storage:
+    """A database with the tables of version 0001."""
+    storage = Storage(url, SETTINGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schema, "HEAD", "0001")
+        storage.setup()
+    storage._is_set_up = False
+    return storage
+
+
+#: What a worker of version 0.1 writes.
+OLD_ROW = sa.text(
+    "INSERT INTO kathikon_jobs (id, queue, task, state, priority, publication, fence, attempts, crashes, max_attempts,"
+    " acked, inserted_at, available_at, ended_at, envelope, body, reason) VALUES (:id, 'default', 'any', :state, 0, 1,"
+    " 1, 1, 0, 20, false, :at, :at, :ended_at, '{}', '', :reason)"
+).bindparams(sa.bindparam("at", type_=Instant()), sa.bindparam("ended_at", type_=Instant()))
+OLD_REASONS = {
+    "expired": ("discarded", Cause.EXPIRED),
+    "rejected: None": ("discarded", Cause.REJECTED),
+    "NotRegistered('any')": ("dead", Cause.UNREGISTERED),
+    "the process that ran it was lost, as often as max_attempts allows": ("dead", Cause.LOST),
+    "the worker was lost while the task ran, and acks_late=False forbids to run it again": ("dead", Cause.LOST_ONCE),
+    "corrupt row: KeyError('id')": ("dead", Cause.UNREADABLE),
+    "terminated": ("cancelled", Cause.REVOKED),
+    "ValueError('expired')": ("dead", None),
+}
+
+
+def test_what_ended_before_the_upgrade_has_its_cause(database_url: str) -> None:
+    at = datetime.now(timezone.utc)
+    with closing(with_first_schema(database_url)) as storage:
+        with storage.database.write() as connection:
+            for reason, (state, _) in OLD_REASONS.items():
+                values = {"id": reason, "state": state, "at": at, "ended_at": at, "reason": reason}
+                connection.execute(OLD_ROW, values)
+        storage.setup()
+        assert {job.id: job.cause for job in storage.all()} == {key: cause for key, (_, cause) in OLD_REASONS.items()}
+
+
+def test_workers_of_the_version_before_go_on_after_the_upgrade(database_url: str) -> None:
+    """What they write names no column that is new."""
+    at = datetime.now(timezone.utc)
+    with closing(with_first_schema(database_url)) as storage:
+        storage.setup()
+        with storage.database.write() as connection:
+            connection.execute(OLD_ROW, {"id": "old", "state": "available", "at": at, "ended_at": None, "reason": None})
+        assert [job.id for job in storage.claim("default")] == ["old"]
+        with storage.database.write() as connection:
+            connection.execute(
+                sa.text("UPDATE kathikon_jobs SET state = 'discarded', reason = 'expired' WHERE id = 'old'")
+            )
+        job = storage.all()[0]
+        assert (job.state, job.reason, job.cause) == (State.DISCARDED, "expired", None)
+        assert type(error_of(job)).__name__ == "TaskRevokedError"
+
+
+@pytest.mark.postgresql
+def test_an_upgrade_waits_for_a_transaction_that_uses_the_tables_and_holds_up_nobody(
+    postgresql_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = sa.create_engine(postgresql_url)
+    tries = 0
+
+    def pause(seconds: float) -> None:
+        nonlocal tries
+        tries += 1
+        with engine.connect() as other:  # it waits behind no ALTER TABLE
+            other.execute(sa.text("SET lock_timeout = '100ms'"))
+            assert other.execute(sa.text("SELECT count(*) FROM kathikon_jobs")).scalar() == 0
+        long.rollback()
+
+    monkeypatch.setattr(schema, "sleep", pause)
+    with closing(with_first_schema(postgresql_url)) as storage, engine.connect() as long:
+        long.execute(sa.text("SELECT count(*) FROM kathikon_jobs"))
+        storage.setup()
+        with storage.database.read() as connection:
+            assert schema.current(connection) == schema.HEAD
+    assert tries == 1
+    assert "another transaction keeps the tables from being upgraded" in caplog.text
+    engine.dispose()
 
 
 def test_no_password_in_its_error(postgresql_url: str) -> None:

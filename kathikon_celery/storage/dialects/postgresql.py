@@ -32,6 +32,7 @@ from sqlalchemy import (
     literal_column,
     select,
     table,
+    text,
     true,
     union_all,
     update,
@@ -47,7 +48,7 @@ from kathikon_celery.storage.dialects.base import Dialect
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.wakeup import ENDED, NEWS, PUBLISHED, Wakeup
 from kathikon_celery.storage.engine.wakeup import OUTCOME as OUTCOME_CALL
-from kathikon_celery.storage.errors import Forbidden, Unavailable, UnknownDatabase, in_words
+from kathikon_celery.storage.errors import Forbidden, TablesInUse, Unavailable, UnknownDatabase, in_words
 from kathikon_celery.storage.tables import OUTCOME, jobs, nodes, waits
 
 #: Every node listens to it: a message came, or a job is due soon.
@@ -62,6 +63,8 @@ UNANSWERED = 25_000
 LONGEST_CALL = 7900
 #: PostgreSQL's code for what a role has no right to do.
 FORBIDDEN = "42501"
+#: PostgreSQL's code for a lock that was not to be had within ``lock_timeout``.
+LOCKED = "55P03"
 #: What psycopg's connect() takes beside the parameters of libpq.
 _OPTIONS_OF_PSYCOPG = ("autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory")
 #: libpq's word for a connection that is within no transaction.
@@ -96,7 +99,8 @@ _RING = select(func.pg_notify(CHANNEL, ""))
 
 def _outcome(rows: Any) -> ColumnElement[Any]:
     """What `waits.told` reads."""
-    values = {column.name: rows.c[column.name] for column in OUTCOME}
+    # Without the cause: a job of which a call tells has a result. Clients of 0.1 read no more than these columns.
+    values = {column.name: rows.c[column.name] for column in OUTCOME if column.name != "cause"}
     values["ended_at"] = cast(func.extract("epoch", rows.c.ended_at), Double)
     return func.json_build_object(*chain.from_iterable((literal_column(f"'{name}'"), values[name]) for name in values))
 
@@ -173,6 +177,10 @@ class PostgreSQL(Dialect):
             return Forbidden(
                 f"{shown(self.url)}: {cause.diag.message_primary}; have the owner of the database run what"  # type: ignore[union-attr]
                 " 'celery -A proj kathikon schema --sql' prints, and grant its tables and sequences to this role"
+            )
+        if getattr(cause, "sqlstate", None) == LOCKED:
+            return TablesInUse(
+                f"{shown(self.url)}: another transaction keeps the tables from being upgraded; see pg_stat_activity"
             )
         return error
 
@@ -289,6 +297,8 @@ class PostgreSQL(Dialect):
 
     @contextmanager
     def migrating(self, connection: Connection) -> Iterator[None]:
+        # Every statement of the fleet waits behind an ALTER TABLE that waits for a lock.
+        connection.execute(text("SET LOCAL lock_timeout = '2s'"))
         connection.execute(select(func.pg_advisory_xact_lock(LOCK_SPACE, 0)))
         yield
 
