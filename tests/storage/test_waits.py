@@ -87,7 +87,7 @@ def test_a_call_says_what_a_look_would_find(postgresql_storage: Storage, how: st
         assert hearing.wait(60)
         (call,) = hearing.named
     (found,) = result_listeners.look(storage.database, ["job"])
-        assert result_listeners.told(call.removeprefix(OUTCOME)) == replace(found, cause=None)
+    assert result_listeners.told(call.removeprefix(OUTCOME)) == replace(found, cause=None)
 
 
 @pytest.mark.postgresql
