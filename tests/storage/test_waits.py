@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import pytest
