@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 from kathikon_celery.job import Job
+from kathikon_celery.publish import outbox
 from kathikon_celery.storage import Storage
-
-_chunks: ContextVar[Chunks | None] = ContextVar("kathikon_bulk", default=None)
 
 
 class Chunks:
@@ -52,17 +50,12 @@ def bulk() -> Iterator[None]:
         the database's error, from the call that made a chunk full or from the end of the block: none of that chunk
         was sent. An error at the end of the block says so of all that was not.
     """
-    if _chunks.get() is not None:  # within another one, which writes it all
+    if outbox.scope().chunks is not None:  # within another one, which writes it all
         yield
         return
-    token = _chunks.set(chunks := Chunks())
+    chunks = Chunks()
     try:
-        yield
+        with outbox.within(chunks=chunks):
+            yield
     finally:
-        _chunks.reset(token)
         chunks.close()
-
-
-def current() -> Chunks | None:
-    """The block that is open in this context."""
-    return _chunks.get()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kathikon_celery.job import Job
-from kathikon_celery.publish import bulk, outbox, republishing
+from kathikon_celery.publish import outbox, republishing
 from kathikon_celery.storage import Storage, insert
 
 
@@ -20,7 +20,7 @@ def publish_new(storage: Storage, job: Job) -> None:
     """`publish` outside of a task, or of another job than the task's own."""
     if (ending := outbox.current(storage.database)) is not None:
         ending.jobs.append(job)
-    elif (chunks := bulk.current()) is not None:
+    elif (chunks := outbox.scope().chunks) is not None:
         chunks.add(storage, job)
     else:
         insert.insert(storage.database, job, soon=_is_soon(storage, job))

@@ -1,40 +1,90 @@
-"""What a task sends as it ends is collected, so that it is published in the transaction that stores the end."""
+"""What is open in this context: where a publication, the end of a task and its result go. One context variable has it.
+
+What a task sends as it ends is collected here, so that it is published in the transaction that stores the end.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kathikon_celery.job import Job
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.settle import TaskEnd
 
-_collected: ContextVar[tuple[Database, TaskEnd] | None] = ContextVar("kathikon_ending", default=None)
+if TYPE_CHECKING:
+    from kathikon_celery.publish.bulk import Chunks
+    from kathikon_celery.results.carrier import Carrier
+
+
+class Scope(NamedTuple):
+    """What is open in a context."""
+
+    #: The end of a task that is being collected, and the database for which.
+    collected: tuple[Database, TaskEnd] | None = None
+    #: The block of `bulk` that collects publications.
+    chunks: Chunks | None = None
+    #: The bodies, by their chords' ids, that may have to be sent with the end that is collected; `None`: no end is.
+    bodies: dict[str, Any] | None = None
+    #: What takes a result to the worker's main process.
+    carrier: Carrier | None = None
+    #: Jobs by their ids that were read together, for code that reads them one by one.
+    known: Mapping[str, Job | None] = MappingProxyType({})
+    #: The id of the job whose publication by its own task was refused: the job is another worker's now, or cancelled.
+    refused: str | None = None
+    #: The id of a job that had ended without a run, and whose end is being reported now.
+    unreported: str | None = None
+    #: The worker has reported the task's end before: that the end changes nothing is no news.
+    is_reported: bool = False
+
+
+_NOTHING_OPEN = Scope()
+_scope: ContextVar[Scope] = ContextVar("kathikon_scope", default=_NOTHING_OPEN)
+
+#: What is open in this context.
+scope = _scope.get
+
+
+def change(**changes: Any) -> None:
+    """Change fields of this context's `Scope`."""
+    _scope.set(_scope.get()._replace(**changes))
+
+
+@contextmanager
+def within(**changes: Any) -> Iterator[None]:
+    """Change fields of this context's `Scope` for a block."""
+    before = _scope.get()
+    _scope.set(before._replace(**changes))
+    try:
+        yield
+    finally:  # only those: the block may have changed others for good
+        change(**{name: getattr(before, name) for name in changes})
 
 
 def begin(database: Database) -> None:
     """Collect from now on, in this context, what is sent to *database*, until `take` is called."""
-    _collected.set((database, TaskEnd()))
+    change(collected=(database, TaskEnd()))
 
 
 def take(database: Database) -> TaskEnd:
     """What was collected since `begin`; no more is."""
     found = current(database)
-    _collected.set(None)
+    if _scope.get().collected is not None:
+        change(collected=None)
     return found or TaskEnd()
 
 
 def current(database: Database) -> TaskEnd | None:
     """Where to put what is sent to *database*; `None`: it is to be published at once."""
-    found = _collected.get()
-    return found[1] if found is not None and found[0] is database else None
+    collected = _scope.get().collected
+    return collected[1] if collected is not None and collected[0] is database else None
 
 
 @contextmanager
 def into(database: Database, ending: TaskEnd) -> Iterator[TaskEnd]:
     """Collect into *ending* within the block."""
-    token = _collected.set((database, ending))
-    try:
+    with within(collected=(database, ending)):
         yield ending
-    finally:
-        _collected.reset(token)

@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from celery._state import get_current_task
 
 from kathikon_celery.job import Hold, Job
+from kathikon_celery.publish import outbox
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ def hold_on(job_id: str) -> Hold | None:
 
 def refused(job_id: str) -> None:
     """Say that the publication was refused: the job is somebody else's now, or cancelled."""
-    get_current_task().request.was_refused = True
+    outbox.change(refused=job_id)
     logger.warning("Kathikon: job %s was cancelled or given to another worker; its retry from here was ignored", job_id)
 
 

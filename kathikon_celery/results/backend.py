@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import ContextVar
 from functools import cached_property, partial
 from time import monotonic
-from types import MappingProxyType
 from typing import Any
 
 from celery import states
@@ -56,9 +54,6 @@ BINARY = "base64,"
 SHORTEST_INTERVAL = 0.01
 #: Seconds after which a wait without a limit begins anew.
 LONG = 3600.0
-
-#: What is known in this context of the jobs that are asked for one by one.
-_known: ContextVar[Mapping[str, Job | None]] = ContextVar("kathikon_known", default=MappingProxyType({}))
 
 
 class KathikonBackend(CanvasBackend):
@@ -125,7 +120,9 @@ class KathikonBackend(CanvasBackend):
         written["meta"] = self._text(rest)
         hold, becomes = self._hold_by(request, task_id), STATES.get(state)
         if hold is not None and state == states.RETRY:
-            if not getattr(request, "was_refused", False):
+            if outbox.scope().refused == task_id:
+                outbox.change(refused=None)
+            else:
                 del written["status"]
                 results.store_retry(database, hold, **written, reason="Retry" if result is None else _reason(result))
             return result
@@ -136,7 +133,7 @@ class KathikonBackend(CanvasBackend):
             becomes = State.DISCARDED
         ending = outbox.current(database)
         if ending is not None and becomes in TERMINAL:
-            unreported = getattr(request, "is_unreported", False) and request.id == task_id
+            unreported = outbox.scope().unreported == task_id
             why: dict[str, Any] = {"reason": reason, "cause": cause, "unreported": unreported}
             ending.ends.append(JobEnd(task_id=task_id, hold=hold, state=becomes, written=written, **why))
         elif hold is None:
@@ -159,7 +156,7 @@ class KathikonBackend(CanvasBackend):
     # --- reading
 
     def _get_task_meta_for(self, task_id: str) -> dict[str, Any]:
-        known = _known.get()
+        known = outbox.scope().known
         job = known[task_id] if task_id in known else self.storage.fetch(task_id)
         if job is None:
             return {"status": states.PENDING, "result": None}
@@ -213,11 +210,8 @@ class KathikonBackend(CanvasBackend):
             job.id: job
             for job in result_listeners.look(self.storage.database, [key(one) for one in before], ready=False)
         }
-        token = _known.set({one: found.get(key(one)) for one in before})
-        try:
+        with outbox.within(known={one: found.get(key(one)) for one in before}):
             call()
-        finally:
-            _known.reset(token)
 
     def get_many(
         self, task_ids: Iterable[str], timeout: float | None = None, interval: float | None = 0.5, no_ack: bool = True,

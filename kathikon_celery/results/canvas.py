@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from celery import chord, group, states
@@ -33,9 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NOTHING = dict.fromkeys(("status", "result", "traceback", "meta"))
-
-#: The bodies, by their chords' ids, that may have to be sent with the end that is being collected in this context.
-_bodies: ContextVar[dict[str, Any] | None] = ContextVar("kathikon_bodies", default=None)
 
 
 def hold_by(request: Any, task_id: str) -> Hold | None:
@@ -77,7 +73,7 @@ class CanvasBackend(Backend):
         self, task_id: str, exc: Any, traceback: Any = None, request: Any = None, *args: Any, **kwargs: Any
     ) -> None:
         """Store the failure, publish the errbacks, and fail what was to follow, in one transaction."""
-        if _bodies.get() is None:
+        if outbox.scope().bodies is None:
             outbox.take(self.storage.database)  # what was to follow a success
         with self._ending(task_id, request, State.DEAD):
             super().mark_as_failure(task_id, exc, traceback, request, *args, **kwargs)
@@ -89,32 +85,29 @@ class CanvasBackend(Backend):
 
     @contextmanager
     def _ending(self, task_id: str, request: Any, state: State) -> Iterator[None]:
-        if _bodies.get() is not None:  # a body that fails with its header: a part of the end that is under way
+        if outbox.scope().bodies is not None:  # a body that fails with its header: a part of the end that is under way
             yield
             return
         database, hold = self.storage.database, self._hold_by(request, task_id)
         ending = outbox.take(database)
-        token = _bodies.set({})
-        try:
+        with outbox.within(bodies={}):
             with outbox.into(database, ending):
                 yield
             is_stored = any(end.task_id == task_id for end in ending.ends)
             if hold is not None and not is_stored and (ending.jobs or ending.parts):
                 ending.ends.insert(0, JobEnd(task_id=task_id, hold=hold, state=state, written=_NOTHING))
             # What stores no result is reported once more by the worker, which would make up for the end alone.
-            if not self._settle(ending, on_disk=not is_stored) and not getattr(request, "has_failed", False):
+            if not self._settle(ending, on_disk=not is_stored) and not outbox.scope().is_reported:
                 logger.warning(
                     "Kathikon: job %s had ended, or had been given to others, before it ended here;"
                     " this end changed nothing", task_id,
                 )  # fmt: skip
-        finally:
-            _bodies.reset(token)
 
     def _settle(self, ending: TaskEnd, on_disk: bool = False) -> bool:
         if not (ending.ends or ending.parts or ending.jobs) or carry(ending):
             return True
         database = self.storage.database
-        known = _bodies.get() or {}
+        known = outbox.scope().bodies or {}
         prepared: dict[str, TaskEnd] = {}
         while True:
             try:
@@ -166,7 +159,7 @@ class CanvasBackend(Backend):
             succeeded=state not in states.PROPAGATE_STATES,
             result=self._text(self.encode_result(result, state)),
         )
-        bodies = _bodies.get()
+        bodies = outbox.scope().bodies
         if bodies is None:
             with self._ending("", None, State.COMPLETED):
                 self.on_chord_part_return(request, state, result)

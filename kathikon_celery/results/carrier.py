@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from typing import Any
 
 from kathikon_celery.job import Hold
+from kathikon_celery.publish import outbox
 from kathikon_celery.storage.settle import JobEnd, TaskEnd
 
 #: The property of a message whose result is to travel so: others wait behind it, and time is scarcer than haste.
@@ -28,19 +28,16 @@ class Carrier:
         self.is_written = False
 
     def __enter__(self) -> Carrier:
-        self._token = _carrier.set(self)
+        outbox.change(carrier=self)
         return self
 
     def __exit__(self, *error: object) -> None:
-        _carrier.reset(self._token)
-
-
-_carrier: ContextVar[Carrier | None] = ContextVar("kathikon_carrier", default=None)
+        outbox.change(carrier=None)
 
 
 def carry(ending: TaskEnd) -> bool:
     """Whether *ending* travels; not if more belongs to it than a return value, which must be written with it."""
-    carrier = _carrier.get()
+    carrier = outbox.scope().carrier
     if carrier is None or not carrier.travels or ending.after or not ending.is_return:
         return False
     (end,) = ending.ends
@@ -54,7 +51,7 @@ def carry(ending: TaskEnd) -> bool:
 
 def written(ending: TaskEnd) -> None:
     """Note that *ending* is written, so that the main process need not report its task."""
-    carrier = _carrier.get()
+    carrier = outbox.scope().carrier
     if carrier is not None and ending.ends and ending.ends[0].hold == carrier.hold is not None:
         carrier.is_written = True
 

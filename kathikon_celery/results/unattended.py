@@ -13,6 +13,7 @@ from celery.app.task import Context
 from kombu.message import Message
 
 from kathikon_celery.job import Cause, Job, State
+from kathikon_celery.publish import outbox
 from kathikon_celery.publish.envelope import unfold
 from kathikon_celery.results.backend import error_of
 from kathikon_celery.storage import finish
@@ -31,12 +32,13 @@ def tell(app: Celery, storage: Storage) -> None:
         unreported = finish.unreported(connection)
     for job in unreported:
         request, why = _request_of(job), job.reason or job.state.value
-        if job.state is State.DEAD:
-            app.backend.mark_as_failure(job.id, error_of(job), request=request)
-        elif job.cause is Cause.REJECTED:
-            app.backend.mark_as_failure(job.id, error_of(job), request=request, call_errbacks=False)
-        else:
-            app.backend.mark_as_revoked(job.id, why, request=request)
+        with outbox.within(unreported=job.id):
+            if job.state is State.DEAD:
+                app.backend.mark_as_failure(job.id, error_of(job), request=request)
+            elif job.cause is Cause.REJECTED:
+                app.backend.mark_as_failure(job.id, error_of(job), request=request, call_errbacks=False)
+            else:
+                app.backend.mark_as_revoked(job.id, why, request=request)
 
 
 def _request_of(job: Job) -> Context:
@@ -56,6 +58,4 @@ def _request_of(job: Job) -> Context:
         request |= {**headers, "args": args, "kwargs": kwargs, **embed}
     except Exception as error:
         logger.warning("Kathikon: what was to follow job %s cannot be read: %s", job.id, error)
-    context = Context(request)
-    context.is_unreported = True
-    return context
+    return Context(request)

@@ -14,6 +14,7 @@ from celery.worker.request import Request as CeleryRequest
 
 from kathikon_celery.consume.delivery import CRASHED, DONE, PASSED_ON, REPLACED, WRITTEN, Delivery, Outcome, Verdict
 from kathikon_celery.job import Cause, State, in_brief
+from kathikon_celery.publish import outbox
 from kathikon_celery.results.carrier import Carried
 from kathikon_celery.storage.transitions import LOST_AT_MOST_ONCE
 from kathikon_celery.transport.channel import Delivered
@@ -121,9 +122,9 @@ class Request(CeleryRequest):
     def on_timeout(self, soft: bool, timeout: float) -> None:
         if not soft:
             self._set_outcome(_ended(State.DEAD, Cause.TIME_LIMIT, f"hard time limit ({timeout} s) exceeded"))
-            self._context.has_failed = self._has_failed  # billiard tells of it first: what Celery stores is no news
         try:
-            super().on_timeout(soft, timeout)
+            with outbox.within(is_reported=self._has_failed):  # by billiard, which tells of the failure first
+                super().on_timeout(soft, timeout)
         finally:
             if not soft:
                 self._end_of_early_task()
