@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from celery import Celery
 
 _storages: dict[tuple[object, ...], Storage] = {}
+#: The databases of those storages. Apps with different settings share the connections to one database.
+_databases: dict[tuple[object, ...], Database] = {}
 
 
 class Storage:
@@ -39,7 +41,7 @@ class Storage:
         url: SQLAlchemy URL of the database (default: the setting ``kathikon_database_url``).
         settings: default: what environment and pyproject.toml say.
         backend: used instead of the one that ``kathikon_storage_backend`` names.
-        alternates: URLs of further servers that have the same data; the first one that can be written to is used.
+        database: used instead of one at *url*.
     """
 
     def __init__(
@@ -47,17 +49,10 @@ class Storage:
         url: str | None = None,
         settings: Settings | None = None,
         backend: StorageBackend | None = None,
-        alternates: Sequence[str] = (),
+        database: Database | None = None,
     ) -> None:
         self.settings = settings or Settings.load()
-        if url is None and self.settings.in_ram:
-            url = _ram_url()
-        self.database = Database(
-            url or self.settings.database_url,
-            publish_durability=self.settings.publish_durability,
-            worker_durability=self.settings.worker_durability,
-            alternates=alternates,
-        )
+        self.database = database or _database_of([url] if url else (), self.settings)
         if backend is None:
             backend = _backend_class(self.settings.storage_backend)(self.database)
         self.backend: StorageBackend = backend
@@ -72,17 +67,21 @@ class Storage:
 
     @classmethod
     def shared(cls, urls: Sequence[str], settings: Settings, connect_timeout: float | None = None) -> Storage:
-        """The storage of this process for settings and the database that *urls*, or else the settings, name.
+        """The storage of this process for these settings, and for the database that *urls*, or else they, name.
 
-        It is made at the first call; its *connect_timeout* is that of the first call.
+        Of several *urls*, the first server that can be written to is used. The first call for a database decides
+        about the *connect_timeout* (seconds).
         """
-        chosen = (settings.publish_durability, settings.worker_durability, settings.storage_backend, settings.copies)
-        name = (*(urls or [settings.database_url]), *chosen)
+        name = (*urls, settings, *sorted(settings.sources))
         storage = _storages.get(name)
         if storage is None:
-            first = urls[0] if urls else None
-            storage = _storages.setdefault(name, cls(first, settings, alternates=urls[1:]))
-            storage.database.connect_timeout = connect_timeout or storage.database.connect_timeout
+            place = (*(urls or [settings.database_url]), settings.in_ram and not urls)
+            place += (settings.publish_durability, settings.worker_durability)
+            database = _databases.get(place)
+            if database is None:
+                database = _databases.setdefault(place, _database_of(urls, settings))
+                database.connect_timeout = connect_timeout or database.connect_timeout
+            storage = _storages.setdefault(name, cls(settings=settings, database=database))
         return storage
 
     @classmethod
@@ -190,6 +189,17 @@ class Storage:
     def close(self) -> None:
         """Close the connections; the next call opens new ones."""
         self.backend.close()
+
+
+def _database_of(urls: Sequence[str], settings: Settings) -> Database:
+    """The database that *urls*, or else the settings, name."""
+    first, *alternates = urls or [_ram_url() if settings.in_ram else settings.database_url]
+    return Database(
+        first,
+        publish_durability=settings.publish_durability,
+        worker_durability=settings.worker_durability,
+        alternates=alternates,
+    )
 
 
 def _backend_class(path: str) -> Callable[[Database], StorageBackend]:

@@ -9,6 +9,7 @@ import pytest
 from celery import Celery
 from sqlalchemy import create_engine, make_url, text
 
+from kathikon_celery.settings import Settings
 from kathikon_celery.storage import Storage
 from tests.support import apps
 from tests.support.proxy import Proxy
@@ -57,7 +58,7 @@ def test_a_server_that_cannot_be_written_to_is_passed_over(postgresql_url: str) 
         connection.execute(text(f"ALTER ROLE {role} SET default_transaction_read_only = on"))
     try:
         first = read_only.set(username=role).render_as_string(hide_password=False)
-        storage = Storage(first, alternates=[postgresql_url])
+        storage = Storage.shared([first, postgresql_url], Settings())
         storage.setup()
         assert storage.counts() == {}
         storage.close()

@@ -44,6 +44,26 @@ def test_each_has_its_own_worker(tmp_path: Path) -> None:
         assert [result.get(timeout=60) for _, result in sent] == [app.main for app, _ in sent]
 
 
+def test_two_apps_on_one_database_have_settings_of_their_own(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/shared.db"
+    one = apps.create_app("one", kathikon_database_url=url, kathikon_result="discard", kathikon_max_attempts=3)
+    two = apps.create_app("two", kathikon_database_url=url, kathikon_lease=5, kathikon_queues="two:1")
+    first, second = (Storage.for_app(app) for app in (one, two))
+    assert (first.settings.result, first.settings.max_attempts, first.settings.lease) == ("discard", 3, 20.0)
+    assert (second.settings.result, second.settings.max_attempts, second.settings.lease) == ("store", 20, 5.0)
+    assert first is Storage.for_app(one)
+    assert first.database is second.database  # with its connections
+    for app in (one, two):
+        sent = app.tasks[apps.add.name].delay(1, 1)
+        assert second.fetch(sent.id).max_attempts == (3 if app is one else 20)  # type: ignore[union-attr]
+    with EmbeddedWorker(one):
+        result = one.tasks[apps.add.name].delay(1, 2)
+        result.get(timeout=60)
+        assert result.result is None
+    with EmbeddedWorker(two, queues="celery,two"):
+        assert two.tasks[apps.add.name].delay(1, 2).get(timeout=60) == 3
+
+
 def test_a_connection_survives_being_copied_and_pickled(tmp_path: Path) -> None:
     app = make(tmp_path, "one")
     connection = app.connection_for_write()
