@@ -25,7 +25,7 @@ from kathikon_celery.storage.errors import is_lost
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.settle import JobEnd
 
-#: Which state of a job a state of Celery's makes it take.
+#: Celery's state -> the job state that storing it sets.
 STATES = {
     states.SUCCESS: State.COMPLETED,
     states.FAILURE: State.DEAD,
@@ -33,7 +33,7 @@ STATES = {
     states.STARTED: State.RUNNING,
 }
 
-#: Celery's word for a job whose result nobody has stored.
+#: Job state -> Celery's state, while the row has no ``status``.
 WORDS = {
     State.SCHEDULED: states.PENDING,
     State.AVAILABLE: states.PENDING,
@@ -47,23 +47,23 @@ WORDS = {
     State.DISCARDED: states.REVOKED,
 }
 
-#: Marks what is no text and therefore kept in base64.
+#: Prefix of a column's text whose rest is binary data in base64.
 BINARY = "base64,"
 
-#: Seconds between two calls of ``on_interval``, at the least.
+#: Shortest time between two calls of ``on_interval``, in seconds.
 SHORTEST_INTERVAL = 0.01
-#: Seconds after which a wait without a limit begins anew.
+#: Longest `Wait.take`, in seconds, when the caller set no timeout; it is called again.
 LONG = 3600.0
 
 
 class KathikonBackend(CanvasBackend):
-    """``result_backend = "kathikon"``: the broker's database. ``kathikon+postgresql://…`` names another one."""
+    """``result_backend = "kathikon"``: results in the broker's database. ``kathikon+postgresql://…`` names another."""
 
     persistent = True
     supports_native_join = True
     supports_result_compression = True
     supports_failure_expires = True
-    is_async = True  # so that sets of results, too, call what `then` was given
+    is_async = True  # only then Celery's ResultSet calls the callbacks given to `then`
 
     def __init__(self, app: Any, url: str | None = None, **kwargs: Any) -> None:
         super().__init__(app=app, url=url, **kwargs)
@@ -72,22 +72,22 @@ class KathikonBackend(CanvasBackend):
 
     @cached_property
     def storage(self) -> Storage:
-        """The database."""
+        """The storage of the results, with its tables."""
         if self._own_url is None:
             storage = Storage.for_app(self.app, setup=False)
         else:
             urls = databases_of([f"kathikon+{self._own_url}"], "result_backend")
             storage = Storage.shared(urls, Settings.load(self.app.conf))
-        storage.database.patiently(lambda again: storage.setup())  # a pool child may begin while the database is away
+        storage.database.patiently(lambda again: storage.setup())  # a pool child may start while the database is away
         return storage
 
     @property
     def supports_autoexpire(self) -> bool:
-        """Whether workers prune the results; what lies beside the broker's database is left to Celery's `cleanup`."""
+        """Whether workers prune the results. In another database than the broker's, Celery calls `cleanup` instead."""
         return self._own_url is None and is_kathikon(broker_of(self.app.conf))
 
     def as_uri(self, include_password: bool = False) -> str:
-        """The URL for people."""
+        """Return the URL, without its password unless *include_password*."""
         if self._own_url is None:
             return "kathikon://"
         return f"kathikon+{self._own_url if include_password else mask(self._own_url)}"
@@ -97,7 +97,7 @@ class KathikonBackend(CanvasBackend):
 
     @cached_property
     def _is_beside(self) -> bool:
-        """Whether it is another database than the broker's, which knows nothing of who holds a job."""
+        """Whether the results are in another database than the broker's, so that no worker holds their rows."""
         return self._own_url is not None and self.storage is not Storage.for_app(self.app, setup=False)
 
     def _hold_by(self, request: Any, task_id: str) -> Hold | None:
@@ -138,13 +138,13 @@ class KathikonBackend(CanvasBackend):
             ending.ends.append(JobEnd(task_id=task_id, hold=hold, state=becomes, written=written, **why))
         elif hold is None:
             results.store_alone(database, task_id, becomes, reason=reason, cause=cause, **written)
-        else:  # what a task says of itself while it runs, be it SUCCESS: its end, and what follows it, is yet to come
+        else:  # update_state() from a running task, even 'SUCCESS', is progress: the real end follows
             results.store(database, hold, State.RUNNING if becomes is State.RUNNING else None, **written)
         return result
 
     def _text(self, value: Any) -> str:
         encoded = self.encode(value)
-        if isinstance(encoded, str) and not encoded.startswith(BINARY):  # as YAML's may
+        if isinstance(encoded, str) and not encoded.startswith(BINARY):  # YAML's text may start with it
             return encoded
         return BINARY + b64encode(ensure_bytes(encoded)).decode()
 
@@ -163,7 +163,7 @@ class KathikonBackend(CanvasBackend):
         return {**self._meta_of(job), "task_id": task_id}
 
     def task_result_exists(self, task_id: str) -> bool:
-        """Whether the table knows the task: true of one that waits in its queue, false of one that was forgotten."""
+        """Whether the task has a row: true while the task waits in its queue, false after `forget`."""
         job = self.storage.fetch(task_id)
         return job is not None and not (job.status == results.FORGOTTEN and job.meta is None)
 
@@ -173,7 +173,7 @@ class KathikonBackend(CanvasBackend):
             word = states.FAILURE
         result, traceback = self._value(job.result), job.traceback
         if job.status is None and word not in states.EXCEPTION_STATES:
-            result = traceback = None  # an earlier run's
+            result = traceback = None  # left by an earlier run
         if word in states.EXCEPTION_STATES and result is None:
             result = error_of(job)
         meta = {"status": word, "result": result, "traceback": traceback, "task_id": job.id, "children": []}
@@ -186,7 +186,7 @@ class KathikonBackend(CanvasBackend):
         self, task_id: str, timeout: float | None = None, interval: float = 0.5, no_ack: bool = True,
         on_interval: Any = None, on_message: Any = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """The meta of the task as soon as it is ready; raises Celery's TimeoutError after *timeout* seconds."""
+        """Return the task's meta when it is ready. Raises Celery's `TimeoutError` after *timeout* seconds."""
         ((_, meta),) = self.get_many([task_id], timeout, interval, no_ack, on_message, on_interval)
         return meta
 
@@ -194,17 +194,17 @@ class KathikonBackend(CanvasBackend):
         self, result: AsyncResult, timeout: float | None = None, interval: float = 0.5, no_ack: bool = True,
         on_message: Any = None, on_interval: Any = None, callback: Any = None, propagate: bool = True,
     ) -> Any:  # fmt: skip
-        """What ``AsyncResult.get`` waits with. Its *on_interval* raises what a task before this one has raised."""
+        """Wait for ``AsyncResult.get``, which passes an *on_interval* that raises the errors of parent tasks."""
         if on_interval is not None:
             on_interval = partial(self._knowing_parents, result, on_interval)
         meta = self.wait_for(result.id, timeout, interval, no_ack, on_interval, on_message)
         result._maybe_set_cache(dict(meta))
         if on_interval is not None and meta["status"] in states.PROPAGATE_STATES:
-            on_interval()  # as with Redis: rather a part's own error than the ChordError that tells of it
+            on_interval()  # as with Redis: a part's own error instead of the ChordError about it
         return result.maybe_throw(propagate=propagate, callback=callback)
 
     def _knowing_parents(self, result: AsyncResult, call: Callable[[], Any]) -> None:
-        """Call *call*, which asks for every task before *result* by itself, and answer it from one query."""
+        """Run *call*, which reads each parent of *result* separately, and answer all its reads from one query."""
         before = [leaf.id for parent in result._parents() for leaf in _leaves(parent) if leaf._cache is None]
         found = {
             job.id: job
@@ -218,10 +218,10 @@ class KathikonBackend(CanvasBackend):
         on_message: Callable[[dict[str, Any]], Any] | None = None, on_interval: Callable[[], Any] | None = None,
         max_iterations: int | None = None, READY_STATES: Any = states.READY_STATES,  # noqa: N803
     ) -> Iterator[tuple[str, dict[str, Any]]]:  # fmt: skip
-        """Id and meta of each task, as they become ready; raises Celery's TimeoutError after *timeout* seconds.
+        """Yield id and meta of each task when it is ready. Raises Celery's `TimeoutError` after *timeout* seconds.
 
-        *on_message* gets the meta of each that is ready, or has news such as its progress.
-        *max_iterations*: how often it is looked for them.
+        *on_message* is called with the meta of each task that is ready, or has news such as progress.
+        *max_iterations*: return after so many calls of `Wait.take`.
         """
         self._ensure_not_eager()
         deadline = None if timeout is None else monotonic() + timeout
@@ -260,7 +260,7 @@ class KathikonBackend(CanvasBackend):
         self, result: ResultSet, timeout: float | None = None, interval: float = 0.5, no_ack: bool = True,
         on_message: Any = None, on_interval: Any = None,
     ) -> Iterator[tuple[str, Any]]:  # fmt: skip
-        """Id and meta of each member as it becomes ready; of a group in the group its members, when all are."""
+        """Yield id and meta of each member when it is ready; for a nested group its id and results, when all are."""
         self._ensure_not_eager()
         owners: dict[str, list[tuple[AsyncResult, _Member]]] = {}
         for one in result.results:
@@ -300,7 +300,7 @@ class KathikonBackend(CanvasBackend):
         results.delete_group(self.storage.database, group_id)
 
     def cleanup(self) -> None:
-        """Delete what is older than its retention; where `supports_autoexpire`, workers do it unasked."""
+        """Delete results and groups older than their retention. With `supports_autoexpire` the workers do it."""
         while self.storage.prune():
             pass
         kept = self.storage.settings.retention_for(State.COMPLETED)
@@ -308,12 +308,12 @@ class KathikonBackend(CanvasBackend):
             prune.old_groups(self.storage.database, kept)
 
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
-        """Whether the database was away."""
+        """Whether *exc* says that the database was away."""
         return is_lost(exc)
 
 
 class _Member:
-    """A member of a set of results, and the ids of the tasks for which it still waits."""
+    """A member of a `ResultSet`, and the ids of its tasks that are not ready."""
 
     def __init__(self, result: Any, waits_for: set[str]) -> None:
         self.result = result
@@ -333,7 +333,7 @@ def _leaves(result: Any) -> Iterator[AsyncResult]:
 
 
 def _type_and_arguments(result: Any) -> tuple[str, tuple[Any, ...]]:
-    """Name and arguments of a failure's exception as a result serializer takes it; an empty name for what is none."""
+    """Return type name and arguments of an exception or a serialized exception; an empty name for other values."""
     if isinstance(result, BaseException):
         return type(result).__name__, result.args
     if isinstance(result, dict) and "exc_type" in result:
@@ -350,7 +350,7 @@ _EXCEPTIONS: Mapping[Cause, type[Exception]] = {
 
 
 def error_of(job: Job) -> Exception:
-    """The exception of a job that ended without a result of its own, whoever tells of it first."""
+    """Return the exception for a job that ended without a stored result."""
     if job.cause is Cause.UNREGISTERED:
         return NotRegistered(job.task)  # type: ignore[no-any-return]
     by_state = TaskRevokedError if job.state in (State.CANCELLED, State.DISCARDED) else Exception
@@ -362,15 +362,15 @@ _CAUSES = {"Reject": Cause.REJECTED, "TimeLimitExceeded": Cause.TIME_LIMIT, "Wor
 
 
 def _cause(result: Any) -> Cause:
-    """Why the task failed or was revoked, by the exception that Celery stores."""
+    """Return why the task failed or was revoked, from the exception that Celery stores."""
     kind, arguments = _type_and_arguments(result)
-    if kind == "TaskRevokedError":  # with Celery's word for why
+    if kind == "TaskRevokedError":  # its argument is Celery's reason
         return Cause.EXPIRED if arguments[:1] == ("expired",) else Cause.REVOKED
     return _CAUSES.get(kind, Cause.RAISED)
 
 
 def _reason(result: Any) -> str:
-    """A failure in one line: the exception's type and message, or Celery's word for why a task was revoked."""
+    """Return a failure in one line: the exception's type and arguments, or Celery's reason for a revocation."""
     kind, arguments = _type_and_arguments(result)
     if kind == "TaskRevokedError":
         return str(arguments[0] if arguments else "revoked")

@@ -1,7 +1,7 @@
-"""Canvas: what a task's end brings with it. Chords count rows, and who ends the last part sends the body.
+"""Canvas: what follows a task's end. A chord counts its parts' rows; the process that ends the last one sends the body.
 
-All that Celery does at the end of a task (store the result, send callbacks and the rest of the chain, fail what was to
-follow, count the chord) is collected, and then written in one transaction: see ``storage/settle.py``.
+What Celery does at the end of a task (store the result, send callbacks and the rest of the chain, fail its successors,
+count the chord) is collected, and then written in one transaction: see ``storage/settle.py``.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ _NOTHING = dict.fromkeys(("status", "result", "traceback", "meta"))
 
 
 def hold_by(request: Any, task_id: str) -> Hold | None:
-    """How the worker holds the job that *request* is about; `None` for another task's, or one that ran elsewhere."""
+    """Return the claim in *request*'s delivery tag; `None` for another task's request, or without such a tag."""
     if getattr(request, "id", None) != task_id:
         return None
     return Hold.of_tag((getattr(request, "properties", None) or {}).get("delivery_tag"))
 
 
 class CanvasBackend(Backend):
-    """The part of the result backend that sees to what follows a task."""
+    """The part of the result backend that handles callbacks, chains and chords."""
 
     @property
     def storage(self) -> Storage:
-        """The database."""
+        """The storage of the results."""
         raise NotImplementedError
 
     def _text(self, value: Any) -> str:
@@ -63,29 +63,29 @@ class CanvasBackend(Backend):
     def mark_as_done(
         self, task_id: str, result: Any, request: Any = None, store_result: bool = True, *args: Any, **kwargs: Any
     ) -> None:
-        """Store the result, publish what follows the task, and count it in its chord, in one transaction."""
+        """Store the result, publish what follows the task, and count the task in its chord, in one transaction."""
         if not store_result and not (request and request.chord) and outbox.current(self.storage.database) is None:
-            return  # nothing of all that
+            return  # no result, no chord, nothing collected: nothing to write
         with self._ending(task_id, request, State.COMPLETED):
             super().mark_as_done(task_id, result, request, store_result, *args, **kwargs)
 
     def mark_as_failure(
         self, task_id: str, exc: Any, traceback: Any = None, request: Any = None, *args: Any, **kwargs: Any
     ) -> None:
-        """Store the failure, publish the errbacks, and fail what was to follow, in one transaction."""
+        """Store the failure, publish the errbacks, and fail the tasks that were to follow, in one transaction."""
         if outbox.scope().bodies is None:
-            outbox.take(self.storage.database)  # what was to follow a success
+            outbox.take(self.storage.database)  # drop what was collected to follow a success
         with self._ending(task_id, request, State.DEAD):
             super().mark_as_failure(task_id, exc, traceback, request, *args, **kwargs)
 
     def mark_as_revoked(self, task_id: str, reason: str = "", request: Any = None, *args: Any, **kwargs: Any) -> None:
-        """Store that the task was revoked, and count it in its chord, in one transaction."""
+        """Store that the task was revoked, and count the task in its chord, in one transaction."""
         with self._ending(task_id, request, State.CANCELLED):
             super().mark_as_revoked(task_id, reason, request, *args, **kwargs)
 
     @contextmanager
     def _ending(self, task_id: str, request: Any, state: State) -> Iterator[None]:
-        if outbox.scope().bodies is not None:  # a body that fails with its header: a part of the end that is under way
+        if outbox.scope().bodies is not None:  # a body fails with its header, while the header's end is collected
             yield
             return
         database, hold = self.storage.database, self._hold_by(request, task_id)
@@ -96,7 +96,8 @@ class CanvasBackend(Backend):
             is_stored = any(end.task_id == task_id for end in ending.ends)
             if hold is not None and not is_stored and (ending.jobs or ending.parts):
                 ending.ends.insert(0, JobEnd(task_id=task_id, hold=hold, state=state, written=_NOTHING))
-            # What stores no result is reported once more by the worker, which would make up for the end alone.
+            # The worker reports an end without a result too. After a server crash that report would restore the end
+            # alone: so it is on disk.
             if not self._settle(ending, on_disk=not is_stored) and not outbox.scope().is_reported:
                 logger.warning(
                     "Kathikon: job %s had ended, or had been given to others, before it ended here;"
@@ -119,7 +120,7 @@ class CanvasBackend(Backend):
                         send()
                 return is_ours
             except Incomplete as complete:
-                # What sends a body is Celery's and the user's code: it runs while no transaction is open.
+                # Sending a body runs Celery's and the user's code: no transaction is open meanwhile.
                 for header in complete.headers:
                     with outbox.into(database, TaskEnd()) as prepared[header.chord]:
                         self._send_body(header, known[header.chord])
@@ -127,10 +128,10 @@ class CanvasBackend(Backend):
     # --- chords
 
     def apply_chord(self, header_result_args: Any, body: Any, **kwargs: Any) -> None:
-        """Enter the chord and its parts; called by Celery before it sends the header."""
+        """Insert the chord and its parts. Celery calls this before it sends the header."""
         self.ensure_chords_allowed()
         name_group(body, header_result_args[0])
-        if isinstance(header_result_args[1], _regen):  # a header that is made as it is sent
+        if isinstance(header_result_args[1], _regen):  # a generator, consumed while the header is sent
             chords.open(self.storage.database, header_result_args[0], [], None)
             return
         result = self.app.GroupResult(*header_result_args)
@@ -140,15 +141,15 @@ class CanvasBackend(Backend):
         chords.open(self.storage.database, result.id, parts, structure)
 
     def set_chord_size(self, group_id: str, chord_size: int) -> None:
-        """Say how many parts a chord has; called by Celery before it sends the last of them."""
+        """Set the number of a chord's parts. Celery calls this before it sends the last part."""
         chords.set_size(self.storage.database, group_id, chord_size)
 
     def add_to_chord(self, chord_id: str, result: Any) -> None:
-        """Say that a chord has one part more, which one of its parts is about to send."""
+        """Raise the number of a chord's parts by one: one of the parts is about to send another."""
         chords.add_part(self.storage.database, chord_id)
 
     def on_chord_part_return(self, request: Any, state: str, result: Any, **kwargs: Any) -> None:
-        """Count a part that has ended; the last one sends the chord's body."""
+        """Count a part that has ended; the last part sends the chord's body."""
         chord, task_id = request.group, request.id
         if not chord or not task_id or not request.chord:
             return
@@ -170,7 +171,7 @@ class CanvasBackend(Backend):
         ending.parts.append(part)
 
     def _send_body(self, header: Header, body: Any) -> None:
-        """Send the body with what the header has returned, or fail it with what a part has raised."""
+        """Send the body with the header's results, or fail the body with the error of a part."""
         for part in header.parts:
             if not part.succeeded:
                 cause = self.exception_to_python(self._value(part.result))
@@ -191,7 +192,7 @@ class CanvasBackend(Backend):
         error = ChordError(message)
         error.__cause__ = cause
         self.chord_error_from_stack(body, error)
-        # Celery says nothing of it to the chord that the body is a part of, which would wait for ever.
+        # If the body is a part of another chord, Celery does not count it there: that chord would wait for ever.
         for task in _last_tasks(body):
             options = task.options
             request = Context(id=options.get("task_id"), group=options.get("group_id"), chord=options.get("chord"))
@@ -200,7 +201,7 @@ class CanvasBackend(Backend):
 
 
 def _last_tasks(signature: Any) -> Iterator[Any]:
-    """The tasks whose results are those of the signature."""
+    """Yield the tasks whose results are the results of *signature*."""
     if isinstance(signature, group):
         for one in signature.tasks:
             yield from _last_tasks(one)

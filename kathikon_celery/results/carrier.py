@@ -1,4 +1,4 @@
-"""A result that travels with the end of its task to the worker's main process, which writes many in one transaction."""
+"""Return values that travel with the end of their tasks to the worker's main process, which writes many at once."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from kathikon_celery.job import Hold
 from kathikon_celery.publish import outbox
 from kathikon_celery.storage.settle import JobEnd, TaskEnd
 
-#: The property of a message whose result is to travel so: others wait behind it, and time is scarcer than haste.
+#: Message property, set when jobs queue behind this one: write its result in the worker's next batch, not by itself.
 CARRIED = "kathikon_carried"
-#: Characters of a result up to which it travels; what is longer is written where it is.
+#: Longest result that travels, in characters; the process that ran the task writes a longer one itself.
 LONGEST = 100_000
 
 
 class Carrier:
-    """Takes at most one end: that of the job that is held under *hold*, where that *travels*.
+    """A context that keeps the end of the job held under *hold*, instead of its being written, if it *travels*.
 
-    Whoever runs a block with it as the context takes to the main process what there is of the end of the job.
+    After the block its caller sends `end` or `is_written` to the main process.
     """
 
     def __init__(self, hold: Hold | None, travels: bool = True) -> None:
         self.hold = hold
         self.travels = travels
         self.end: JobEnd | None = None
-        #: The job's row has got its end.
+        #: Whether the end is on the job's row.
         self.is_written = False
 
     def __enter__(self) -> Carrier:
@@ -36,7 +36,7 @@ class Carrier:
 
 
 def carry(ending: TaskEnd) -> bool:
-    """Whether *ending* travels; not if more belongs to it than a return value, which must be written with it."""
+    """Keep *ending* in the current `Carrier`, if it travels and is a return value alone; return whether it is kept."""
     carrier = outbox.scope().carrier
     if carrier is None or not carrier.travels or ending.after or not ending.is_return:
         return False
@@ -50,19 +50,19 @@ def carry(ending: TaskEnd) -> bool:
 
 
 def written(ending: TaskEnd) -> None:
-    """Note that *ending* is written, so that the main process need not report its task."""
+    """Note that *ending* is written, so that the main process does not report its task."""
     carrier = outbox.scope().carrier
     if carrier is not None and ending.ends and ending.ends[0].hold == carrier.hold is not None:
         carrier.is_written = True
 
 
 class Carried(str):  # noqa: SLOT000 (it has an attribute)
-    """What Celery makes of a return value for its log, with what is to be *written* of it; `None`: it is."""
+    """Celery's log text of a return value, with the columns still to be *written*; `None`: they are written."""
 
     written: dict[str, str | None] | None
 
     def __new__(cls, text: str, written: dict[str, str | None] | None) -> Carried:
-        """Make one of the *text*."""
+        """Return *text* with the attribute *written*."""
         self = super().__new__(cls, text)
         self.written = written
         return self

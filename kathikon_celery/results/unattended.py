@@ -1,7 +1,7 @@
-"""Tells of jobs that have ended without a run: their processes were lost too often, they expired, they were given up.
+"""Handles jobs that ended without a run: their processes were lost too often, or they expired, or were given up.
 
-Nobody was there to call their errbacks, to fail what was to follow them, or to count them in their chords: it is done
-here, as Celery does it for a task that failed.
+`tell` calls their errbacks, fails the tasks that were to follow them, and counts them in their chords, as Celery does
+for a task that failed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def tell(app: Celery, storage: Storage) -> None:
-    """Tell of all that is unreported. Of several workers that do so at once, one writes each end."""
+    """Handle up to 100 unreported jobs. Several workers may do so at once; each end is written by one of them."""
     with storage.database.read() as connection:
         unreported = finish.unreported(connection)
     for job in unreported:
@@ -42,7 +42,7 @@ def tell(app: Celery, storage: Storage) -> None:
 
 
 def _request_of(job: Job) -> Context:
-    """The request as the task would have seen it; without what follows, where its message cannot be read."""
+    """Return the request as the task would have seen it; without its callbacks if the message cannot be read."""
     request: dict[str, Any] = {"id": job.id, "task": job.task, "group": job.group_id}
     request["delivery_info"] = {"routing_key": job.queue}
     try:

@@ -1,7 +1,7 @@
-"""Waiting for results: all threads of a process that wait share one listening connection to a database, and no thread.
+"""Waiting for results: all waiting threads of a process share one listening connection, without a thread for it.
 
-One of the threads that wait listens and looks for all of them; when it has what it waits for, it hands that over to
-another one. A look asks for all that may be ready in one query.
+One of the waiting threads, the leader, listens and queries for all of them. When the leader has its own results,
+another waiting thread becomes the leader. One query asks for all jobs that may be ready.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from kathikon_celery.storage.scan_start import cooldown
 
 logger = logging.getLogger(__name__)
 
-#: Pauses between the first looks, in seconds: nobody was called for what ended while it was entered.
+#: Delays (s) of re-checks after entering a wait: an end committed concurrently did not see the wait and sent no NOTIFY.
 DOUBTS = (0.002, 0.02, 0.2, 1.0)
-#: Seconds that a call is left unanswered for each of the results that its hearer still waits for, and the longest such.
+#: Batching delay per pending result, and its maximum, in seconds: answer several NOTIFYs with one query.
 LINGER, LONGEST_LINGER = 0.0005, 0.1
-#: Results up to which no call is left unanswered.
+#: Up to so many pending results there is no batching delay.
 FEW = 4
-#: Longest time, in seconds, that a call is left unanswered after calls that were none for its hearer.
+#: Upper bound (seconds) of the delay before re-querying after NOTIFYs that turned out to be for other waiters.
 VAIN = 0.008
 #: Seconds between two attempts to reach a database that is away.
 PAUSE = 0.2
-#: Seconds without the database after which whoever waits gives up with its error.
+#: Seconds without the database after which waiting raises its error.
 GIVE_UP = 30.0
-#: Seconds after which a thread that waits sees for itself whether anybody listens.
+#: Seconds after which a waiting thread checks whether there is a leader.
 CHECK = 1.0
 
 
@@ -49,17 +49,17 @@ class Wait:
     """One caller's wait for the results of some jobs. A context manager; used by one thread at a time.
 
     Arguments:
-        database: where they are stored.
-        ids: of the jobs.
-        interval: seconds after which it is looked for results of which no call was heard.
-        news: whether unfinished jobs are of interest as well, as often as they have changed.
+        database: where the results are stored.
+        ids: the jobs' ids.
+        interval: seconds between two queries without a wake-up, at the least.
+        news: also take unfinished jobs, each time that they have changed.
     """
 
     def __init__(self, database: Database, ids: Iterable[str], interval: float, news: bool = False) -> None:
         self.database = database
         self.interval = interval
         self.news = news
-        #: By their keys, the ids of the jobs that are not ready.
+        #: Key -> id of each job that is not ready.
         self.open = {key(job_id): job_id for job_id in ids}
         self._keys = list(self.open)
         self._desk: Desk | None = None
@@ -67,7 +67,7 @@ class Wait:
         self._arrived: list[Job] = []
         self._event = threading.Event()
         self._sleeps = False
-        self._is_known = False  # somebody has looked
+        self._is_known = False  # whether the jobs were queried since `_join`
         self._doubts: list[float] = []
         self._looked = 0.0
         self._vain = 0
@@ -82,7 +82,7 @@ class Wait:
         self.close()
 
     def close(self) -> None:
-        """Wait no longer."""
+        """Stop waiting."""
         desk, self._desk = self._desk, None
         if desk is not None and desk is _desks.get(self.database):
             desk.leave(self)
@@ -93,9 +93,9 @@ class Wait:
         return not self.open and not self._arrived  # in this order: see `deliver`
 
     def take(self, timeout: float) -> list[Job]:
-        """The results that have come since the last call, as soon as there are some; none after *timeout* seconds.
+        """Return the results that have come since the last call. Waits up to *timeout* seconds for the first one.
 
-        Raises the database's error where nobody could look in that time, and when it has been away for `GIVE_UP`.
+        Raises the database's error when no query has succeeded by then, or when it has been away for `GIVE_UP` seconds.
         """
         until = monotonic() + timeout
         desk = self._join()
@@ -114,7 +114,7 @@ class Wait:
             desk = self._join()
 
     def _join(self) -> Desk:
-        """Enter at the desk of this process; that is another one after a fork."""
+        """Join, and return, the desk of this process. After a fork that is a new desk."""
         desk = _desk_of(self.database)
         if desk is not self._desk:
             self._desk, self._is_known, self._all_due = desk, False, 0.0
@@ -124,11 +124,11 @@ class Wait:
 
     @property
     def due(self) -> float:
-        """Monotonic time of the next look."""
+        """Monotonic time of the next query."""
         return min(self._all_due, self._named_due)
 
     def called(self, name: str | None = None) -> None:
-        """The job of that key may be ready, or any."""
+        """Note that the job with the key *name* may be ready, or with `None` any job."""
         now = monotonic()
         patience = min(LINGER * len(self.open), LONGEST_LINGER) if len(self.open) > FEW else 0.0
         if self._vain:
@@ -142,15 +142,15 @@ class Wait:
         self._named_due = min(self._named_due, max(now, self._looked + patience))
 
     def lost(self) -> None:
-        """A look has failed."""
+        """Note that a query has failed: all jobs are due again."""
         self._all_due = 0.0
 
     def wanted(self, now: float) -> list[str]:
-        """The keys that are worth a look."""
+        """Return the keys to query for at the monotonic time *now*."""
         return list(self.open) if self._all_due <= now else [name for name in self._named if name in self.open]
 
     def looked(self, now: float, took: float) -> None:
-        """What was `wanted` has been looked for, and delivered."""
+        """Note that the query for the `wanted` keys began at *now* and *took* so many seconds."""
         self._vain = 0 if self._arrived or not self._is_known else self._vain + 1
         if self._all_due <= now:
             self._all_due = now + max(self.interval, cooldown(took))
@@ -160,7 +160,7 @@ class Wait:
         self._looked, self._is_known = now, True
 
     def deliver(self, name: str, job: Job) -> bool:
-        """Take what was found of the job of that key; whether it is ready."""
+        """Take *job*, as found for the key *name*; return whether its result is ready."""
         job = replace(job, id=self.open[name])
         is_ready = result_listeners.is_ready(job)
         if not is_ready and self.news:
@@ -169,7 +169,7 @@ class Wait:
                 return False
             self._seen[name] = seen
         self._arrived.append(job)
-        if is_ready:  # after it has arrived: who sees nothing open must see what has arrived (`is_over`)
+        if is_ready:  # after the append: a thread that sees no open job must see the arrived one (`is_over`)
             del self.open[name]
             self._seen.pop(name, None)
         self._event.set()
@@ -177,11 +177,11 @@ class Wait:
 
 
 class Desk:
-    """Where those of this process who wait for results of one database are known."""
+    """All `Wait`s of this process for results of one database."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        #: The error of the last look, if the database was away then.
+        #: The error of the last query, if the database was away then.
         self.loss: Exception | None = None
         self._lost_since = 0.0
         self._number = getrandbits(62)
@@ -189,14 +189,14 @@ class Desk:
         self._waits: dict[Wait, None] = {}
         self._by_key: dict[str, list[Wait]] = {}
         self._entered: set[str] = set()
-        self._ended: set[str] = set()  # who ended them has removed what was entered, and called
+        self._ended: set[str] = set()  # the statement that ended these deleted our entries and notified us
         self._leader: Wait | None = None
         self._wakeup: Wakeup | None = None
         self._next_look = 0.0
         database.on_close.append(self.close)
 
     def join(self, wait: Wait) -> None:
-        """*wait* waits from now on."""
+        """Add *wait*, and listen."""
         with self.lock:
             if self._wakeup is None:
                 self._wakeup = self.database.hearing(self._number)
@@ -207,7 +207,7 @@ class Desk:
                 self._by_key.setdefault(name, []).append(wait)
 
     def leave(self, wait: Wait) -> None:
-        """*wait* waits no longer."""
+        """Remove *wait*, and its entries that no other wait needs."""
         with self.lock:
             self._waits.pop(wait, None)
             for name in wait.open:
@@ -216,7 +216,7 @@ class Desk:
             self._entered.difference_update(left)
             self._ended.difference_update(wait._keys)
         if left:
-            with suppress(Exception):  # the database is away: the pruner will do it
+            with suppress(Exception):  # the database is away: the pruner will delete the entries
                 result_listeners.leave(self.database, left, self._number)
 
     def _forget(self, name: str, wait: Wait) -> None:
@@ -227,7 +227,7 @@ class Desk:
             self._by_key.pop(name, None)
 
     def wait(self, wait: Wait, until: float) -> None:
-        """Sleep until something has come for *wait*, or it is time; listen for the others meanwhile, if nobody does."""
+        """Sleep until a result has come for *wait*, or until the monotonic time *until*; lead if no thread leads."""
         try:
             while not wait._arrived and (left := until - monotonic()) > 0:
                 with self.lock:
@@ -255,7 +255,7 @@ class Desk:
                         self._leader._event.set()
 
     def _lead(self, wait: Wait, until: float) -> None:
-        """Listen and look for everybody, until something has come for *wait*, or it is time."""
+        """Listen and query for all waits; end as `wait` does."""
         assert self._wakeup is not None
         while not wait._arrived:
             now = monotonic()
@@ -276,7 +276,7 @@ class Desk:
     def _hear(self, wakeup: Wakeup) -> None:
         named, wakeup.named = wakeup.named, []
         with self.lock:
-            if wakeup.called_all:  # or it has begun to listen only now: the table may have forgotten us
+            if wakeup.called_all:  # also after a reconnect: our entries may have been deleted meanwhile
                 self._entered.clear()
                 for wait in self._waits:
                     wait.called()
@@ -298,7 +298,7 @@ class Desk:
                         wait.called(name)
 
     def look(self, these: list[Wait]) -> None:
-        """See what has become of that for which *these* wait. A database that is away is borne with for a while."""
+        """Query for the jobs of *these* waits. A lost database is an error only after `GIVE_UP` seconds."""
         now = monotonic()
         with self.lock:
             wanted = {name: None for wait in these for name in wait.wanted(now)}
@@ -309,7 +309,7 @@ class Desk:
             self._ended.difference_update(known)
         try:
             found = result_listeners.enter(self.database, unknown, self._number) if unknown else []
-            there = [job.id for job in found]  # there was nothing to enter for them
+            there = [job.id for job in found]  # ready already: nothing was entered for them
             found += result_listeners.look(self.database, known) if known else []
             found += result_listeners.look(self.database, news, ready=False) if news else []
         except BaseException as error:
@@ -332,7 +332,7 @@ class Desk:
                 wait.looked(now, monotonic() - now)
 
     def _hand_over(self, job: Job) -> None:
-        """Give *job*, whose id is its key, to all who wait for it."""
+        """Give *job*, whose id is its key, to all waits for it."""
         for wait in list(self._by_key.get(job.id, ())):
             if job.id in wait.open and wait.deliver(job.id, job):
                 self._forget(job.id, wait)
@@ -349,7 +349,7 @@ class Desk:
             raise self.database.explain(error) from error
 
     def close(self) -> None:
-        """Listen no longer, unless somebody waits."""
+        """Stop listening, unless there are waits."""
         with self.lock:
             if self._waits:
                 return
@@ -364,7 +364,7 @@ class Desk:
 
 _desks: WeakKeyDictionary[Database, Desk] = WeakKeyDictionary()
 _desks_lock = threading.Lock()
-#: The desks of the process that this one was forked from: their connections are not ours to close.
+#: In a forked process the parent's desks, kept so that nothing closes their connections here.
 _parents: list[Desk] = []
 
 
@@ -387,7 +387,7 @@ def _after_fork_in_child() -> None:
 
 
 def close_all() -> None:
-    """Listen no longer as this process ends."""
+    """Close all desks at the end of this process."""
     for desk in list(_desks.values()):
         desk._waits.clear()
         desk.close()
