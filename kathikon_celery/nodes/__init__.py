@@ -1,1 +1,1 @@
-"""Processes as nodes: this one's own row and lease, and the rescue of what dead ones held."""
+"""Processes as nodes: the row and lease of this process, and the return of the jobs that dead nodes held."""

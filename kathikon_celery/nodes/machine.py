@@ -13,7 +13,7 @@ import psutil
 
 @cache
 def machine() -> str:
-    """What process ids are unique in: this host since its boot, and on Linux the namespace of process ids."""
+    """Return a name of what process ids are unique in: host, boot, and on Linux the namespace of process ids."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{platform.node()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -21,7 +21,7 @@ def machine() -> str:
 
 
 def is_running(pid: int, started: float) -> bool:
-    """Whether the process of this machine that had this id and start time still runs."""
+    """Whether the process *pid* of this machine, started at *started* (epoch seconds), still runs."""
     try:
         process = psutil.Process(pid)
         return abs(process.create_time() - started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE

@@ -1,8 +1,8 @@
-"""Finds the nodes that are dead, and returns what they held; and the queues that nobody uses any more, which go.
+"""Finds dead nodes, and gives back the jobs that they held. Deletes unused queues as well.
 
-A node of this machine is dead when its process is gone. A node elsewhere is dead when the lock that its connection held
-is free and it does not come back; any node is, when its lease has run out. The last two are believed only by one that
-has itself held its lease for long enough without a gap: when the database was away, everybody's lease has run out.
+A node on this machine is dead when its process is gone. A node on another machine is dead when its lock stays free and
+its lease is not renewed for `GRACE` seconds. Any node is dead when its lease has run out. The last two count only if
+this node has held its own lease for long enough without a gap: after an outage of the database all leases have run out.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from kathikon_celery.storage.nodes import Node
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that a node whose lock is free has for coming back.
+#: Seconds in which a node whose lock is free has to renew its lease.
 GRACE = 3.0
-#: Seconds between two looks for what dead nodes hold: a claim may be committed just after its node was removed.
+#: Seconds between two looks for rows that removed nodes hold: a claim may be committed just after the removal.
 ORPHANS = 10.0
 
 
 class Observer(Protocol):
-    """The node that looks at the others: a `kathikon_celery.nodes.own.OwnNode`."""
+    """The node that watches the others: a `kathikon_celery.nodes.own.OwnNode`."""
 
     id: int
 
     @property
     def lease(self) -> float:
-        """Seconds after which a node that was silent is taken for dead."""
+        """Seconds without renewal after which a node is taken for dead."""
 
     @property
     def unbroken(self) -> float:
@@ -39,33 +39,33 @@ class Observer(Protocol):
 
 
 class Watch:
-    """What one node knows of the others.
+    """What this node knows of the others.
 
     Arguments:
         storage: the database.
-        presence: the node.
+        presence: this node.
     """
 
     def __init__(self, storage: Storage, presence: Observer) -> None:
         self.storage = storage
         self.own_node = presence
         self._prune_at = self._orphans_at = monotonic()
-        #: Since when a node's lock is free, and the end of its lease then, both in monotonic time.
+        #: Node id -> since when its lock is free, and when its lease would end then, both in monotonic time.
         self._unlocked: dict[int, tuple[float, float]] = {}
         self._others: list[Node] = []
 
     def asks(self) -> dict[str, Any]:
-        """The parameters of the question ``is_amiss`` (see `storage.outlook`)."""
+        """Return the parameters of the question ``is_amiss`` (see `storage.idle_query`)."""
         known = [self.own_node.id, *(node.id for node in self._others)]
         return {"node": self.own_node.id, "machine": machine(), "known": known}
 
     def is_calm(self) -> bool:
-        """Whether there is nothing to look for, given that nothing is amiss."""
+        """Whether no `look` is needed, if the database finds nothing amiss."""
         self._unlocked.clear()
         return all(node.machine != machine() or is_running(node.pid, node.pid_started) for node in self._others)
 
     def look(self) -> None:
-        """Look at all others once."""
+        """Look once for dead nodes, rows that removed nodes hold, and unused queues."""
         with self.storage.database.read() as connection:
             others = self._others = nodes.others(connection, self.own_node.id)
             suspects = [node for node in others if node.machine != machine()]
@@ -79,18 +79,18 @@ class Watch:
         topology.delete_unused(self.storage.database)
 
     def try_to_look(self) -> None:
-        """`look`, and delete messages whose time is over every ``kathikon_prune_interval``; errors are only logged."""
+        """`look`, and delete expired messages every ``kathikon_prune_interval`` seconds; log errors."""
         try:
             self.look()
             if monotonic() >= self._prune_at:
                 self._prune_at = monotonic() + self.storage.settings.prune_interval
                 prune.expired_messages(self.storage.database)
         except Exception as error:
-            if not is_lost(error):  # of a lost database the lease's renewal says enough
+            if not is_lost(error):  # the renewal of the lease logs a lost database
                 logger.exception("Kathikon: the other nodes could not be looked at")
 
     def _is_dead(self, node: Node, unlocked: bool) -> str | None:
-        """Why the node is dead; `None` while it may be alive."""
+        """Return why the node is dead; `None` while it may be alive."""
         if node.machine == machine() and not is_running(node.pid, node.pid_started):
             return "its process is gone"
         if node.lease <= 0 and self.own_node.unbroken >= self.own_node.lease:
@@ -100,7 +100,7 @@ class Watch:
             return None
         now = monotonic()
         since, until = self._unlocked.setdefault(node.id, (now, now + node.lease))
-        if now + node.lease > until + 0.5:  # renewed: it has only lost its connection
+        if now + node.lease > until + 0.5:  # renewed: the node has only lost its connection
             self._unlocked[node.id] = (now, now + node.lease)
         elif now - since >= GRACE and self.own_node.unbroken >= GRACE:
             return "its connection is gone"

@@ -1,4 +1,4 @@
-"""This process among the nodes of a database: its row, its lease, and the lock that tells others of its death."""
+"""This process as a node of a database: its row, its lease, and the lock that becomes free at its death."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ _all_lock = threading.Lock()
 
 
 class OwnNode:
-    """A node: entered when this process first consumes, renewed by a thread of its own, removed at the end.
+    """A node: registered when this process first consumes, renewed by a thread of its own, removed at the end.
 
     Arguments:
-        storage: the database it is a node of.
-        name: for people; a worker's node name.
+        storage: the database.
+        name: shown in logs; a worker's node name.
     """
 
     def __init__(self, storage: Storage, name: str) -> None:
         self.storage = storage
         self.name = name
         self.id = 0
-        #: Called, in the lease's thread, when the others took this node for dead and it came back under a new id.
+        #: Called with the old and the new id, in the lease's thread, after other nodes took this one for dead.
         self.on_reborn: list[Callable[[int, int], None]] = []
-        #: What each consumer of this process holds, as it knows. What nobody knows of may be given back, so while one
-        #: of them claims or reports, which is between the database and its own books, the others wait.
+        #: For each consumer of this process a function that returns the claims it knows of. A claim that none knows of
+        #: may be given back, so a consumer holds the lock `claiming` while it claims or reports.
         self.holds: list[Callable[[], set[Hold]]] = []
         self.claiming = threading.Lock()
-        #: Whether a worker's lifeline and pruner are at work here. Otherwise this node looks after the others itself,
+        #: Whether a worker's lifeline and pruner run in this process. Otherwise the lease's thread watches the others,
         #: so that plain kombu programs need no worker beside them.
         self.is_watched = False
         self._users = 0
@@ -60,18 +60,18 @@ class OwnNode:
         self._is_lost = False  # a renewal has found no row of ours
 
     def _replaced(self) -> None:
-        """No row is ours, and our number will be another node's: the lease's thread gets a new one."""
+        """The database was replaced: another node may get our id, so the lease's thread registers a new one."""
         self.id, self._is_lost = 0, True
 
     @classmethod
     def of(cls, storage: Storage) -> OwnNode:
-        """The one presence of this process on a database."""
+        """Return the only `OwnNode` of this process on *storage*."""
         with _all_lock:
             return _all.setdefault((os.getpid(), storage), cls(storage, f"{os.getpid()}@{platform.node()}"))
 
     @property
     def lease(self) -> float:
-        """Seconds after which a node that was silent is taken for dead."""
+        """Seconds without renewal after which a node is taken for dead."""
         return self.storage.settings.lease
 
     @property
@@ -80,7 +80,7 @@ class OwnNode:
         return monotonic() - self._since if self._since is not None else 0.0
 
     def enter(self) -> None:
-        """Become a node, or count one more user of it. Raises the database's error when it is away."""
+        """Register the node, or count one more user of it. Raises the database's error when that is away."""
         with _all_lock:
             if not self._users:
                 if self._replaced not in self.storage.database.on_replaced:
@@ -92,7 +92,7 @@ class OwnNode:
             self._users += 1
 
     def leave(self) -> None:
-        """One user less; the last one removes the node and returns what it held."""
+        """Count one user less; the last one removes the node and gives back what it held."""
         with _all_lock:
             self._users -= 1
             if self._users:
@@ -101,29 +101,29 @@ class OwnNode:
             thread, self._thread = self._thread, None
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout=5)
-        with suppress(Exception):  # the others return it when the lease is over
+        with suppress(Exception):  # other nodes give it back when the lease has run out
             nodes.remove(self.storage.database, self.id)
 
     @staticmethod
     def leave_all() -> None:
-        """Remove this process's nodes as it ends; what a program has not closed itself is returned at once."""
+        """Remove this process's nodes at its end, so that what a program left unclosed is given back at once."""
         for (pid, _), presence in list(_all.items()):
             if pid == os.getpid() and presence._users:
                 presence._users = 1
                 presence.leave()
 
     def is_due(self, within: float = 0.0) -> bool:
-        """Whether the lease is to be renewed within so many seconds."""
+        """Whether the lease is to be renewed in the next *within* seconds."""
         return self._is_lost or monotonic() + within >= self._renewed + self.lease / 4
 
     def renew_by(self, statement: Callable[[int, float], T | None]) -> T | None:
-        """Renew the lease by *statement*(id, seconds); its answer.
+        """Renew the lease by *statement*(node id, lease in seconds), and return its answer.
 
-        That is `None` when the node was taken for dead: the lease's thread then comes back as another one.
+        `None`: the node was taken for dead. The lease's thread then registers a new one.
         """
         now = monotonic()
         if now - self._renewed > self.lease:
-            self._since = now  # and not after the statement: by then others may have been looked at
+            self._since = now  # before the statement: another thread may look at the other nodes meanwhile
         answer = statement(self.id, self.lease)
         self._is_lost = answer is None
         if answer is not None:

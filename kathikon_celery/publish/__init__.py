@@ -1,1 +1,1 @@
-"""How a task becomes a row: what it says in the table, and where its publication goes."""
+"""How a task becomes a row: what the row says, and which transaction writes it."""

@@ -1,4 +1,4 @@
-"""Many tasks in few transactions: what is sent within a block is collected, and written in chunks."""
+"""Many tasks in few transactions: the tasks that are sent within a block are collected, and written in chunks."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from kathikon_celery.storage import Storage
 
 
 class Chunks:
-    """What was sent within a block and is not written yet: by storage, and there by the jobs' ids."""
+    """The jobs that were sent within a block and are not written yet."""
 
     def __init__(self) -> None:
         self._jobs: dict[Storage, dict[str, Job]] = {}
 
     def add(self, storage: Storage, job: Job) -> None:
-        """Write *job* with the next chunk, which is at once if it makes that chunk full."""
+        """Add *job* to the chunk, and write the chunk when it is full. Raises the database's error then."""
         chunk = self._jobs.setdefault(storage, {})
-        chunk[job.id] = job  # an error makes kombu send it again
+        chunk[job.id] = job  # by id, since kombu sends it again after an error
         if len(chunk) >= storage.settings.insert_many_chunk_size:
             self._write(storage)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the chunks that are left. Raises the database's error."""
         for storage in list(self._jobs):
             self._write(storage)
 
@@ -37,20 +37,20 @@ class Chunks:
 
 @contextmanager
 def bulk() -> Iterator[None]:
-    """Send the tasks of a block together: ``kathikon_insert_many_chunk_size`` of them a transaction.
+    """Send the tasks of a block together, ``kathikon_insert_many_chunk_size`` of them in a transaction.
 
     >>> with bulk():
     ...     for user in users:
     ...         welcome.delay(user)
 
-    A task that was sent within the block is on disk when its chunk is full, and at the latest when the block is left,
-    even if by an error. It may run before that. What other threads send, or goes to other brokers, is sent at once.
+    A task is on disk when its chunk is full, and at the latest when the block is left, even by an error. It may run
+    before the block is left. Tasks of other threads, and tasks for other brokers, are sent at once.
 
     Raises:
-        the database's error, from the call that made a chunk full or from the end of the block: none of that chunk
-        was sent. An error at the end of the block says so of all that was not.
+        the database's error, from the call that made a chunk full or from the end of the block: no task of that chunk
+        was sent. After an error at the end of the block, no task that was still collected was sent.
     """
-    if outbox.scope().chunks is not None:  # within another one, which writes it all
+    if outbox.scope().chunks is not None:  # within another block, which writes all tasks
         yield
         return
     chunks = Chunks()

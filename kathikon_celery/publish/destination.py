@@ -1,4 +1,4 @@
-"""Where a job goes that is published: into its row, with the end of the task that sends it, or to an open `bulk`."""
+"""Where a published job goes: into its row at once, with the end of the task that sends it, or into an open `bulk`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kathikon_celery.storage import Storage, insert
 
 
 def publish(storage: Storage, job: Job) -> None:
-    """Publish *job*. It is on disk when this returns, unless something is open that it shall be written with."""
+    """Publish *job*. It is on disk when this returns, unless it is collected for a task's end or a `bulk`."""
     hold = republishing.hold_on(job.id)
     if hold is None:
         publish_new(storage, job)
@@ -17,7 +17,7 @@ def publish(storage: Storage, job: Job) -> None:
 
 
 def publish_new(storage: Storage, job: Job) -> None:
-    """`publish` outside of a task, or of another job than the task's own."""
+    """`publish` a job that is not the running task's own."""
     if (ending := outbox.current(storage.database)) is not None:
         ending.jobs.append(job)
     elif (chunks := outbox.scope().chunks) is not None:

@@ -14,21 +14,21 @@ from kombu.utils import json as kombu_json
 
 from kathikon_celery.job import Job, State
 
-#: The range of a priority: what a column of the database holds.
+#: The smallest and the largest priority: the range of the column.
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
 
-#: Keys of the JSON that is kept beside the body, and kombu's names for them.
+#: Keys of the envelope, the JSON that is kept beside the body.
 _HEADERS, _PROPERTIES, _TYPE, _ENCODING, _BASE64 = "headers", "properties", "content-type", "content-encoding", "base64"
-#: Its mark of a task of which only what differs from `_usual` is written: most of a message is the same for all.
+#: Key of an envelope that has only what differs from `_usual`: most of a message is the same for all tasks.
 _BRIEF = "brief"
-#: A property that is ours: see `to_job`.
+#: A property of Kathikon's own: see `to_job`.
 PUBLICATION = "kathikon_publication"
 
 
 #: Headers and properties that are ids of tasks.
 _IDS = ("id", "root_id", "parent_id", "group", "correlation_id")
 
-#: The usual kind of a body.
+#: Content type and encoding of most bodies.
 _JSON = {_TYPE: "application/json", _ENCODING: "utf-8"}
 
 _compact = json.JSONEncoder(separators=(",", ":")).encode
@@ -36,7 +36,7 @@ _decoded = json.JSONDecoder().decode
 _encoded = json.JSONEncoder().encode
 _quoted = json.encoder.encode_basestring_ascii
 
-#: What follows a call that is part of no workflow.
+#: The options in the body of a call without workflow.
 _NOTHING: dict[str, None] = dict.fromkeys(("callbacks", "errbacks", "chain", "chord"))
 _NOTHING_ENCODED = _encoded(_NOTHING)
 
@@ -49,26 +49,26 @@ def _dumps(value: Any) -> str:
 
 
 def loads(text: str) -> Any:
-    """What kombu's reader of JSON makes of *text*. Raises `ValueError`."""
-    # Only kombu's own notation for dates and the like needs that slower reader.
+    """Return what kombu's JSON reader makes of *text*. Raises `ValueError`."""
+    # Only kombu's own notation for dates and the like needs kombu's slower reader.
     return kombu_json.loads(text) if '"__type__"' in text else _decoded(text)
 
 
 def dumps_call(args: Any, kwargs: Any, serializer: str) -> tuple[str, str, Any]:
-    """Content type, encoding and body of a call that is part of no workflow, as kombu's `dumps` makes them."""
+    """Return content type, encoding and body of a call without workflow, as kombu's `dumps` does."""
     codec = serialization.registry._encoders.get(serializer)
     if codec is not None and codec.encoder is kombu_json.dumps:
         try:
             body = f"[{_encoded(args) if args else '[]'}, {_encoded(kwargs) if kwargs else '{}'}, {_NOTHING_ENCODED}]"
         except (TypeError, ValueError, RecursionError):
-            pass  # only kombu has a notation for dates and the like, or a word for what is wrong
+            pass  # kombu has a notation for dates and the like, or raises its own error
         else:
             return codec.content_type, codec.content_encoding, body
     return serialization.dumps((args, kwargs, _NOTHING), serializer)  # type: ignore[no-any-return]
 
 
 def _as_text(body: Any) -> tuple[str, bool]:
-    """The body as text that any database keeps, and whether that is base64."""
+    """Return *body* as a text that every database can store, and whether the text is base64."""
     if isinstance(body, str) and "\0" not in body:
         try:
             body.encode()
@@ -80,7 +80,7 @@ def _as_text(body: Any) -> tuple[str, bool]:
 
 
 def _usual(task_id: str) -> dict[str, dict[str, Any]]:
-    """What is said of most tasks, when Celery sends them by its second protocol and their caller asks for nothing."""
+    """Return headers and properties of most tasks: in Celery's protocol 2, of a call without options."""
     headers: dict[str, Any] = {
         "lang": "py",
         "shadow": None,
@@ -102,7 +102,7 @@ def _usual(task_id: str) -> dict[str, dict[str, Any]]:
 
 
 def _unusual(given: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any] | None:
-    """What of *given* differs from *usual*; `None` where it lacks something of it."""
+    """Return the items of *given* that differ from *usual*; `None` if *given* lacks a key of *usual*."""
     if not given.keys() >= usual.keys():
         return None
     nothing = object()
@@ -114,7 +114,7 @@ def _unusual(given: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any] | N
 
 
 def _brief(headers: dict[str, Any], properties: dict[str, Any]) -> dict[str, Any] | None:
-    """The envelope of a task without what is usual; `None` where it is another kind of message."""
+    """Return the envelope of a task without what is `_usual`; `None` for another kind of message."""
     task_id = headers.get("id")
     if type(task_id) is not str:
         return None
@@ -127,7 +127,7 @@ def _brief(headers: dict[str, Any], properties: dict[str, Any]) -> dict[str, Any
 
 
 def fold(message: dict[str, Any]) -> tuple[str, str]:
-    """Envelope and body of a message as `kombu.transport.virtual` prepares it."""
+    """Return envelope and body of *message*, a mapping as `kombu.transport.virtual` prepares it."""
     headers = message[_HEADERS]
     properties = {name: value for name, value in message[_PROPERTIES].items() if value not in (None, "")}
     properties.pop(PUBLICATION, None)
@@ -137,22 +137,22 @@ def fold(message: dict[str, Any]) -> tuple[str, str]:
 
 
 def common(headers: dict[str, Any], properties: dict[str, Any]) -> str:
-    """What calls that differ in a few headers only have in common, for `fold_call`: it is encoded once.
+    """Encode, once for many calls of `fold_call`, the part of the envelope that the calls have in common.
 
-    Those *headers* (at least one) and *properties* are given that differ from the usual.
+    *headers* (at least one) and *properties* are those that differ from `_usual`.
     """
     return f'{_dumps(headers)[1:]},"{_PROPERTIES}":{_dumps(properties)}'
 
 
 def fold_call(own: dict[str, str], common: str, body: Any, content_type: str, content_encoding: str) -> tuple[str, str]:
-    """As `fold`, of a call with those headers of its *own*, and what it has in *common* with others."""
+    """As `fold`, for a call: its *own* headers, and the part that `common` has encoded."""
     text, more = _of_body(body, content_type, content_encoding, True)
     headers = "".join([f'"{name}":{_quoted(value)},' for name, value in own.items()])
     return f'{{"{_BRIEF}":1,"{_HEADERS}":{{{headers}{common}{"," + _dumps(more)[1:] if more else "}"}', text
 
 
 def _of_body(body: Any, content_type: str | None, encoding: str | None, is_brief: bool) -> tuple[str, dict[str, Any]]:
-    """The body as text, and what the envelope says of it."""
+    """Return the body as text, and the envelope's items about it."""
     text, encoded = _as_text(body)
     said: dict[str, Any] = {}
     if not is_brief or content_type != _JSON[_TYPE] or encoding != _JSON[_ENCODING]:
@@ -163,7 +163,7 @@ def _of_body(body: Any, content_type: str | None, encoding: str | None, is_brief
 
 
 def unfold(envelope: str, body: str, tag: str, redelivered: bool) -> dict[str, Any]:
-    """The message again, as `kombu.transport.virtual.Message` wants it. Raises `ValueError` for a corrupt row."""
+    """Return the mapping that `kombu.transport.virtual.Message` takes. Raises `ValueError` for a corrupt row."""
     try:
         message = loads(envelope)
     except (ValueError, TypeError) as error:
@@ -198,7 +198,7 @@ def unfold(envelope: str, body: str, tag: str, redelivered: bool) -> dict[str, A
     properties["delivery_tag"] = tag
     properties.pop(PUBLICATION, None)
     info["redelivered"] = redelivered
-    # The row was ready when it was claimed: with its eta Celery would keep it in memory and wait once more.
+    # A claimed job is due. With its eta Celery would keep the message in memory and wait once more.
     if headers.get("eta"):
         headers["eta"] = None
     return {
@@ -213,13 +213,13 @@ def unfold(envelope: str, body: str, tag: str, redelivered: bool) -> dict[str, A
 def check_call(headers: dict[str, Any], payload: Any) -> None:
     """Raise `ValueError` unless *payload*, the decoded body of a Celery task, has the shape of a call.
 
-    Celery takes for granted that it has: anything else would end the worker.
+    Celery does not check that: another shape would end the worker.
     """
-    if "task" not in headers:  # protocol 1 says all in the body
+    if "task" not in headers:  # protocol 1 has everything in the body
         if not isinstance(payload, dict) or not all(isinstance(payload.get(name), str) for name in ("task", "id")):
             raise ValueError("it is no mapping with a task and an id")
         return
-    if isinstance(payload, dict) and "args" in payload:  # between the two protocols
+    if isinstance(payload, dict) and "args" in payload:  # Celery's mixture of both protocols
         return
     if not isinstance(payload, list | tuple) or len(payload) != 3:
         raise ValueError("it is no list of three: arguments, keyword arguments, options")
@@ -230,12 +230,12 @@ def check_call(headers: dict[str, Any], payload: Any) -> None:
 
 
 def priority_of(message: dict[str, Any]) -> int:
-    """The message's priority. Raises `ValueError` where it is no whole number that fits."""
+    """Return the message's priority, 0 without one. Raises `ValueError` as `checked_priority` does."""
     return checked_priority(message[_PROPERTIES].get("priority") or 0)
 
 
 def checked_priority(value: Any) -> int:
-    """*value* as a whole number. Raises `ValueError` where it is none that fits."""
+    """Return *value* as an int. Raises `ValueError` unless it is a whole number from `LOWEST` to `HIGHEST`."""
     try:
         priority = int(value)
     except (TypeError, ValueError):
@@ -246,9 +246,9 @@ def checked_priority(value: Any) -> int:
 
 
 def task_of(message: dict[str, Any]) -> dict[str, Any] | None:
-    """The Celery headers of a message, whichever protocol it speaks, or `None` when it is no task.
+    """Return the Celery headers of a message in protocol 1 or 2, or `None` when it is no task.
 
-    Ids that Celery was given as UUIDs become text in it.
+    Ids in *message* that are UUIDs are replaced by text.
     """
     headers = message[_HEADERS]
     if headers:
@@ -263,8 +263,8 @@ def task_of(message: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def to_job(message: dict[str, Any], task: dict[str, Any], queue: str, max_attempts: int, local: timezone) -> Job:
-    """The job that a task message asks for. *local*: the zone of times that name none."""
-    # It tells the same publication, which kombu sends again after a lost connection, from a new one of the same id.
+    """Return the job of a task message. *local*: the zone of times without one. Raises `ValueError` (`priority_of`)."""
+    # It tells a publication that kombu repeats after a lost connection from a new publication of the same id.
     publication = message[_PROPERTIES].setdefault(PUBLICATION, getrandbits(63))
     envelope, body = fold(message)
     task_id, root = task["id"], task.get("root_id")
@@ -287,7 +287,7 @@ def to_job(message: dict[str, Any], task: dict[str, Any], queue: str, max_attemp
 
 
 def _moment(value: Any, local: timezone) -> datetime | None:
-    """An ISO 8601 text as a moment; `None` where it is none (the worker then says so)."""
+    """Return an ISO 8601 text as a datetime in UTC; `None` for other texts, of which the worker complains."""
     if not value:
         return None
     if not isinstance(value, datetime):

@@ -1,8 +1,8 @@
-"""Sends an app's plain tasks in fewer steps than Celery; whatever is not plain, Celery sends.
+"""Sends an app's plain calls in fewer steps than Celery. Celery sends all other calls.
 
-Plain is what most calls are: a task of the app, with no more options than `_PLAIN`, and nobody has hooked in where
-Celery and kombu let one. What Celery finds out anew for each of them (settings, route, connection, that its queue is
-declared) is remembered here, as long as that holds of which it was found out. The rows are the same.
+Most calls are plain: a task of the app, with no options but `_PLAIN`, no receiver of a signal of publishing, and no
+replaced method of Celery or kombu. Celery looks up settings, route, connection and declared queue for each call. Here
+they are cached, until something that they depend on changes. The rows are the same.
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ from kathikon_celery.routing import Router
 from kathikon_celery.storage import Storage
 from kathikon_celery.storage.errors import LOST, StorageError
 
-#: Options of a plain call; any other one is none, unless it says nothing.
+#: Options of a plain call. With any other option that is not None, a call is not plain.
 _PLAIN = {
     *("task_id", "task_type", "result_cls", "ignore_result", "queue", "priority", "serializer", "shadow", "producer"),
     *("time_limit", "soft_time_limit", "add_to_parent", "group_id", "group_index", "root_id", "parent_id"),
 }
-#: Those of them that are ids: of one that is no text, Celery's way makes one.
+#: Those options that are ids. If one is not text, Celery sends, and makes it text.
 _IDS = {"task_id", "group_id", "root_id", "parent_id"}
-#: What the broker refuses with. Anything else, such as a time limit of the task that sends, is the caller's.
+#: Errors of the broker. Any other, such as the time limit of the sending task, is raised to the caller.
 _REFUSALS = (*LOST, DBAPIError, StorageError, KombuError, AMQPError)
-#: How many routes are remembered, and what messages have in common.
+#: How many routes are cached, and how many encoded common parts of messages.
 _MEMO = 512
-#: What Celery takes for ``ignore_result`` where a call says nothing of it: None from 5.7 on, False before.
+#: Celery's default of ``ignore_result``: None from 5.7 on, False before.
 _IGNORES = None if VERSION[:2] >= (5, 7) else False
 #: Types whose `str` is what `saferepr` makes of them.
 _SIMPLE = frozenset({int, float, bool, type(None)})
 
 
 def _is_own(owner: type, name: str, module: str) -> bool:
-    """Whether nobody has put something of his own in the place of a method, as tracing libraries do."""
+    """Whether a method is the original one. Tracing libraries, for example, replace some."""
     method = getattr(owner, name)
-    # A proxy has what its original has, but for the type.
+    # A proxy has the attributes of the original, but another type.
     return type(method) is FunctionType and method.__globals__.get("__name__") == module
 
 
-#: What is not called for plain tasks. Who replaces one of them wants it called.
+#: Methods that a plain call leaves out. If one was replaced, Celery sends.
 _LEFT_OUT = [
     (Celery, "send_task", "celery.app.base"),
     (AMQP, "as_task_v2", "celery.app.amqp"),
@@ -72,7 +72,7 @@ _SIGNALS = (signals.before_task_publish, signals.after_task_publish, signals.tas
 
 
 def _is_hooked() -> bool:
-    """Whether somebody listens to the signals of publishing, or has replaced a method that is left out."""
+    """Whether a signal of publishing has receivers, or a method of `_LEFT_OUT` was replaced."""
     for one in _SIGNALS:  # as expressions, the loops would take twice as long
         if one.receivers:
             return True
@@ -83,7 +83,7 @@ def _is_hooked() -> bool:
 
 
 class _Route(NamedTuple):
-    """Where a task goes that is called without more than a queue's name."""
+    """Where a plain call goes."""
 
     queue: str
     delivery_mode: int
@@ -91,7 +91,7 @@ class _Route(NamedTuple):
 
 @dataclass(frozen=True)
 class _Cache:
-    """What was found out, and what it depends on."""
+    """What was looked up, and what it depends on."""
 
     pool: Any
     conf: Any
@@ -101,7 +101,7 @@ class _Cache:
     reprs: tuple[int, int, int]
     #: Whether the backend does something for each call whose result is kept.
     calls_backend: bool
-    #: By a task's name and the queue that the call names; `None` where Celery's way is to be taken.
+    #: Task name and queue of the call -> route; `None`: Celery sends.
     ways: dict[tuple[str, str | None], _Route | None] = field(default_factory=dict)
 
 
@@ -133,7 +133,7 @@ class Sender:
         job = self._job(known, way, task_id, name, args or (), kwargs or {}, options)
         try:
             publish_new(known.storage, job)
-        except (*LOST, DBAPIError):  # kombu knows how often to try again, and what to raise
+        except (*LOST, DBAPIError):  # kombu tries again, and raises its own error
             options |= {"task_id": task_id, PUBLICATION: job.publication}
             return type(app).send_task(app, name, args, kwargs, **options)
         result = (options.get("result_cls") or app.AsyncResult)(task_id)
@@ -145,7 +145,7 @@ class Sender:
     def _job(
         self, known: _Cache, way: _Route, task_id: str, name: str, args: Any, kwargs: Any, options: dict[str, Any]
     ) -> Job:
-        """The job that Celery and kombu would make of the call."""
+        """Return the job that Celery and kombu would make of the call."""
         given = options.get
         root, group, parent = given("root_id") or task_id, given("group_id"), given("parent_id")
         root = root if root != task_id else None
@@ -158,7 +158,7 @@ class Sender:
         more = (given("time_limit"), given("soft_time_limit"), given("group_index"), given("shadow"))
         try:
             shared = _common(*said, *more, root, parent, group)
-        except TypeError:  # some value cannot be looked up
+        except TypeError:  # some value is not hashable
             shared = _common.__wrapped__(*said, *more, root, parent, group)
         content_type, encoding, body = dumps_call(args, kwargs, given("serializer") or known.serializer)
         envelope, body = fold_call(own, shared, body, content_type, encoding)
@@ -176,7 +176,7 @@ class Sender:
         )
 
     def _is_current(self, known: _Cache) -> bool:
-        """Whether *known* is still true."""
+        """Whether all that *known* depends on is unchanged."""
         return (
             self._app.amqp._producer_pool is known.pool
             and self._app.conf is known.conf
@@ -185,9 +185,9 @@ class Sender:
         )
 
     def _lookup(self, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> _Cache | None:
-        """What is known once it is found out where such a call goes, and its queue is declared.
+        """Look up the route of such a call, declare its queue, and return the cache with the route.
 
-        `None` while there is no connection, and when the broker refuses something: Celery's way says what.
+        `None` without a connection, and after an error of the broker: Celery sends then, and says why.
         """
         app = self._app
         if not self._is_usual():
@@ -212,7 +212,7 @@ class Sender:
         return None
 
     def _is_usual(self) -> bool:
-        """Whether an app has nothing that would be left out."""
+        """Whether the app uses nothing that a plain call leaves out."""
         amqp, conf = self._app.amqp, self._app.conf
         return (
             type(amqp) is AMQP
@@ -227,7 +227,7 @@ class Sender:
         )
 
     def _build_cache(self, channel: Any) -> _Cache | None:
-        """What holds for all calls of a usual app that has *channel* open."""
+        """Return the cache of a usual app; `None` if its open *channel* is not Kathikon's."""
         app = self._app
         amqp, conf, storage = app.amqp, app.conf, getattr(channel, "storage", None)
         if not isinstance(storage, Storage):
@@ -243,7 +243,7 @@ class Sender:
         )
 
     def _queue(self, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> Queue | None:
-        """Where such a call goes, now and the next time; `None` where that takes an exchange, or a new declaration."""
+        """Return the queue of such calls; `None` if they need an exchange, or a declaration for each call."""
         route = self._app.amqp.router.route({"queue": options.get("queue")}, name, args, kwargs, options["task_type"])
         queue = route.pop("queue", None)
         if (
@@ -277,7 +277,7 @@ def _common(
     parent: Any,
     group: Any,
 ) -> str:
-    """What the messages of calls with these options have in common."""
+    """Encode what the messages of calls with these options have in common."""
     of_workflow = {"root_id": root, "parent_id": parent, "group": group, "group_index": group_index}
     given = {**of_workflow, "shadow": shadow}
     headers = {"task": name, "origin": origin} | {key: value for key, value in given.items() if value is not None}
@@ -297,7 +297,7 @@ def _common(
 
 
 def new_id() -> str:
-    """A random UUID (RFC 9562, version 4), as kombu's `uuid` makes it in three times as long."""
+    """Return a random UUID (RFC 9562, version 4), in a third of the time of kombu's `uuid`."""
     digits = os.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
@@ -309,7 +309,7 @@ def _origin(pid: int) -> str:
 
 
 def _is_plain(args: Any, kwargs: Any, options: dict[str, Any]) -> bool:
-    """Whether a call is one that is sent here, once it is known where it goes."""
+    """Whether a call is plain, as far as its arguments and options tell."""
     for name, value in options.items():
         if value is not None and (name not in _PLAIN or (name in _IDS and type(value) is not str)):
             return False
@@ -323,13 +323,13 @@ def _is_plain(args: Any, kwargs: Any, options: dict[str, Any]) -> bool:
 
 
 def _is_child(parent: Task, options: dict[str, Any]) -> bool:
-    """Whether the task *parent* sends a job of its own, and no part of itself."""
+    """Whether the task *parent* sends another job than itself."""
     request = parent.request
     return type(request.id) is str and options.get("task_id") != request.id and type(request.root_id or "") is str
 
 
 def _is_for(producer: Any, storage: Storage) -> bool:
-    """Whether *producer*, which the caller of the task gave, does nothing else than to publish to *storage*."""
+    """Whether the caller's *producer* does nothing but publish to *storage*."""
     return (
         type(producer) is Producer
         and not producer.compression
@@ -339,7 +339,7 @@ def _is_for(producer: Any, storage: Storage) -> bool:
 
 
 def _simple_repr(args: Any, longest: int) -> str | None:
-    """What `saferepr` makes of few and simple arguments; `None` if they are not so."""
+    """Return what `saferepr` makes of simple arguments; `None` for others, or beyond *longest* characters."""
     parts = []
     for value in args:
         if type(value) in _SIMPLE:
@@ -356,7 +356,7 @@ def _simple_repr(args: Any, longest: int) -> str | None:
     return f"({joined},)" if len(parts) == 1 else f"({joined})"
 
 
-#: The headers that Celery gives to a task's message. Of an unknown one we could not say what it is to be.
+#: The headers of Celery's task messages. We would not know the value of any other.
 _HEADERS = {
     *("lang", "task", "id", "shadow", "eta", "expires", "group", "group_index", "retries", "timelimit", "root_id"),
     *("parent_id", "argsrepr", "kwargsrepr", "origin", "ignore_result", "replaced_task_nesting", "stamped_headers"),
@@ -369,7 +369,7 @@ def _are_messages_known(app: Celery) -> bool:
 
 
 def install(app: Celery) -> None:
-    """Make *app* send by a `Sender`, unless its class sends in a way of its own, or Celery's messages are not known."""
+    """Make *app* send by a `Sender`, unless it has its own ``send_task``, or Celery's messages have other headers."""
     if (
         type(app).send_task is Celery.send_task
         and "send_task" not in vars(app)

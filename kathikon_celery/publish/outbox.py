@@ -1,6 +1,6 @@
-"""What is open in this context: where a publication, the end of a task and its result go. One context variable has it.
+"""What is open in this context, in one context variable: it decides where publications, a task's end and result go.
 
-What a task sends as it ends is collected here, so that it is published in the transaction that stores the end.
+The jobs that a task sends as it ends are collected here, to publish them in the transaction that stores the end.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
 class Scope(NamedTuple):
     """What is open in a context."""
 
-    #: The end of a task that is being collected, and the database for which.
+    #: The task's end that is being collected, and its database.
     collected: tuple[Database, TaskEnd] | None = None
     #: The block of `bulk` that collects publications.
     chunks: Chunks | None = None
-    #: The bodies, by their chords' ids, that may have to be sent with the end that is collected; `None`: no end is.
+    #: Chord id -> body, for the end that is being collected; `None`: no end is.
     bodies: dict[str, Any] | None = None
     #: What takes a result to the worker's main process.
     carrier: Carrier | None = None
-    #: Jobs by their ids that were read together, for code that reads them one by one.
+    #: Task id -> job, as read in one query for code that reads them one by one.
     known: Mapping[str, Job | None] = MappingProxyType({})
     #: The id of the job whose publication by its own task was refused: the job is another worker's now, or cancelled.
     refused: str | None = None
     #: The id of a job that had ended without a run, and whose end is being reported now.
     unreported: str | None = None
-    #: The worker has reported the task's end before: that the end changes nothing is no news.
+    #: Whether the worker has reported the task's end already: no warning then that this end changed nothing.
     is_reported: bool = False
 
 
 _NOTHING_OPEN = Scope()
 _scope: ContextVar[Scope] = ContextVar("kathikon_scope", default=_NOTHING_OPEN)
 
-#: What is open in this context.
+#: Returns the `Scope` of this context.
 scope = _scope.get
 
 
@@ -60,17 +60,17 @@ def within(**changes: Any) -> Iterator[None]:
     _scope.set(before._replace(**changes))
     try:
         yield
-    finally:  # only those: the block may have changed others for good
+    finally:  # only these fields: the block may have changed others for good
         change(**{name: getattr(before, name) for name in changes})
 
 
 def begin(database: Database) -> None:
-    """Collect from now on, in this context, what is sent to *database*, until `take` is called."""
+    """Collect what is sent to *database* in this context, until `take` is called."""
     change(collected=(database, TaskEnd()))
 
 
 def take(database: Database) -> TaskEnd:
-    """What was collected since `begin`; no more is."""
+    """Stop collecting, and return what was collected since `begin`."""
     found = current(database)
     if _scope.get().collected is not None:
         change(collected=None)
@@ -78,7 +78,7 @@ def take(database: Database) -> TaskEnd:
 
 
 def current(database: Database) -> TaskEnd | None:
-    """Where to put what is sent to *database*; `None`: it is to be published at once."""
+    """Return what collects the jobs sent to *database*; `None`: publish them at once."""
     collected = _scope.get().collected
     return collected[1] if collected is not None and collected[0] is database else None
 

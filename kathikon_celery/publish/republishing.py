@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def hold_on(job_id: str) -> Hold | None:
-    """How the task that runs in this context holds *job_id*; `None` when it publishes another id."""
+    """Return the running task's claim of its job; `None` when *job_id* is not the id of that job."""
     task = get_current_task()
     request = task.request if task is not None else None
     if request is None or request.id != job_id or request.called_directly or request.is_eager:
@@ -23,13 +23,13 @@ def hold_on(job_id: str) -> Hold | None:
 
 
 def refused(job_id: str) -> None:
-    """Say that the publication was refused: the job is somebody else's now, or cancelled."""
+    """Log, and note in this context, that the job was given to another worker or cancelled: its retry is ignored."""
     outbox.change(refused=job_id)
     logger.warning("Kathikon: job %s was cancelled or given to another worker; its retry from here was ignored", job_id)
 
 
 def is_soon(job: Job, interval: float) -> bool:
-    """Whether the job may be due before the promoters look again by themselves (with a second for unequal clocks)."""
+    """Whether the job may be due before the promoters' next look, in *interval* seconds (plus 1 for unequal clocks)."""
     if job.scheduled_at is None:
         return True
     return (job.scheduled_at - datetime.now(timezone.utc)).total_seconds() < interval + 1.0

@@ -1,4 +1,4 @@
-"""Every setting of Kathikon: its type, default and check, and where its value is looked for.
+"""Every setting of Kathikon: its type, default and check, and the places where it may be set.
 
 For each setting the first one found wins: ``kathikon_<name>`` in ``app.conf``, ``KATHIKON_<NAME>`` in the environment,
 ``<name>`` in ``[tool.kathikon]`` of the nearest ``pyproject.toml``, the default. All times are seconds.
@@ -35,12 +35,12 @@ _TEST_PREFIX = "KATHIKON_TEST_"
 _VALUE_LENGTH = 200
 
 
-class SettingError(ClickException, ValueError):  # so Celery's command line shows it in a line, with no traceback
-    """A setting has a value that it cannot have, or does not exist. Says which, where it was found, and the remedy."""
+class SettingError(ClickException, ValueError):  # so Celery's command line shows it without a traceback
+    """A setting has a value that is not allowed, or does not exist. The text names setting, place and remedy."""
 
 
 class SettingWarning(UserWarning):
-    """The environment has a variable ``KATHIKON_…`` that is no setting."""
+    """The environment has a variable ``KATHIKON_…`` that is not a setting."""
 
 
 def _setting(default: Any, check: Callable[[Any], Any], **options: Any) -> Any:
@@ -51,7 +51,7 @@ def _setting(default: Any, check: Callable[[Any], Any], **options: Any) -> Any:
 class Settings:
     """The settings of one app, checked.
 
-    A value may be given to the constructor in any of the forms that a setting takes, and is kept in one form:
+    The constructor takes a value in any form that a setting takes, and keeps it in one form:
 
     >>> Settings(queues="default:10,emails:5").queues["emails"].concurrency
     5
@@ -62,32 +62,31 @@ class Settings:
     #: Where the jobs live: a URL of SQLite or PostgreSQL. A relative file is in the working directory.
     database_url: str = _setting("sqlite:///kathikon.db", checked_url)
 
-    #: The queues that a worker consumes, in order. The first one takes what no other setting routes.
+    #: The queues that a worker consumes, in order. Tasks that no other setting routes go to the first one.
     queues: Mapping[str, QueueSettings] = _setting("default:10", checks.queues_of, hash=False)
 
-    #: The longest a consumer waits before it looks at the table again, should a wake-up be lost.
+    #: Longest time until a consumer looks at the table again, in case a wake-up was lost.
     poll_interval: float = _setting(0.2, checks.seconds(0.01, 60))
 
-    #: How often a worker makes the jobs available that have come due.
+    #: Longest time between two looks of a worker for due jobs.
     scheduler_interval: float = _setting(1.0, checks.seconds(0.05, 60))
 
-    #: How often a worker deletes the ended jobs that are older than their retention.
+    #: Time between two deletions of the ended jobs that are older than their retention.
     prune_interval: float = _setting(60.0, checks.seconds(0.1, checks.LONGEST_WAIT))
 
-    #: For each state in which a job has ended, how long it stays in the table; None is for ever.
+    #: For each terminal state, how long a job stays in the table; None is for ever.
     retention_period: Mapping[str, float | None] = _setting(604800.0, checks.retention, hash=False)
 
-    #: How often the process that ran a job may crash before the job is dead; with `retry_failed`, also the number of
-    #: tries.
+    #: Number of lost processes after which a job is dead; with `retry_failed`, also the number of tries.
     max_attempts: int = _setting(20, checks.whole_number(1, checks.LARGEST))
 
-    #: Whether a task that raised is tried again: after n failures in ``min(n² * 5, 86400)`` seconds, as in Kathikon.
+    #: Whether a task that raised is retried: after its n-th failure in ``min(n² * 5, 86400)`` seconds, as in Kathikon.
     retry_failed: bool = _setting(False, checks.boolean)
 
-    #: Rows that one transaction of a bulk insert writes.
+    #: Rows in one transaction of a bulk insert.
     insert_many_chunk_size: int = _setting(500, checks.whole_number(1, 10000))
 
-    #: The zone of times that name none, and of schedules.
+    #: The zone of times without one, and of schedules.
     timezone: str = _setting("UTC", checks.time_zone)
 
     #: Whether return values are kept (``store``) or not (``discard``).
@@ -99,19 +98,19 @@ class Settings:
     #: ``disc``: tables in the database; ``ram``: tables that live as long as the process; ``auto``: see `in_ram`.
     copies: str = _setting("auto", checks.choice("auto", "ram", "disc"))
 
-    #: A worker that was silent for so long is taken for dead.
+    #: A worker that has not renewed its lease for so long is taken for dead.
     lease: float = _setting(20.0, checks.seconds(2, 3600))
 
-    #: When publishing has returned, the job is on ``disk``, or committed by the ``server`` and lost in a power cut.
+    #: When publishing returns, the job is on ``disk``, or committed by the ``server`` only, and lost in a power cut.
     publish_durability: str = _setting("disk", checks.choice("disk", "server"))
 
-    #: The same for what workers write: claims, acks, results.
+    #: As `publish_durability`, for what workers write: claims, acks, results.
     worker_durability: str = _setting("server", checks.choice("disk", "server"))
 
     #: How many seconds of work, at its present rate, a worker claims ahead.
     claim_horizon: float = _setting(0.05, checks.seconds(0, 5))
 
-    #: Where each setting comes from that has not its default: its name -> words for the place.
+    #: Name of each setting that was set -> a text that names the place.
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -134,12 +133,12 @@ class Settings:
 
         Arguments:
             conf: an app's ``app.conf``; with a namespace, as in Django, its keys are ``CELERY_KATHIKON_<NAME>``.
-                Celery's own ``timezone``, where it is set, is the timezone that ``kathikon_timezone`` does not name.
+                Celery's own ``timezone`` is used if it is set and ``kathikon_timezone`` is not.
             environ: the environment.
             directory: where the search for ``pyproject.toml`` begins and goes upward; the working directory by default.
 
-        Raises `SettingError` for a wrong value and an unknown setting. A variable ``KATHIKON_…`` that is none is a
-        `SettingWarning` only, since the environment is not ours alone (Kubernetes adds variables named after services).
+        Raises `SettingError` for a wrong value and an unknown setting. An unknown variable ``KATHIKON_…`` is only a
+        `SettingWarning`, since other programs set variables too (Kubernetes adds some that are named after services).
         """
         values, sources = _find(conf, environ, directory)
         settings = cls(**values, sources=sources)
@@ -152,13 +151,13 @@ class Settings:
 
     @classmethod
     def given(cls, name: str) -> Any:
-        """Return the value of one setting that the environment or ``pyproject.toml`` gives; None where neither does."""
+        """Return the value of one setting in the environment or ``pyproject.toml``; None if it is in neither."""
         values, sources = _find(None, os.environ, None)
         return _checked(name, _CHECKS[name], values[name], sources[name]) if name in values else None
 
     @property
     def in_ram(self) -> bool:
-        """Whether the tables live as long as the process: so asked, or by ``auto`` in a notebook without a database."""
+        """Whether the tables live as long as the process: ``ram``, or ``auto`` in a notebook that sets no database."""
         return self.copies == "ram" or (self.copies == "auto" and "database_url" not in self.sources and _in_notebook())
 
     def engine_url(self) -> URL:
@@ -169,7 +168,7 @@ class Settings:
         return url
 
     def retention_for(self, state: str) -> float | None:
-        """Return how many seconds a job that ended in *state* stays; None for ever, as in a state that is no end."""
+        """Return the seconds that a job in *state* stays; None for ever, as in a state that is not terminal."""
         return self.retention_period.get(str(state))
 
 
@@ -200,7 +199,7 @@ def _in_notebook() -> bool:
 def _find(
     conf: Mapping[str, Any] | None, environ: Mapping[str, str], directory: str | os.PathLike[str] | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the values that are set anywhere, as they stand there, and where each one comes from."""
+    """Return the unchecked values that are set anywhere, and the place of each."""
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     places = [_from_pyproject(directory), _from_environment(environ)]
@@ -246,7 +245,7 @@ def _from_pyproject(directory: str | os.PathLike[str] | None) -> Iterator[tuple[
 
 
 def _from_expiry(conf: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    """What Celery's own settings say of retention. They have defaults, which say nothing."""
+    """Yield the retention that Celery's own settings give; their defaults do not count."""
     names = {"result_expires": ("completed", "cancelled", "discarded"), "result_failure_expires": ("dead",)}
     found = [name for name in names if _is_set(conf, name)]
     if found:
@@ -255,11 +254,11 @@ def _from_expiry(conf: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
 
 
 def _is_set(conf: Mapping[str, Any], name: str) -> bool:
-    """Whether *conf* has a setting of Celery's from anywhere but Celery's defaults.
+    """Whether *conf* sets Celery's *name*; Celery's defaults do not count.
 
-    Celery's own answer, `value_set_for`, knows only from 5.7 on settings that are not read yet or have a namespace.
+    Before 5.7, Celery's `value_set_for` misses settings that are not read yet or have a namespace.
     """
-    _ = conf.get(name)  # has Celery read them
+    _ = conf.get(name)  # makes Celery read its configuration
     maps = conf.maps[:-1] if hasattr(conf, "maps") else [conf]  # the last one has the defaults
     namespaced = f"{getattr(conf, 'prefix', None) or ''}{name}"
     spellings = {name, namespaced, namespaced.upper(), f"CELERY_{name}".upper(), f"CELERY_TASK_{name}".upper()}
@@ -276,7 +275,7 @@ def _from_conf(conf: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     spelled = {key: (namespace + key).upper() if namespace.isupper() else namespace + key for key in names}
     for key, name in names.items():
         value = conf.get(key)
-        # None is how Celery and many Django projects say that nothing is set; here it means something of its own.
+        # In Celery and many Django projects None means that nothing is set; for retention_period it is a value.
         if value is not None or (name == "retention_period" and key in conf):
             yield name, value, f"{spelled[key]} in app.conf"
     for key in conf:

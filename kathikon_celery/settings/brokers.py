@@ -23,7 +23,7 @@ def is_kathikon(value: Any) -> bool:
 
 
 def broker_of(conf: Any) -> Any:
-    """Return the setting that names an app's broker: what its workers read from, or, if only that is ours, write to.
+    """Return an app's broker: ``broker_read_url``, or ``broker_write_url`` if only that one is Kathikon's.
 
     >>> app = Celery(broker="kathikon+sqlite:///jobs.db")
     >>> broker_of(app.conf)
@@ -34,12 +34,12 @@ def broker_of(conf: Any) -> Any:
 
 
 def databases_of(value: Any, setting: str = "broker_url") -> tuple[str, ...]:
-    """Return the URLs of the databases in a broker setting; none where it leaves that to ``kathikon_database_url``.
+    """Return the URLs of the databases in a broker setting; none if ``kathikon_database_url`` names the database.
 
     Of several PostgreSQL servers, the first one that can be reached and written to is used.
 
-    Raises `SettingError`, naming the *setting*, for a database that Kathikon cannot use, and for a list in which not
-    each is a PostgreSQL server of Kathikon's.
+    Raises `SettingError`, naming the *setting*, for a database that Kathikon cannot use, and for several URLs that are
+    not all PostgreSQL servers of Kathikon's.
 
     >>> databases_of("kathikon+sqlite:///jobs.db")
     ('sqlite:///jobs.db',)

@@ -29,7 +29,7 @@ LARGEST = 2**31 - 1
 
 @dataclass(frozen=True)
 class QueueSettings:
-    """One queue: its name, how many of its jobs a worker runs at once (None: as many as its pool), what goes there."""
+    """One queue: its name, how many of its jobs a worker runs at once (None: as many as its pool), and its tasks."""
 
     name: str
     concurrency: int | None = DEFAULT_CONCURRENCY
@@ -38,17 +38,17 @@ class QueueSettings:
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """A hint at the one of *words* that is close to *word*; empty where none is."""
+    """Return a hint at the one of *words* that is close to *word*; empty if none is."""
     close = get_close_matches(word, list(words), 1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-# A check returns what the setting then is, in one form whatever form it was given in (also that one),
-# or raises ValueError with a text that says what is allowed.
+# A check takes a value in any of its forms and returns it in one form, which it also takes;
+# or it raises ValueError with a text that says what is allowed.
 
 
 def seconds(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[Any], float]:
-    """A check for seconds, which may be given as a number, a text or a `timedelta`."""
+    """Return a check for seconds, given as a number, a text or a `timedelta`."""
     allowed = (
         f"seconds from {low:g} to {high:g}" if high < math.inf else f"seconds {'above' if above else 'from'} {low:g}"
     )
@@ -68,7 +68,7 @@ def seconds(low: float, high: float = math.inf, *, above: bool = False) -> Calla
 
 
 def whole_number(low: int, high: int | None = None) -> Callable[[Any], int]:
-    """A check for a whole number, which may be given as a text."""
+    """Return a check for a whole number, which may be a text."""
     allowed = f"a whole number from {low} to {high}" if high else f"a whole number from {low}"
 
     def check(value: Any) -> int:
@@ -86,7 +86,7 @@ def whole_number(low: int, high: int | None = None) -> Callable[[Any], int]:
 
 
 def choice(*choices: str) -> Callable[[Any], str]:
-    """A check for one of some words."""
+    """Return a check for one of *choices*."""
 
     def check(value: Any) -> str:
         if value not in choices:

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-#: For each database its drivers; the first one is used where the URL names none.
+#: For each database its drivers; the first one is the default.
 DRIVERS: Mapping[str, tuple[str, ...]] = {
     "sqlite": ("pysqlite",),
     "postgresql": ("psycopg",),
@@ -29,15 +29,15 @@ def mask(text: str) -> str:
     'postgresql://app:***@db/jobs?sslpassword=***'
     """
     text = re.sub(r"(\w[\w+.-]*://[^:@]*):.*@", r"\1:***@", text, flags=re.DOTALL)
-    if not re.match(r"\W?\w[\w+.-]*://", text):  # a URL with a slip in it
+    if not re.match(r"\W?\w[\w+.-]*://", text):  # a malformed URL
         text = re.sub(r"^([^:@]*):.*@", r"\1:***@", text, flags=re.DOTALL)
-    if "@" not in text:  # of host:port only the port may be shown
+    if "@" not in text:  # after host: only a port is shown
         text = re.sub(r"(\w://[^:/?\[]*:)(?!\d+\b).*", r"\1***", text, flags=re.DOTALL)
     return re.sub(r"(?i)([?&][^=&]*(?:passw|pwd|secret|token)[^=&]*=)[^&]*", r"\1***", text)
 
 
 def shown(url: URL) -> str:
-    """Return *url* for people: without passwords, also those among its options."""
+    """Return *url* as text, with its passwords masked, also those in its options."""
     return mask(url.render_as_string(hide_password=True))
 
 
@@ -54,7 +54,7 @@ def parse_url(value: str | URL) -> URL:
     dialect, _, driver = url.drivername.partition("+")
     dialect = {"postgres": "postgresql"}.get(dialect, dialect)
     if dialect != "sqlite" and "@" in (url.database or "") and "%40" not in str(value):
-        raise ValueError(_URLS)  # it is the end of a password
+        raise ValueError(_URLS)  # the end of a raw password
     if dialect not in DRIVERS:
         raise ValueError(f"a URL that begins with one of {', '.join(f'{name}://' for name in DRIVERS)}")
     if driver and driver not in DRIVERS[dialect]:
