@@ -1,4 +1,4 @@
-"""What differs between databases: one module each, behind one small interface."""
+"""What differs between databases: one module for each, behind one small interface."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Dialect", "dialect_for"]
 
 
 def dialect_for(url: URL) -> Dialect:
-    """The dialect of *url*; raises `UnknownDatabase` for one that we do not speak."""
+    """Return the dialect of *url*. Raises `UnknownDatabase` when there is none."""
     name = url.get_backend_name()
     if name == "sqlite":
         from kathikon_celery.storage.dialects.sqlite import SQLite

@@ -53,21 +53,21 @@ from kathikon_celery.storage.tables import OUTCOME, jobs, nodes, waits
 
 #: Every node listens to it: a message came, or a job is due soon.
 CHANNEL = "kathikon"
-#: So begin the names of the channels to which the end of a job is told, each to one process that waits for it.
+#: Prefix of the channels for results, one for each process that waits: its listener's number follows.
 RESULTS_CHANNEL = CHANNEL + "_r_"
-#: Advisory locks of Kathikon have this first key; the second is a node's id, or 0 for the schema.
+#: First key of Kathikon's advisory locks; the second is a node's id modulo 2^31, or 0 for the schema.
 LOCK_SPACE = 0x6B61
-#: Milliseconds after which a peer that acknowledges nothing of what was sent has vanished (keepalives are for silence).
+#: Milliseconds after which a connection whose data is not acknowledged is lost (keepalives are for idle connections).
 UNANSWERED = 25_000
-#: Bytes of what a call says, at most: PostgreSQL takes less than 8,000.
+#: Longest payload of a NOTIFY, in bytes: PostgreSQL takes less than 8,000.
 LONGEST_CALL = 7900
-#: PostgreSQL's code for what a role has no right to do.
+#: SQLSTATE: the role lacks a privilege.
 FORBIDDEN = "42501"
-#: PostgreSQL's code for a lock that was not to be had within ``lock_timeout``.
+#: SQLSTATE: no lock within ``lock_timeout``.
 LOCKED = "55P03"
-#: What psycopg's connect() takes beside the parameters of libpq.
+#: Arguments of psycopg's connect() that are not libpq's.
 _OPTIONS_OF_PSYCOPG = ("autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory")
-#: libpq's word for a connection that is within no transaction.
+#: libpq's status of a connection outside of any transaction.
 IDLE = 0
 #: Seconds between two attempts to listen again after a lost connection.
 RECONNECT = 0.5
@@ -76,7 +76,7 @@ _channel_of_node = literal(CHANNEL + "_").concat(cast(nodes.c.id, TEXT))
 
 
 def _woken(queue: Any, count: Any, said: Any = "") -> Any:
-    """Take up to *count* nodes that wait for *queue* out of their sleep, and call each by its name."""
+    """UPDATE that wakes up to *count* of the nodes for which the condition *queue* holds: a NOTIFY *said* to each."""
     sleepers = select(nodes.c.id).where(queue).limit(count).with_for_update(skip_locked=True).scalar_subquery()
     return (
         update(nodes)
@@ -86,11 +86,11 @@ def _woken(queue: Any, count: Any, said: Any = "") -> Any:
     )
 
 
-#: The transaction that asks for it does not wait for the disk, if it would: whoever it has woken begins meanwhile.
+#: Makes a transaction that would wait for the disk not wait: the node that it has woken begins meanwhile.
 _UNFLUSHED = case(
     (func.current_setting("synchronous_commit") != "off", func.set_config("synchronous_commit", "off", true()))
 )
-#: Something that is written, so that what others wrote before, and whatever waits for that, is on disk as it commits.
+#: Writes a WAL record of no meaning: when it is committed, all earlier commits are on disk.
 _FLUSH = select(func.pg_logical_emit_message(true(), CHANNEL, ""))
 
 _WAKE = _woken(nodes.c.waiting.op("&&")(bindparam("queues", type_=ARRAY(TEXT))), bindparam("count", type_=Integer))
@@ -98,8 +98,8 @@ _RING = select(func.pg_notify(CHANNEL, ""))
 
 
 def _outcome(rows: Any) -> ColumnElement[Any]:
-    """What `waits.told` reads."""
-    # Without the cause: a job of which a call tells has a result. Clients of 0.1 read no more than these columns.
+    """The JSON that `result_listeners.told` reads."""
+    # Without the cause: these jobs have a result. Clients of 0.1 take no other columns.
     values = {column.name: rows.c[column.name] for column in OUTCOME if column.name != "cause"}
     values["ended_at"] = cast(func.extract("epoch", rows.c.ended_at), Double)
     return func.json_build_object(*chain.from_iterable((literal_column(f"'{name}'"), values[name]) for name in values))
@@ -107,7 +107,7 @@ def _outcome(rows: Any) -> ColumnElement[Any]:
 
 def _telling(statement: Any, ended: bool) -> Executable:
     changed = statement.returning(*(OUTCOME if ended else [jobs.c.id])).cte("changed")
-    # An array is looked up in the index; nobody knows how many rows of this table are dead.
+    # An array is looked up in the index. The planner does not know how many rows of this table are dead.
     of_them = waits.c.job == any_(func.array(select(changed.c.id).scalar_subquery()))
     channel = literal(RESULTS_CHANNEL).concat(cast(waits.c.listener, TEXT))
     number = select(func.count()).select_from(changed)
@@ -133,7 +133,7 @@ class PostgreSQL(Dialect):
     enters_waits = True
     changes_in_ctes = True
     keeps_old_rows = True
-    # A number is given anew when a crash has taken its row: somebody may have claimed that before it was on disk.
+    # After a crash that lost a row, its seq is used again: a node may have claimed the row before it was on disk.
     first_fence: ColumnElement[int] = literal_column("floor(random() * 1073741824)::int")
 
     writable: ClassVar[Mapping[str, Any]] = {"target_session_attrs": "read-write"}
@@ -157,17 +157,17 @@ class PostgreSQL(Dialect):
 
     def connect_args(self, timeout: float, on_disk: bool, publishes: bool) -> dict[str, Any]:
         options = {"synchronous_commit": "on" if on_disk else "off", "timezone": "UTC"}
-        if publishes:  # else the first five jobs are each planned anew, which takes as long as to write them
+        if publishes:  # else PostgreSQL plans each of the first five INSERTs, which takes as long as the INSERT
             options["plan_cache_mode"] = "force_generic_plan"
         return {
             "connect_timeout": max(2, round(timeout)),
             "application_name": "kathikon",
             "options": " ".join(f"-c {name}={value}" for name, value in options.items()),
-            # A peer that vanished without a word is noticed within half a minute.
+            # The loss of an idle connection is noticed within half a minute.
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 3,
-            # What was sent and is not acknowledged by the peer's system counts as lost, where TCP itself takes minutes.
+            # A connection whose data is not acknowledged is lost after that time, where TCP itself takes minutes.
             "tcp_user_timeout": UNANSWERED,
         }
 
@@ -191,12 +191,12 @@ class PostgreSQL(Dialect):
         return postgresql.insert(table)
 
     def picked(self, select: Select[Any], table: Table) -> ColumnElement[bool]:
-        # An array is looked up in the index however long the planner thinks it is; a join may become a scan.
+        # An array is looked up in the index, whatever length the planner assumes; a join may become a scan.
         rows = select.with_for_update(skip_locked=True).scalar_subquery()
         return table.c.seq == any_(func.array(rows))
 
     def picked_in_turn(self, selects: Sequence[Select[Any]], table: Table) -> ColumnElement[bool]:
-        # One after another: of what follows the last one that is needed, nothing is read and nothing locked.
+        # UNION ALL with LIMIT: selects after the last one that is needed read and lock nothing.
         parts = [one.with_for_update(skip_locked=True).subquery() for one in selects]
         every = union_all(*(select(part.c.seq) for part in parts)).subquery()
         rows = select(every.c.seq).limit(bindparam("at_most", type_=Integer())).scalar_subquery()
@@ -213,7 +213,7 @@ class PostgreSQL(Dialect):
         return literal_column(f"holds.{name}", TEXT)
 
     def of_holds(self, holds: Mapping[Hold, Mapping[str, str | None]], values: dict[str, Any]) -> Any:
-        ordered = sorted(holds)  # who locks several rows does so in one order
+        ordered = sorted(holds)  # all statements lock several rows in one order
         columns = zip(Hold._fields, zip(*ordered, strict=True), strict=True)
         arrays = {f"hold_{name}": list(column) for name, column in columns}
         arrays |= {name: [holds[hold][name] for hold in ordered] for name in holds[ordered[0]]}
@@ -267,7 +267,7 @@ class PostgreSQL(Dialect):
 
     def hold(self, connect: Callable[[], Any], node_id: int) -> Any:
         connection = connect()
-        # Never waited for: until the server has noticed that our last connection is gone, we live by the lease.
+        # Never waited for: until the server notices that our last connection is gone, the lease alone counts.
         lock = connection.execute("SELECT pg_try_advisory_lock(%s, %s)", (LOCK_SPACE, node_id % 2**31))
         if lock.fetchone() == (True,):
             return connection
@@ -276,9 +276,9 @@ class PostgreSQL(Dialect):
 
     def check_held(self, lock: Any) -> None:
         try:
-            # A server that ends a connection says so, and of one that is silent `connect_args` has the system ask.
-            lock.pgconn.consume_input()  # its last words, if there are some
-            lock.pgconn.consume_input()  # and the end
+            # A server that ends a connection says so; the loss of a silent one is found by the keepalives.
+            lock.pgconn.consume_input()  # the server's last message, if any
+            lock.pgconn.consume_input()  # and the end of the connection
         except Exception as error:
             raise Unavailable(f"the connection that holds the lease is gone: {in_words(error)}") from error
 
@@ -286,7 +286,7 @@ class PostgreSQL(Dialect):
         locks = table("pg_locks", column("locktype"), column("classid"), column("objid"), column("database"))
         here: Select[Any] = select(literal_column("oid")).select_from(table("pg_database"))
         here = here.where(literal_column("datname") == func.current_database())
-        # The list of the held, and no EXISTS: a list is made once, whatever the number of nodes.
+        # A list of the held locks, no EXISTS: the list is made once, whatever the number of nodes.
         held = select(cast(locks.c.objid, BigInteger)).where(
             locks.c.locktype == "advisory", locks.c.classid == LOCK_SPACE, locks.c.database == here.scalar_subquery()
         )
@@ -304,7 +304,7 @@ class PostgreSQL(Dialect):
 
 
 class Listener(Wakeup):
-    """Hears NOTIFY on some channels, and listens anew by itself after its connection was lost."""
+    """Hears NOTIFY on *channels*, and reconnects by itself after a loss."""
 
     def __init__(self, connect: Callable[[], Any], channels: list[str]) -> None:
         super().__init__()
@@ -314,14 +314,14 @@ class Listener(Wakeup):
         self._next_attempt = 0.0
 
     def listen(self) -> bool:
-        """Hear all that is called from now on; false while the database is away."""
+        """Connect and LISTEN; return false while the database is away."""
         self._next_attempt = monotonic() + RECONNECT
         try:
             connection = self._connect()
             for channel in self._channels:
                 connection.execute(f'LISTEN "{channel}"')
         except Exception:
-            # The database is away. Its user learns that from his own calls; here it is enough to try again.
+            # The database is away. Other calls raise that error; here it is enough to try again.
             return False
         self._connection = connection
         self._selector.register(connection.fileno(), selectors.EVENT_READ)
@@ -331,7 +331,7 @@ class Listener(Wakeup):
         if self._connection is None:
             if monotonic() >= self._next_attempt and self.listen():
                 self.called_all = True
-                return True  # what was called before we listened was not heard
+                return True  # calls before the LISTEN were not heard
             timeout = min(timeout, self._next_attempt - monotonic())
         return super().wait(timeout)
 
@@ -350,7 +350,7 @@ class Listener(Wakeup):
         return heard
 
     def _forget(self) -> None:
-        # A connection that is closed no longer knows its descriptor: it is found as what is left.
+        # A closed connection does not know its descriptor: it is the one that is not the receiver.
         for key in list(self._selector.get_map().values()):
             if key.fileobj is not self._receiver:
                 self._selector.unregister(key.fileobj)

@@ -32,17 +32,17 @@ try:
 except ImportError:  # pragma: no cover (not Linux: a file is looked at every `LOOK` seconds)
     inotify_simple = None
 
-#: Seconds for which SQLite itself waits for a lock, where the lock file did not keep others away.
+#: Seconds for which SQLite itself waits for a lock that another process has in spite of the lock file.
 BUSY = 60.0
-#: Seconds between two looks at a file where the system does not tell of its change.
+#: Seconds between two looks at a file on a system without inotify.
 LOOK = 0.01
 
-#: Bytes at the head of the lock file that change when all nodes are called, not only those that wait for a job.
+#: Length in bytes of the lock file's head, which changes when all nodes are called, not only those that wait for a job.
 MARK = 8
-#: Whether the file is flushed by ourselves, after the commit: meanwhile others write, and a worker begins already.
+#: Whether we flush the log ourselves, after the commit: meanwhile others can write, and a worker can begin.
 FLUSHES = hasattr(os, "fdatasync")
 
-#: Holds and what comes with them, as objects in a list.
+#: The parameter ``holds``, a JSON list of claims with their texts, as a table.
 _HOLDS = func.json_each(bindparam("holds", type_=Text())).table_valued("value", name="holds")
 
 
@@ -51,7 +51,7 @@ class SQLite(Dialect):
 
     name = "sqlite"
     begin = "BEGIN IMMEDIATE"
-    # The highest number, when its row is deleted, is given anew: never to do so takes one page more for each job.
+    # SQLite uses the highest seq again when its row is deleted: AUTOINCREMENT writes one page more for each job.
     first_fence: ColumnElement[int] = literal_column("abs(random() % 1073741824)")
 
     def __init__(self, url: URL) -> None:
@@ -62,19 +62,19 @@ class SQLite(Dialect):
                 " for tables that live as long as the process set kathikon_copies = 'ram'"
             )
         self.path = Path(url.database).absolute()
-        #: Writers lock it in turn, and what is written to it is a call to all who sleep: there is a job, or, where its
-        #: first bytes have changed, a message or a job that is due soon.
+        #: Writers lock it in turn. A write to it wakes all sleepers: there is a job or, if its first `MARK` bytes have
+        #: changed, a message or a job that is due soon.
         self.lock_path = self.path.with_name(self.path.name + "-lock")
-        #: SQLite's log. It is no file that SQLite locks: one may open and close it.
+        #: SQLite's log (WAL). SQLite has no locks on it, so that we may open and close it.
         self.wal_path = self.path.with_name(self.path.name + "-wal")
-        #: Device and number of the file that is open.
+        #: Device and inode of the open database file.
         self._file: tuple[int, int] | None = None
         self._turn = _Turn(self)
         self._lock = threading.RLock()
         self._depth = 0
         self._descriptor: int | None = None
         self._rings = self._rings_all = False
-        #: A byte written to it is a call to all who wait for results.
+        #: A write to it wakes all that wait for results.
         self.results_path = self.path.with_name(self.path.name + "-results")
         self._results: int | None = None
         self._tells = False
@@ -84,11 +84,11 @@ class SQLite(Dialect):
 
     def on_connect(self, connection: Any, on_disk: bool) -> None:
         connection.isolation_level = None
-        # Text that is no UTF-8 spoils its own row, not the statement that reads it among others.
+        # Text that is not UTF-8 makes its own row corrupt, and does not fail the whole statement.
         connection.text_factory = lambda data: str(data, "utf-8", "surrogateescape")
         cursor = connection.cursor()
         if cursor.execute("PRAGMA journal_mode").fetchone() != ("wal",):
-            with self.writing():  # of several that change it at once, SQLite lets all but one fail
+            with self.writing():  # if several processes change it at once, all but one fail
                 cursor.execute("PRAGMA journal_mode=WAL")
         cursor.execute(f"PRAGMA synchronous={'FULL' if on_disk and not FLUSHES else 'NORMAL'}")
         cursor.execute("PRAGMA cache_size=-16000")
@@ -115,8 +115,8 @@ class SQLite(Dialect):
             raise Unavailable(f"the folder {str(folder)!r} of the SQLite file does not exist; create it")
         if os.access(self.path, os.W_OK):
             return
-        # Asked again, as another process may have made it since. SQLite would open a read-only file nevertheless, and
-        # that connection stay unable to write.
+        # Asked again, as another process may have made the file since. SQLite would open a read-only file, and that
+        # connection could never write.
         if self.path.exists() and not os.access(self.path, os.W_OK):
             raise self._read_only()
         if not os.access(folder, os.W_OK):
@@ -147,7 +147,7 @@ class SQLite(Dialect):
                 if self._rings and self._descriptor is not None:
                     call = (os.urandom(MARK), 0) if self._rings_all else (b"\0", MARK)
                     self._rings = self._rings_all = False
-                    with suppress(OSError):  # what was written is written; the others look by themselves
+                    with suppress(OSError):  # the commit is done; the sleepers will look by themselves
                         os.pwrite(self._descriptor, *call)
                 if self._tells:
                     self._tells = False
@@ -164,7 +164,7 @@ class SQLite(Dialect):
             if log is None:
                 log = kept[_Log] = _Log(self.wal_path)
             os.fdatasync(log.descriptor)
-        except FileNotFoundError:  # a checkpoint has written all of it to the database, and to disk
+        except FileNotFoundError:  # a checkpoint has written the log to the database, and to disk
             return
         except OSError as error:
             raise Unavailable(f"the disk of the SQLite file {str(self.path)!r} is broken: {error.strerror}") from error
@@ -212,7 +212,7 @@ class SQLite(Dialect):
         return table.c.seq.in_(select.scalar_subquery())
 
     def held(self, table: Table, owned: bool = True, texts: Sequence[str] = ()) -> ColumnElement[bool]:
-        # One statement for them all: between two, Python lets another thread run, and waits until that one pauses.
+        # One statement for all: between two statements another Python thread may run, and we wait until it pauses.
         of_row = [table.c.seq, table.c.fence, *([table.c.node_id + 0] if owned else ())]
         of_hold = [self.brought(name) for name in Hold._fields[: len(of_row)]]
         if texts:
@@ -273,9 +273,9 @@ class SQLite(Dialect):
 
 
 class _Log:
-    """SQLite's log, opened once for each connection: as long as that is open, no other file can take its place.
+    """SQLite's log (WAL), opened once for each connection: while that is open, no other file can take the log's place.
 
-    It is never asked which file it is: a system with fine timestamps then writes a new one with each change.
+    No ``stat`` of the log: after one, a system with fine timestamps writes a new timestamp with each change.
     """
 
     def __init__(self, path: Path) -> None:
@@ -287,7 +287,7 @@ class _Log:
 
 
 class _Turn:
-    """The turn of one writer among all: the threads of this process, by a lock, and others, by the lock file."""
+    """One writer's turn: a lock keeps out other threads of this process, and the lock file other processes."""
 
     __slots__ = ("_dialect",)
 
@@ -302,7 +302,7 @@ class _Turn:
 
 
 class Bell(Wakeup):
-    """Hears that a byte was written to a file."""
+    """Hears writes to a file."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -338,7 +338,7 @@ class Bell(Wakeup):
 
 
 class NodeBell(Bell):
-    """The bell of a node, which knows a call that is for all nodes."""
+    """The bell of a node, which also tells whether a call is for all nodes."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -346,7 +346,7 @@ class NodeBell(Bell):
         self._mark = os.pread(self._file.fileno(), MARK, 0)
 
     def called(self) -> bool:
-        is_called = super().called()  # first: what is written from now on is a call of its own
+        is_called = super().called()  # first: a later write is a call of its own
         last, self._mark = self._mark, os.pread(self._file.fileno(), MARK, 0)
         self.called_all = last != self._mark
         return is_called

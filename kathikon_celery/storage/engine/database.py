@@ -1,4 +1,4 @@
-"""Connections: two engines a database (durable and relaxed), transactions, and what a fork must not share."""
+"""Connections: two engines for each database (durable and relaxed), transactions, and the handling of forks."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-#: Connections that are kept at hand, beside the pool's, and the seconds for which they are.
+#: Connections kept at hand beside the pool's, for each engine, and the seconds for which they are kept.
 MOST_IDLE, LONGEST_IDLE = 5, 60.0
 
 _databases: weakref.WeakSet[Database] = weakref.WeakSet()
-#: The parent's connections in a process that was forked: they are neither used here nor closed.
+#: In a forked process the parent's connections, kept so that they are neither used nor closed here.
 _inherited: list[Any] = []
 
 
 class Gate:
-    """Counts who uses the database, and can be shut until nobody does."""
+    """Counts the uses of the database, and can be shut until there are none."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._users = 0
-        self._shut = 0  # by how many: two threads may fork at once
+        self._shut = 0  # how often: two threads may fork at once
         self._mine = threading.local()
 
     def __enter__(self) -> None:
@@ -62,7 +62,7 @@ class Gate:
                 self._changed.notify_all()
 
     def shut(self) -> None:
-        """Wait until all other threads have left, and let nobody in."""
+        """Wait until all other threads have left, and let none in."""
         mine: int = getattr(self._mine, "depth", 0)
         with self._changed:
             self._shut += 1
@@ -77,7 +77,7 @@ class Gate:
 
 
 class _Use:
-    """A connection while it is used. It is no generator since that would cost as much as some statements do."""
+    """One use of a connection. It is no generator, which would take as much time as some statements do."""
 
     __slots__ = ("_connection", "_database", "_durable", "_gate", "_turn", "_writes")
 
@@ -88,13 +88,13 @@ class _Use:
 
     def __enter__(self) -> Connection:
         database = self._database
-        # The gate comes first: who waits at it holds no lock that a fork would copy.
+        # The gate comes first: a thread that waits there holds no lock that a fork would copy.
         self._gate = database._gate
         self._gate.__enter__()
         try:
             if not self._writes:
                 database.dialect.check_usable()
-            # Before the turn: who connects takes it for a moment, and a pool's first connection has a lock of its own.
+            # Before the turn: connecting takes the turn for a moment, and a pool has a lock for its first connection.
             self._connection = database._connect(self._durable)
             if self._writes:
                 turn = database.dialect.writing()
@@ -114,10 +114,10 @@ class _Use:
                 kept = {} if connection.invalidated else connection.info
                 database._keep(self._durable, connection)
             elif connection is not None:
-                # In the middle of something, as a time limit leaves it: nobody is to use it again.
+                # Within a statement or a transaction, as after a time limit: it must not be used again.
                 if not (connection.invalidated or database.dialect.is_at_rest(connection.connection.driver_connection)):
                     connection.invalidate(error)
-                if connection.invalidated:  # perhaps all are lost: the pool knows when it made them
+                if connection.invalidated:  # perhaps all are lost: the pool knows which are older
                     database._give_back()
                 connection.close()
             if error is None and self._writes and database._on_disk[self._durable]:
@@ -134,7 +134,7 @@ class Database:
     Arguments:
         url: SQLAlchemy URL.
         publish_durability: ``disk`` when a commit of `write(durable=True)` must be on disk, ``server`` when not.
-        worker_durability: the same for all other commits.
+        worker_durability: as *publish_durability*, for all other commits.
         connect_timeout: seconds after which an attempt to connect is given up.
         alternates: URLs of further servers that have the same data. The first one that can be written to is used.
     """
@@ -152,13 +152,13 @@ class Database:
         self._servers = [self.url, *map(make_url, alternates)]
         self.dialect: Dialect = dialect_for(self.url)
         self.connect_timeout = connect_timeout
-        #: Seconds for which a call goes on trying when the database is away. Workers are patient, callers are not.
+        #: Seconds for which `patiently` tries again when the database is away: 0 for producers, more for workers.
         self.patience = 0.0
-        #: Connections made so far: it grows after a loss.
+        #: Number of connections made so far; it grows after a loss.
         self.opened = 0
-        #: Called before the connections are closed, by those who keep some for themselves.
+        #: Called before the connections are closed: by objects that have connections of their own.
         self.on_close: list[Callable[[], None]] = []
-        #: Called when another database has taken the place of this one, which holds nothing of what was there.
+        #: Called when another database has taken the place of this one: no row of ours is there.
         self.on_replaced: list[Callable[[], None]] = []
         self._on_disk = {True: publish_durability == "disk", False: worker_durability == "disk"}
         self._gate = self._new_gate()
@@ -182,7 +182,7 @@ class Database:
         engine = create_engine(
             self.url,
             isolation_level="AUTOCOMMIT",  # BEGIN and COMMIT are sent by `write`; a single statement needs neither
-            hide_parameters=True,  # payloads do not belong into error messages
+            hide_parameters=True,  # no payloads in error messages
             connect_args=self.dialect.connect_args(self.connect_timeout, on_disk, publishes=durable),
             pool_reset_on_return=None,  # see `_Use`
             pool_recycle=1800,
@@ -193,7 +193,7 @@ class Database:
         return engine
 
     def _do_connect(self, dialect: Any, _: Any, args: list[Any], options: dict[str, Any]) -> Any:
-        """SQLAlchemy asks for a connection of the driver; `None` leaves that to SQLAlchemy."""
+        """Return a connection of the driver for SQLAlchemy's event; with `None` SQLAlchemy connects."""
         self.dialect.check_usable()
         if len(self._servers) == 1:
             return None
@@ -206,7 +206,7 @@ class Database:
                 connection = dialect.connect(*args, **named, **{k: v for k, v in ours.items() if k not in named})
             except dialect.loaded_dbapi.OperationalError as error:
                 lost = error
-            else:  # the next one, in any thread, begins with the server that has answered
+            else:  # the next attempt, in any thread, begins with this server
                 self._servers.sort(key=lambda one: one is not url)
                 return connection
         raise lost
@@ -216,7 +216,7 @@ class Database:
         self.dialect.on_connect(connection, on_disk)
 
     def _connect(self, durable: bool) -> Connection:
-        """A connection for one use: one that was used lately, which costs much less than to ask the pool for one."""
+        """Return a connection for one use: one kept at hand, or else, at a higher cost, one of the pool."""
         if self.dialect.is_replaced():
             self._notice()
             raise Unavailable(f"{self!r} was deleted or replaced while it was in use; what it held is gone")
@@ -232,11 +232,11 @@ class Database:
         return (self._durable if durable else self._relaxed).connect()
 
     def _notice(self) -> None:
-        """Tell that the database was replaced, once, whichever threads see it; who comes second waits for no lock."""
+        """Call `on_replaced`, in one of the threads that notice the replacement; the others do not wait."""
         if not self._noticing.acquire(blocking=False):
             return
         try:
-            if self.dialect.is_replaced():  # else somebody has noticed it meanwhile, and perhaps begun anew
+            if self.dialect.is_replaced():  # else another thread has done this meanwhile
                 for callback in list(self.on_replaced):
                     callback()
                 self._dispose()
@@ -246,8 +246,8 @@ class Database:
     def _keep(self, durable: bool, connection: Connection) -> None:
         """Keep *connection* for the next use, or give it back to the pool."""
         idle = self._idle[durable]
-        if connection.in_transaction():  # SQLAlchemy's notion of one: here each statement commits itself
-            with suppress(DBAPIError):  # what was done is done
+        if connection.in_transaction():  # in SQLAlchemy's view: here each statement commits itself
+            with suppress(DBAPIError):  # its statements are committed
                 connection.rollback()
         engine = self.__dict__.get("_durable" if durable else "_relaxed")
         if connection.invalidated or len(idle) >= MOST_IDLE or connection.engine is not engine:
@@ -256,7 +256,7 @@ class Database:
             idle.append((monotonic(), connection))
 
     def read(self) -> _Use:
-        """A connection for reading, each statement on its own."""
+        """A connection for reading. Each statement stands alone."""
         return _Use(self, writes=False, durable=False)
 
     def once(self, durable: bool = False) -> _Use:
@@ -265,7 +265,7 @@ class Database:
 
     @contextmanager
     def write(self, durable: bool = False) -> Iterator[Connection]:
-        """A transaction that writes; *durable* when it must be on disk before this returns."""
+        """A transaction that writes; *durable*: committed with *publish_durability*, else *worker_durability*."""
         with self.once(durable) as connection, self.transaction(connection):
             yield connection
 
@@ -278,14 +278,14 @@ class Database:
             prepared.plain(connection, "COMMIT")
         except BaseException:
             if not connection.invalidated:
-                with suppress(DBAPIError):  # after some errors SQLite has done so by itself
+                with suppress(DBAPIError):  # after some errors SQLite has rolled back by itself
                     prepared.plain(connection, "ROLLBACK")
             raise
 
     def patiently(self, call: Callable[[bool], T], patient: bool = True) -> T:
-        """Return *call*(again), tried anew after a lost connection: once at once, then for `patience` seconds.
+        """Return *call*(again). After a lost connection, call again: once at once, then for `patience` seconds.
 
-        *again* is true when an earlier try may have been committed although its answer was lost.
+        *again*: an earlier try may have been committed although its answer was lost. Raises `Unavailable`.
         """
         again = False
         try:
@@ -309,22 +309,22 @@ class Database:
             raise self.explain(error) from error
 
     def explain(self, error: Exception) -> Exception:
-        """*error*, or one that says better what is wrong."""
+        """Return *error*, or a `StorageError` that says better what is wrong."""
         explained = self.dialect.explain(error)
         if explained is error and is_lost(error) and not isinstance(error, Unavailable):
             explained = Unavailable(f"{self!r} is away: {in_words(error)}")
         return explained
 
     def wakeup(self, node_id: int | None) -> Wakeup:
-        """What this process waits on for other processes' calls; *node_id* hears its own name as well."""
+        """Return what hears the calls to all nodes, and to the node *node_id*."""
         return self.dialect.wakeup(self.detached, node_id)
 
     def hearing(self, listener: int) -> Wakeup:
-        """What this process, which calls itself *listener*, waits on for results."""
+        """Return what hears of results; *listener* is this process's own random number."""
         return self.dialect.hearing(self.detached, listener)
 
     def detached(self) -> Any:
-        """A connection of the driver that belongs to the caller."""
+        """Return a connection of the driver that belongs to the caller."""
         connection = self._relaxed.connect()  # unlike raw_connection(), it fails with an error of SQLAlchemy's
         driver_connection = connection.connection.driver_connection
         connection.detach()
@@ -337,7 +337,7 @@ class Database:
         self._dispose()
 
     def _give_back(self) -> None:
-        """Give what is kept at hand back to the pool."""
+        """Give the connections kept at hand back to the pool."""
         for idle in self._idle.values():
             while idle:
                 with suppress(IndexError):
@@ -352,7 +352,7 @@ class Database:
         self.dialect.close()
 
     def _new_gate(self) -> Gate | AbstractContextManager[None]:
-        """SQLite's locks belong to the process and its memory is not made for two: no connection crosses a fork."""
+        """SQLite's locks and memory belong to one process: no connection may be open during a fork."""
         return Gate() if self.dialect.name == "sqlite" else nullcontext()
 
     def _before_fork(self) -> None:

@@ -1,7 +1,6 @@
-"""Runs prepared statements on a connection of psycopg past its cursors, which cost as much as the server does.
+"""Runs prepared statements on a psycopg connection without its cursors, which take as much time as the server.
 
-What is sent and what comes back is the same: psycopg converts the values and the rows, waits for the answer, and names
-the errors.
+Queries and answers are the same: psycopg converts the values and the rows, waits for the answer, and makes the errors.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ _numbers = count(1)
 
 
 class Statement:
-    """A statement as libpq wants it, of a *text* with parameters in the style of psycopg."""
+    """A statement for libpq, made of a *text* with psycopg's parameters: ``%(name)s``."""
 
     def __init__(self, text: str) -> None:
         names: dict[str, int] = {}
@@ -30,7 +29,7 @@ class Statement:
 
 
 class Session:
-    """A connection, and what is prepared there. Its errors are psycopg's."""
+    """A connection, and the statements prepared there. Raises psycopg's errors."""
 
     def __init__(self, connection: Any) -> None:
         from psycopg import errors, generators, pq
@@ -43,7 +42,7 @@ class Session:
         self._prepared: set[bytes] = set()
 
     def run(self, statement: Statement, values: Mapping[str, Any]) -> tuple[list[tuple[Any, ...]], int]:
-        """The rows that *statement* returns, and how many it returned or changed."""
+        """Run *statement*; return its rows, and the number of rows that it returned or changed."""
         converter, parameters = self._converter, [_array(values[name]) for name in statement.parameters]
         self.prepare(statement)
         sent = converter.dump_sequence(parameters, [self._text] * len(parameters))
@@ -55,10 +54,10 @@ class Session:
             converter.set_pgresult(result)
             return converter.load_rows(0, result.ntuples, tuple), result.ntuples
         finally:
-            converter.set_pgresult(None)  # large payloads are not to stay
+            converter.set_pgresult(None)  # large payloads must not stay in memory
 
     def prepare(self, statement: Statement) -> None:
-        """Have the server parse *statement*, unless that was done."""
+        """Have the server parse *statement*, unless it has done so."""
         if statement.name not in self._prepared:
             self._pgconn.send_prepare(statement.name, statement.text)
             self._result()
@@ -77,7 +76,7 @@ class Session:
 
 
 def session(pooled: Any) -> Session:
-    """The session of SQLAlchemy's *pooled* connection, which keeps it as long as it is connected."""
+    """Return the session of SQLAlchemy's *pooled* connection, which keeps it while connected."""
     known: Session | None = pooled.info.get(Session)
     if known is None:
         known = pooled.info[Session] = Session(pooled.driver_connection)
@@ -85,7 +84,7 @@ def session(pooled: Any) -> Session:
 
 
 def _array(value: Any) -> Any:
-    """A list of numbers as PostgreSQL writes it: psycopg would convert them one by one."""
+    """Return a list of ints as the text of an array: psycopg would convert the ints one by one."""
     if type(value) is list and set(map(type, value)) == {int}:
         return f"{{{','.join(map(str, value))}}}"
     return value

@@ -1,7 +1,7 @@
-"""Statements that are run often: compiled once, and then given to the driver itself.
+"""Statements that are run often: compiled once, and then run by the driver itself.
 
-What SQLAlchemy does for one execution costs more than most of these statements do. They must be the same objects each
-time, and their text must not depend on their parameters (no ``expanding`` ones).
+SQLAlchemy's work for one execution takes longer than most of these statements. A statement must be the same object each
+time, and its text must not depend on its parameters (no ``expanding`` ones).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kathikon_celery.storage.engine import libpq
 
 @lru_cache(maxsize=8)
 def _compiler(dialect: Dialect) -> Any:
-    """The dialect's, but constants are words of the statement: as parameters they were converted and sent each time."""
+    """Return a compiler like the dialect's, but with constants in the text: parameters would be sent each time."""
     usual: Any = dialect.statement_compiler
 
     class Compiler(usual):
@@ -34,7 +34,7 @@ def _compiler(dialect: Dialect) -> Any:
 
 
 class _Prepared:
-    """A statement in the words of one driver."""
+    """A statement, compiled for one driver."""
 
     def __init__(self, statement: Any, dialect: Dialect) -> None:
         compiled: Any = _compiler(dialect)(dialect, statement)
@@ -52,7 +52,7 @@ class _Prepared:
                 self._constants[name] = bind.value if processor is None else processor(bind.value)
             elif processor is not None:
                 self._of_values[name] = processor
-        # Of a copy: it remembers the answer, even for the statements that are made of it.
+        # Of a copy: SQLAlchemy keeps the answer, also in statements that are derived from this one.
         columns = statement.execution_options().exported_columns
         self._returns_rows = bool(columns)
         self._of_columns = [
@@ -63,34 +63,34 @@ class _Prepared:
         ]
 
     def run(self, pooled: Any, values: Mapping[str, Any]) -> tuple[list[tuple[Any, ...]], int]:
-        """Run it on a *pooled* connection: the rows, as the driver has them, and the number of the changed ones."""
+        """Run it on a *pooled* connection; return the driver's rows, and the number of changed rows."""
         parameters = self.parameters(values)
         if self._libpq is not None:
             return libpq.session(pooled).run(self._libpq, parameters)
         cursor = pooled.cursor()
-        try:  # a statement that is not over keeps its locks, though its connection is closed
+        try:  # an unfinished statement keeps its locks, even if its connection is closed
             cursor.execute(self.text, parameters)
             return (cursor.fetchall() if self._returns_rows else []), cursor.rowcount
         finally:
             cursor.close()
 
     def prepare(self, pooled: Any) -> None:
-        """Have the server parse it for a *pooled* connection, where the driver can."""
+        """Have the server parse it for a *pooled* connection, if the driver can do that."""
         if self._libpq is not None:
             libpq.session(pooled).prepare(self._libpq)
 
     def parameters(self, values: Mapping[str, Any]) -> Any:
-        """*values* as the driver wants them. Raises `KeyError` where one is missing."""
+        """Return *values* as the driver takes them. Raises `KeyError` when one is missing."""
         given = {**self._constants, **values}
         for name, processor in self._of_values.items():
-            if (value := given[name]) is not None:  # which is NULL in all our types
+            if (value := given[name]) is not None:  # None is NULL in all our types
                 given[name] = processor(value)
         if self._is_positional:
             return [given[name] for name in self._names]
         return {name: given[name] for name in self._names}
 
     def converted(self, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-        """*rows* of the driver as values of the columns' types."""
+        """Return *rows* of the driver as values of the columns' types."""
         if not self._of_columns:
             return rows
         changed = [list(row) for row in rows]
@@ -114,7 +114,7 @@ def rows(connection: Connection, statement: Any, values: Mapping[str, Any]) -> S
 
 
 def count(connection: Connection, statement: Any, values: Mapping[str, Any]) -> int:
-    """Run *statement* and return the number of rows that it has changed."""
+    """Run *statement* and return the number of changed rows."""
     if _is_watched(connection):
         return connection.execute(statement, values).rowcount
     prepared = _prepared(statement, connection.dialect)
@@ -124,7 +124,7 @@ def count(connection: Connection, statement: Any, values: Mapping[str, Any]) -> 
 
 
 def ready(connection: Connection, statement: Any) -> None:
-    """Have *statement* compiled, and where the driver can, prepared by the server, before it is run."""
+    """Compile *statement* and, if the driver can do that, have the server prepare it before it is run."""
     if not _is_watched(connection):
         prepared = _prepared(statement, connection.dialect)
         with _errors(connection, prepared.text):
@@ -158,7 +158,7 @@ def _is_libpq_usable(dialect: Dialect) -> bool:
 
 
 def _is_watched(connection: Connection) -> bool:
-    """Whether SQLAlchemy has to run the statement: somebody listens to its events, or it is one that we do not know."""
+    """Whether SQLAlchemy has to run the statement: its events have listeners, or we do not know this version."""
     if not is_usable(PREPARED):
         return True
     if not (connection._has_events or connection.engine._has_events):  # SQLAlchemy's own short cut
@@ -167,7 +167,7 @@ def _is_watched(connection: Connection) -> bool:
 
 
 class _errors:  # noqa: N801 (a context manager; as a generator it would cost as much as the rest)
-    """The driver's errors are raised as SQLAlchemy's, which say whether the connection is lost."""
+    """Raises the driver's errors as SQLAlchemy's, which say whether the connection is lost."""
 
     __slots__ = ("connection", "text")
 
@@ -186,7 +186,7 @@ class _errors:  # noqa: N801 (a context manager; as a generator it would cost as
             return
         lost = connection.dialect.is_disconnect(error, connection.connection, None)
         if lost:
-            with suppress(DBAPIError):  # so that SQLAlchemy learns of it, and drops what else is in its pool
+            with suppress(DBAPIError):  # SQLAlchemy notices the loss, and drops the connections in its pool
                 connection.exec_driver_sql("SELECT 1")
             connection.invalidate(error)
         raise DBAPIError.instance(

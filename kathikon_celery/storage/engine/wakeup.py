@@ -6,14 +6,14 @@ import selectors
 import socket
 from contextlib import suppress
 
-#: What a call about a job begins with: its outcome follows, or its id, as it has ended, or there is news of it.
+#: First character of a NOTIFY payload: o = outcome JSON, e = ended, key follows, n = progress, key follows.
 OUTCOME, ENDED, NEWS = "o", "e", "n"
-#: What a call about a job that was published begins with: the number of its row follows, a space and its queue's key.
+#: p = a job was published: its ``seq``, a space and its queue's key follow.
 PUBLISHED = "p"
 
 
 class Wakeup:
-    """Sleeps until something happens: `notify` in this process, or what a dialect's subclass listens to."""
+    """Sleeps until `notify` is called in this process, or a dialect's subclass hears another process."""
 
     def __init__(self) -> None:
         self._receiver, self._sender = socket.socketpair()
@@ -24,7 +24,7 @@ class Wakeup:
         self._notified = False
         #: Whether the last call was to all nodes, not to this one by its name.
         self.called_all = True
-        #: What the calls named, where they name anything; whoever reads it empties it.
+        #: The payloads of the calls that had one; the reader empties the list.
         self.named: list[str] = []
 
     def notify(self) -> None:
@@ -35,7 +35,7 @@ class Wakeup:
                 self._sender.send(b"\0")
 
     def wait(self, timeout: float) -> bool:
-        """Sleep for at most *timeout* seconds; true when another process called."""
+        """Sleep for at most *timeout* seconds; return true when another process called."""
         called = False
         for key, _ in self._selector.select(max(timeout, 0)):
             if key.fileobj is self._receiver:
@@ -47,11 +47,11 @@ class Wakeup:
         return called
 
     def called(self) -> bool:
-        """Read the call that another process made; false when it was none for us."""
+        """Read the call that another process made; return false when it was not for us."""
         return False
 
     def jobs(self) -> dict[str, int]:
-        """The rows of the jobs that the last calls were about, by their queues' keys."""
+        """Return queue key -> ``seq`` of a job that the last calls were about, and forget the calls."""
         named, self.named = self.named, []
         calls = (call[len(PUBLISHED) :].partition(" ") for call in named if call.startswith(PUBLISHED))
         return {queue: int(seq) for seq, _, queue in calls}
