@@ -1,4 +1,4 @@
-"""Chords: one row a part, so that whoever ends the last one knows it, and may send the body in the same transaction."""
+"""Chords: one row for each part, so that the transaction that ends the last part knows it, and may send the body."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.names import key, printable
 from kathikon_celery.storage.tables import chord_parts, chords, jobs, state_in
 
-#: Parts that one statement enters.
+#: Parts in one INSERT.
 CHUNK = 1000
 
 
@@ -54,7 +54,7 @@ class Header:
 
 
 def open(database: Database, chord: str, parts: Sequence[tuple[str, int]], structure: str | None) -> None:  # noqa: A001
-    """Enter a chord that is about to be sent, with ids and positions of its parts; one of the same id begins anew."""
+    """Insert a chord that is about to be sent, with (id, position) of its parts; replaces a chord of the same id."""
     name = key(chord)
     rows = [
         {"chord": name, "task_id": key(task_id), "label": task_id, "position": position, "ended": False}
@@ -73,7 +73,7 @@ def open(database: Database, chord: str, parts: Sequence[tuple[str, int]], struc
 
 
 def set_size(database: Database, chord: str, size: int) -> None:
-    """Say how many parts there are, before the last of them is sent."""
+    """Set the number of parts, before the last one is sent."""
     row = {"id": key(chord), "size": size, "ended": 0, "added": 0, "inserted_at": now()}
     statement = database.dialect.insert_or_update(chords).values(row)
     statement = statement.on_conflict_do_update(index_elements=[chords.c.id], set_={"size": size})
@@ -82,7 +82,7 @@ def set_size(database: Database, chord: str, size: int) -> None:
 
 
 def add_part(database: Database, chord: str) -> None:
-    """Say that there is one part more."""
+    """Raise the number of parts by one."""
     with database.once() as connection:
         connection.execute(update(chords).where(chords.c.id == key(chord)).values(added=chords.c.added + 1))
 
@@ -118,7 +118,7 @@ def _ended(dialect: Dialect) -> Any:
 
 
 def count(database: Database, connection: Connection, part: Part) -> bool:
-    """Note that a part has ended; true when it was the last. Ended twice, it counts once."""
+    """Note that a part has ended; return true when it was the last. A part that ends twice counts once."""
     chord = key(part.chord)
     if connection.execute(_LOCKED, {"chord": chord}).first() is None:
         return False  # its body was sent
@@ -144,7 +144,7 @@ _STRUCTURE = select(chords.c.structure).where(chords.c.id == bindparam("chord"))
 
 
 def header(connection: Connection, chord: str) -> Header:
-    """What the parts have returned or raised."""
+    """Return the complete chord."""
     values = {"chord": key(chord)}
     parts = [
         Part(chord=chord, task_id=label, position=position, succeeded=succeeded, result=result)
@@ -154,7 +154,7 @@ def header(connection: Connection, chord: str) -> Header:
 
 
 def close(connection: Connection, chord: str) -> None:
-    """Forget a chord whose body is sent."""
+    """Delete a chord whose body is sent."""
     _close(connection, key(chord))
 
 
@@ -163,7 +163,7 @@ def _close(connection: Connection, name: str) -> None:
     connection.execute(delete(chords).where(chords.c.id == name))
 
 
-# A value and no EXISTS, of which a planner may make a join with all jobs.
+# A value, no EXISTS: of that a planner may make a join with all jobs.
 _ALIVE = select(jobs.c.seq).where(jobs.c.group_id == chords.c.id, not_(state_in(TERMINAL))).limit(1).scalar_subquery()
 _OLD = (
     select(chords.c.id)
@@ -174,9 +174,9 @@ _OLD = (
 
 
 def prune(database: Database, age: float) -> int:
-    """Forget chords that were sent more than *age* seconds ago and of which no part waits or runs; their number.
+    """Delete up to `CHUNK` chords older than *age* seconds without a waiting or running part; return their number.
 
-    They will never be complete: their sender was killed before it had sent them, or parts of them were deleted.
+    They will never be complete: their sender was killed before it had sent all parts, or parts were deleted.
     """
     with database.write() as connection:
         names = connection.execute(_OLD, {"minus_age": -age}).scalars().all()

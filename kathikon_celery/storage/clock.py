@@ -12,7 +12,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import ColumnElement, FunctionElement
 from sqlalchemy.types import TypeDecorator
 
-#: Seconds until a moment that is later than any that the database can reckon with.
+#: `seconds_until` a moment in the future that the database cannot compute with.
 FAR = 1e12
 
 
@@ -42,7 +42,7 @@ class Instant(TypeDecorator[datetime]):
 
 
 class now(FunctionElement[datetime]):  # noqa: N801 (reads as the SQL function it is)
-    """The present moment; with an argument, so many seconds from it."""
+    """The present; with an argument, the present plus so many seconds."""
 
     type = Instant()
     inherit_cache = True
@@ -62,7 +62,7 @@ def seconds(name: str) -> ColumnElement[float]:
     return bindparam(name, type_=Double())
 
 
-# Not clock_timestamp(): what changes within a statement is compared with each row, not looked up in an index.
+# Not clock_timestamp(): a value that changes within a statement is compared with each row, without an index.
 @compiles(now, "postgresql")
 def _(element: now, compiler: Any, **kw: Any) -> str:
     if not len(element.clauses):
@@ -88,8 +88,8 @@ def _(element: now, compiler: Any, **kw: Any) -> str:
 @compiles(seconds_until, "sqlite")
 def _(element: seconds_until, compiler: Any, **kw: Any) -> str:
     moment = compiler.process(element.clauses, **kw)
-    # What is no moment compares as past, and is promoted, since others wait behind it; or as one that is far away, as
-    # does the last one that Python knows: SQLite rounds it up to one that it does not.
+    # julianday() is NULL for a text that is no moment, and for Python's last one, which SQLite rounds up beyond its
+    # range. Such a text compares as past, and is promoted, since others wait behind it; or as far ahead.
     past = f"{moment} <= strftime('%Y-%m-%d %H:%M:%f000', 'now')"
     other = f"CASE WHEN {past} THEN -1.0 WHEN {moment} IS NOT NULL THEN {FAR} END"
     return f"coalesce((julianday({moment}) - julianday('now')) * 86400.0, {other})"

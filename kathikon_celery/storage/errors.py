@@ -1,4 +1,4 @@
-"""What can go wrong in storage, in words that name the remedy."""
+"""Storage's errors. Their texts name the remedy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, Opera
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 
-class StorageError(ClickException):  # so Celery's command line shows it in a line, with no traceback
+class StorageError(ClickException):  # so Celery's command line shows it without a traceback
     """Base of the errors that storage raises itself."""
 
 
@@ -16,7 +16,7 @@ class Unavailable(StorageError):
 
 
 class UnknownDatabase(StorageError, ValueError):
-    """A URL names a kind of database that Kathikon does not speak."""
+    """A URL names a kind of database that Kathikon does not support."""
 
 
 class SchemaError(StorageError):
@@ -24,15 +24,15 @@ class SchemaError(StorageError):
 
 
 class TablesInUse(StorageError):
-    """Transactions of others keep the tables from being upgraded."""
+    """Other transactions keep the tables from being upgraded."""
 
 
 class Forbidden(StorageError):
-    """The database gives the role that is connected no right to do what is needed."""
+    """The connected role has no privilege to do what is needed."""
 
 
 class NotFound(StorageError):
-    """There is no job of that id."""
+    """There is no job with that id."""
 
 
 class MovedOn(StorageError):
@@ -51,6 +51,6 @@ def is_lost(error: BaseException) -> bool:
 
 
 def in_words(error: BaseException) -> str:
-    """The database's own message, without statement and parameters."""
+    """Return the database's own message, without statement and parameters."""
     original = getattr(error, "orig", None)
     return " ".join(str(original or error).split())

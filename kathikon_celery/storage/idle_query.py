@@ -1,4 +1,4 @@
-"""What an idle worker asks of the database, in one statement: whether there is work, and what others will soon ask."""
+"""What an idle worker asks the database in one statement: whether there is work, and its services' next questions."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.messages import by_number
 
-#: Questions by their names, with the values of their parameters.
+#: Name of a question -> values of its parameters.
 Questions = Mapping[str, Mapping[str, Any]]
 
 
 class Asker(Protocol):
-    """Somebody who would ask the database by himself, if nobody did it for him."""
+    """A service that would ask the database by itself, if the idle worker did not."""
 
     def asks(self, within: float) -> Questions:
-        """What he will ask within so many seconds."""
+        """Return what the service will ask in the next *within* seconds."""
 
     def hear(self, answers: Mapping[str, Any]) -> None:
-        """The answers, by the names of the questions."""
+        """Take the answers, by the names of the questions."""
 
 
 def _next_due(dialect: Dialect) -> Any:
@@ -34,7 +34,7 @@ def _next_due(dialect: Dialect) -> Any:
 
 
 def _is_amiss(dialect: Dialect) -> Any:
-    """Whether a node may be dead, or new; a job has ended of which nobody was told; or a queue is no longer used."""
+    """Whether a node may be dead, or is new; or a job's end is unreported; or a queue is unused."""
     return or_(nodes.is_any_suspect(dialect), finish.IS_ANY_UNREPORTED, topology.IS_ANY_UNUSED)
 
 
@@ -64,7 +64,7 @@ def look(
     with_messages: bool = True,
     asked: Sequence[tuple[Asker, Questions]] = (),
 ) -> bool:
-    """Whether a job is ready in one of the *queues* (keys), or a message; the askers hear what they have *asked*."""
+    """Whether a job or a message is ready in one of the *queues* (keys); the askers hear what they have *asked*."""
     parameters = {name: values for _, questions in asked for name, values in questions.items()}
     values: dict[str, Any] = {**by_number(queues)}
     for one in parameters.values():
@@ -79,7 +79,7 @@ def look(
 
 
 def renew(database: Database, queues: Sequence[str], with_messages: bool, node_id: int, lease: float) -> bool | None:
-    """Look for work, and with it renew the lease of a node (see `nodes.renew`); `None` when it was taken for dead."""
+    """`look` and renew the node's lease to *lease* seconds, in one statement; `None` if the node was taken for dead."""
     values = {**by_number(queues), "node": node_id, "lease": lease}
     with database.once() as connection:
         found = prepared.rows(connection, _renew(len(queues), with_messages), values)

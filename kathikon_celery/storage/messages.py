@@ -34,7 +34,7 @@ from kathikon_celery.storage.tables import FREE, READY, jobs, messages, queues
 
 @dataclass(slots=True, kw_only=True)
 class Message:
-    """A message in a queue. *redelivered*: somebody held it before and gave it back."""
+    """A message in a queue. *redelivered*: a consumer held it before and gave it back."""
 
     seq: int
     queue: str
@@ -46,7 +46,7 @@ class Message:
 
     @property
     def hold(self) -> Hold:
-        """The claim under which its node holds it."""
+        """The claim of its node."""
         return Hold(self.seq, self.fence, self.node_id)
 
     @property
@@ -78,7 +78,7 @@ def put(
     ttl: float | None = None,
     durable: bool = True,
 ) -> None:
-    """Put a message into each of the queues. *ttl*: seconds that it may wait; a queue may have a shorter one."""
+    """Put a message into each of the queues *names*. *ttl*: seconds that it may wait; a queue's own may be shorter."""
 
     def publish(again: bool) -> None:
         keys = [key(name) for name in names]
@@ -96,14 +96,14 @@ def put(
     database.patiently(publish, patient=durable)
 
 
-# One word for both conditions, so that nobody looks them up in the index of expiry instead of the queue's.
+# One expression for both conditions: with two, a planner may use the index of expiry instead of the queue's.
 _FRESH = func.coalesce(messages.c.expires_at > now(), true())
 _TAKEN = (messages.c.seq, messages.c.queue, messages.c.priority, messages.c.fence, messages.c.envelope, messages.c.body)
 
 
 def first(queue: Any) -> Select[Any]:
-    """The messages of *queue* that nobody holds, in the order in which they are taken."""
-    # Which is the order of an index: else a database that once saw many scans the table for the first of none.
+    """Return the SELECT of the free messages of *queue*, in the order in which they are taken."""
+    # That is the order of an index: otherwise a planner that expects many messages scans the table for the first one.
     return (
         select(messages.c.seq)
         .where(messages.c.queue == queue, FREE)
@@ -112,7 +112,7 @@ def first(queue: Any) -> Select[Any]:
 
 
 def by_number(queues: Sequence[str]) -> dict[str, str]:
-    """*queues* (keys) as the parameters ``queue_0`` and so on."""
+    """Return *queues* (keys) as the parameters ``queue_0`` and so on."""
     return {f"queue_{number}": queue for number, queue in enumerate(queues)}
 
 
@@ -123,7 +123,7 @@ def _there(queues: int) -> Any:
 
 
 def there(connection: Connection, queues: Sequence[str]) -> list[str]:
-    """Those of *queues* (keys) in which a message waits."""
+    """Return those of *queues* (keys) in which a message waits."""
     if not queues:
         return []
     (found,) = prepared.rows(connection, _there(len(queues)), by_number(queues))
@@ -143,14 +143,14 @@ def _take(dialect: Dialect, keep: bool) -> Any:
 def take(
     database: Database, connection: Connection, queue: str, limit: int, node_id: int | None, keep: bool
 ) -> list[Message]:
-    """Take up to *limit* messages of the key *queue*. *keep*: hold them until they are acknowledged."""
+    """Take up to *limit* messages of *queue* (a key). *keep*: hold them until acknowledged; otherwise delete them."""
     values: dict[str, Any] = {"from_queue": queue, "at_most": limit}
     if keep:
         values["by_node"] = node_id
     rows = prepared.rows(connection, _take(database.dialect, keep), values)
     names = [column.name for column in _TAKEN]
     taken = [Message(**dict(zip(names, row, strict=True)), node_id=node_id) for row in rows]
-    with suppress(TypeError):  # one of them is corrupt; the others are not to wait for that
+    with suppress(TypeError):  # one of them is corrupt; the others are delivered all the same
         taken.sort(key=lambda message: (-message.priority, message.seq))
     return taken
 
@@ -161,7 +161,7 @@ def _acknowledged(dialect: Dialect) -> Any:
 
 
 def acknowledge(database: Database, connection: Connection, holds: Sequence[Hold]) -> int:
-    """The consumer is done with the messages."""
+    """Delete the messages held under *holds*; return their number."""
     return database.dialect.for_holds(connection, _acknowledged(database.dialect), holds, {})
 
 
@@ -171,7 +171,7 @@ def _returned(dialect: Dialect) -> Any:
 
 
 def give_back(database: Database, connection: Connection, holds: Sequence[Hold]) -> int:
-    """The messages are there again for anybody."""
+    """Free the messages held under *holds*; return their number."""
     changed = database.dialect.for_holds(connection, _returned(database.dialect), holds, {})
     database.dialect.ring(connection)
     return changed
@@ -183,11 +183,11 @@ _PURGE = delete(messages).where(messages.c.queue == bindparam("from_queue"), FRE
 
 
 def size(connection: Connection, queue: str) -> int:
-    """Number of messages and jobs that are ready in the key *queue*."""
+    """Return the number of messages and jobs that are ready in *queue* (a key)."""
     values = {"from_queue": queue}
     return sum(int(connection.execute(count, values).scalar_one()) for count in (_COUNT, _COUNT_JOBS))
 
 
 def purge(connection: Connection, queue: str) -> int:
-    """Delete the messages of the key *queue* that nobody holds; the number of them."""
+    """Delete the free messages of *queue* (a key); return their number."""
     return connection.execute(_PURGE, {"from_queue": queue}).rowcount

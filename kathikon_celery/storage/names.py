@@ -1,4 +1,4 @@
-"""Names and texts of any length and alphabet, made fit for any database."""
+"""Makes names and texts of any length and alphabet fit for every database."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 from hashlib import blake2b
 from uuid import UUID
 
-#: Longest key in bytes of UTF-8: below what an index entry may measure on every database.
+#: Longest key, in bytes of UTF-8: shorter than the longest index entry of every database.
 MAX_KEY_BYTES = 190
 
 
 def key(name: str | UUID) -> str:
-    """*name* itself where it can be a key, else a digest of it that stands for it. Raises `TypeError` for no name."""
+    """Return *name* if it can be a key, else its digest (``#`` and 40 digits). Raises `TypeError`: no text or UUID."""
     if not isinstance(name, str):
         if not isinstance(name, UUID):
             raise TypeError(f"{name!r} is no name: give a text or a UUID")
@@ -25,17 +25,17 @@ def key(name: str | UUID) -> str:
 
 
 def printable(text: str | None) -> str | None:
-    """*text* with escapes for what some database does not keep: NUL, and halves of surrogate pairs."""
+    """Return *text* with escapes for what some databases cannot store: NUL, and halves of surrogate pairs."""
     if text is None or (text.isascii() and "\0" not in text):
         return text
     return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()
 
 
 def label(name: str) -> str:
-    """*name* itself where every database keeps it, else as JSON; `name_of` undoes it."""
+    """Return *name* if every database can store it, else *name* as JSON; `name_of` undoes it."""
     return json.dumps(name) if name.startswith('"') or printable(name) != name else name
 
 
 def name_of(label: str) -> str:
-    """The name that `label` has written."""
+    """Return the name that `label` has encoded."""
     return str(json.loads(label)) if label.startswith('"') else label

@@ -1,4 +1,4 @@
-"""Nodes: the processes that claim, their leases, and the return of what the dead held."""
+"""Nodes: the processes that claim, their leases, and the return of what dead nodes held."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from kathikon_celery.storage.topology import delete_queue
 
 @dataclass(frozen=True)
 class Node:
-    """Another process, as its row shows it. *lease*: seconds that are left of it, negative when it has run out."""
+    """Another process's row. *pid_started*: epoch seconds. *lease*: seconds left, negative when it has run out."""
 
     id: int
     name: str
@@ -49,7 +49,7 @@ class Node:
 
 
 def register(database: Database, name: str, machine: str, pid: int, pid_started: float, lease: float) -> int:
-    """Enter this process, with a lease of so many seconds; its id."""
+    """Insert this process as a `Node`, with a lease of *lease* seconds; return its id."""
     values = {"name": name, "machine": machine, "pid": pid, "pid_started": pid_started}
     with database.write() as connection:
         row = connection.execute(
@@ -63,13 +63,13 @@ RENEW = update(nodes).where(nodes.c.id == bindparam("node")).values(lease_until=
 
 
 def renew(database: Database, node_id: int, lease: float) -> bool:
-    """Make the lease last so many seconds from now; false when the node was taken for dead."""
+    """Make the lease last *lease* seconds from now; return false when the node was taken for dead."""
     with database.once() as connection:
         return connection.execute(RENEW, {"node": node_id, "lease": lease}).rowcount > 0
 
 
 class Holder:
-    """Holds, on a connection of its own, the lock that a node's death sets free."""
+    """Holds a node's lock on a connection of its own. The node's death frees the lock."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -77,7 +77,7 @@ class Holder:
         self._locked_for: int | None = None
 
     def hold(self, node_id: int) -> None:
-        """Take the node's lock, if it is to be had; raises the database's error when the one we had is lost."""
+        """Take the node's lock if it is free. Raises the database's error when the lock that we had is lost."""
         dialect = self._database.dialect
         if self._lock is None or self._locked_for != node_id:
             self.drop()
@@ -87,7 +87,7 @@ class Holder:
             dialect.check_held(self._lock)
 
     def drop(self) -> None:
-        """Give the lock up; the next `hold` takes it again."""
+        """Release the lock; the next `hold` takes it again."""
         lock, self._lock, self._locked_for = self._lock, None, None
         if lock is not None:
             with suppress(Exception):
@@ -95,14 +95,14 @@ class Holder:
 
 
 def is_lock_free(database: Database, connection: Connection, node_id: int) -> bool | None:
-    """Whether nobody holds the node's lock: its connection is gone. `None` where the database has no such locks."""
+    """Whether the node's lock is free: its connection is gone. `None` if there are no such locks."""
     return database.dialect.is_lock_free(connection, node_id)
 
 
 def _holders(table: Table) -> Select[Any]:
-    """The ids under which rows of *table* are held: from one to the next in the index.
+    """SELECT of the ids of nodes that hold rows of *table*: from one id to the next in the index.
 
-    A plain DISTINCT reads the whole table when the planner has no statistics, or some of a moment when much was held.
+    A plain DISTINCT reads the whole table if the planner's statistics are missing, or of a time when much was held.
     """
     found = select(func.min(table.c.node_id).label("id")).where(HELD).cte(f"{table.name}_holders", recursive=True)
     following = select(func.min(table.c.node_id)).where(HELD, table.c.node_id > found.c.id).scalar_subquery()
@@ -115,14 +115,14 @@ _NODELESS = select(_UNKNOWN.c.id).where(_UNKNOWN.c.id.not_in(select(nodes.c.id))
 
 
 def orphans(connection: Connection) -> list[int]:
-    """Ids under which rows are held although there is no such node."""
+    """Return the ids under which rows are held although no such node exists."""
     return list(connection.execute(_NODELESS).scalars())
 
 
 def is_any_suspect(dialect: Dialect) -> ColumnElement[bool]:
-    """Whether a look at the `others` of ``node`` is worth while, or there are `orphans`.
+    """Return the condition that a node other than ``node`` is suspect, or that there are `orphans`.
 
-    One of them is not among the ``known``, its lease has run out, or it is on another ``machine`` and its lock is free.
+    Suspect: not among the ``known``, or its lease has run out, or on another than ``machine`` and its lock is free.
     """
     other = nodes.alias("other")
     is_elsewhere = other.c.machine != bindparam("machine")
@@ -133,25 +133,25 @@ def is_any_suspect(dialect: Dialect) -> ColumnElement[bool]:
 
 
 def others(connection: Connection, node_id: int) -> list[Node]:
-    """All nodes but this one."""
+    """Return all nodes but this one."""
     columns = (nodes.c.id, nodes.c.name, nodes.c.machine, nodes.c.pid, nodes.c.pid_started)
     query = select(*columns, seconds_until(nodes.c.lease_until).label("lease")).where(nodes.c.id != node_id)
     return [Node(*row) for row in connection.execute(query)]
 
 
 def newest(connection: Connection) -> int:
-    """The highest id of a node: it grows when a node comes."""
+    """Return the highest id of a node: it grows when a node comes."""
     return int(connection.execute(select(func.coalesce(func.max(nodes.c.id), 0))).scalar_one())
 
 
-#: The *node* waits for the *queues*.
+#: UPDATE: the ``node`` waits for the ``queues``.
 WAIT = (
     update(nodes).where(nodes.c.id == bindparam("node")).values(waiting=bindparam("queues", type_=nodes.c.waiting.type))
 )
 
 
 def wait_for(connection: Connection, node_id: int, names: list[str] | None) -> None:
-    """Say which queues the idle node waits for, so that whoever publishes to them wakes it; `None`: it is busy."""
+    """Note the queues (keys) that the idle node waits for, so that publications wake it; `None`: it is busy."""
     prepared.count(connection, WAIT, {"node": node_id, "queues": names})
 
 
@@ -172,9 +172,9 @@ _ORPHANS = select(jobs.c.seq, jobs.c.fence, jobs.c.queue, jobs.c.state).where(HE
 
 
 def remove(database: Database, node: Node | int, unless_renewed: bool = False) -> int | None:
-    """Take a node off the table and return what it held; the number of its jobs.
+    """Delete a node, and give back the jobs and messages that it held; return the number of its jobs.
 
-    *unless_renewed*: do nothing, and answer `None`, when its lease was renewed since it was looked at.
+    *unless_renewed*: do nothing, and return `None`, if its lease has not run out.
     """
     node_id = node if isinstance(node, int) else node.id
     removal = delete(nodes).where(nodes.c.id == node_id)

@@ -21,21 +21,21 @@ _COUNTS = select(jobs.c.queue, jobs.c.state, func.count()).group_by(jobs.c.queue
 _ENVELOPE = select(jobs.c.envelope).where(jobs.c.queue == bindparam("of_queue")).limit(1)
 _FAILURE = {"attempt", "reason"}
 _CAUSES = frozenset(cause.value for cause in Cause)
-#: The columns as they are stored.
+#: The columns without conversion.
 _RAW = [type_coerce(column, NullType()).label(column.name) for column in jobs.c]
 
 
 def jobs_of(connection: Connection, query: Select[Any], values: dict[str, Any] | None = None) -> list[Job]:
-    """The jobs that *query* selects. One that is corrupt is among them: dead, with a reason that says what is wrong."""
+    """Return the jobs that *query* selects. A corrupt one is dead in this list, and its reason says what is wrong."""
     try:
         return [_job_of(row._mapping) for row in connection.execute(query, values or {})]
-    except (ValueError, TypeError, AttributeError):  # which row it was, nobody says
+    except (ValueError, TypeError, AttributeError):  # the error does not say in which row
         rows = connection.execute(query.with_only_columns(*_RAW), values or {}).all()
         return [_as_far_as_legible(row._mapping) for row in rows]
 
 
 def _job_of(row: Any) -> Job:
-    """The job that *row* describes. Raises `ValueError`, `TypeError` or `AttributeError` for a corrupt one."""
+    """Return the job of *row*. Raises `ValueError`, `TypeError` or `AttributeError` for a corrupt one."""
     values = dict(row)
     values["state"] = State(values["state"])
     values["cause"] = cause_of(values.get("cause"))
@@ -49,12 +49,12 @@ def _job_of(row: Any) -> Job:
 
 
 def cause_of(value: object) -> Cause | None:
-    """The cause that a row names; `None` also for one that only a newer version knows."""
+    """Return a row's cause; `None` also for one that only a newer version knows."""
     return Cause(value) if value in _CAUSES else None
 
 
 def errors_of(text: str | None) -> list[dict[str, Any]]:
-    """The failures that a row notes. Raises `ValueError` for a text that is no list of them."""
+    """Return the failures in a row's ``errors``. Raises `ValueError` for a text that is no list of them."""
     errors = json.loads(text) if text else []
     if not isinstance(errors, list) or not all(isinstance(one, dict) and one.keys() >= _FAILURE for one in errors):
         raise ValueError("no list of failures")
@@ -62,7 +62,7 @@ def errors_of(text: str | None) -> list[dict[str, Any]]:
 
 
 def queue_of(name_key: str, envelope: Any) -> str:
-    """The name of the queue that *name_key* stands for, as far as the *envelope* of one of its jobs tells."""
+    """Return the name of the queue with the key *name_key* if a job's *envelope* has it, else the key."""
     with suppress(ValueError, TypeError, KeyError, AttributeError):
         name = json.loads(envelope)["queue"]
         if key(name) == name_key:
@@ -93,7 +93,7 @@ def _as_far_as_legible(row: Any) -> Job:
 
 
 def _converted(column: Column[Any], value: Any) -> Any:
-    """What *column* means by *value*. Raises `ValueError` or `TypeError` where it cannot be that."""
+    """Return a stored *value* in the type of *column*. Raises `ValueError` or `TypeError` when it does not fit."""
     if column.name == "state":
         return State(value)
     if column.name == "errors":
@@ -111,7 +111,7 @@ def _converted(column: Column[Any], value: Any) -> Any:
 
 
 def fetch(connection: Connection, job_id: str, lock: bool = False) -> Job | None:
-    """The job of that id, or `None`. *lock*: nobody else changes it until the transaction ends."""
+    """Return the job with that id, or `None`. *lock*: lock its row until the transaction ends."""
     found = jobs_of(connection, _LOCKED if lock else _BY_ID, {"job_id": key(job_id)})
     if not found:
         return None
@@ -122,7 +122,7 @@ def fetch(connection: Connection, job_id: str, lock: bool = False) -> Job | None
 
 
 def select_all(connection: Connection, queue: str | None = None, state: State | None = None) -> list[Job]:
-    """All jobs, oldest first, of one *queue* or *state* where given."""
+    """Return all jobs, oldest first, or those of a *queue* or in a *state*."""
     query = select(jobs).order_by(jobs.c.seq)
     if queue is not None:
         query = query.where(jobs.c.queue == key(queue))
@@ -133,10 +133,10 @@ def select_all(connection: Connection, queue: str | None = None, state: State | 
 
 def _workflow() -> Select[Any]:
     given = bindparam("of", type_=Text())
-    root = func.coalesce(jobs.c.root_id, jobs.c.id).label("root")  # a root does not name itself
+    root = func.coalesce(jobs.c.root_id, jobs.c.id).label("root")  # NULL in the root itself
     of_job, of_group = (select(root).where(column == given) for column in (jobs.c.id, jobs.c.group_id))
     roots = union(select(given.label("root")), of_job, of_group).cte("roots")
-    # A union, since no planner searches two indexes for one list that is a query itself.
+    # A union: with OR, no planner searches two indexes for a list that is a query.
     columns = (jobs.c.id, jobs.c.root_id)
     members = union(*(select(jobs.c.seq).where(column.in_(select(roots.c.root))) for column in columns))
     return select(jobs).where(jobs.c.seq.in_(members)).order_by(jobs.c.seq)
@@ -146,12 +146,12 @@ _WORKFLOW = _workflow()
 
 
 def workflow(connection: Connection, job_id: str) -> list[Job]:
-    """The jobs that have the same root as the job, or as one of the group of jobs, of that id; oldest first."""
+    """Return the jobs that have the same root as the job, or as a job of the group, with that id; oldest first."""
     return jobs_of(connection, _WORKFLOW, {"of": key(job_id)})
 
 
 def counts(connection: Connection) -> dict[tuple[str, str], int]:
-    """Number of jobs by queue and state."""
+    """Return the number of jobs by (queue, state); mere results have an empty queue."""
     found = {(queue or "", state): number for queue, state, number in connection.execute(_COUNTS)}
     names = {queue: queue for queue, _ in found}
     for queue in names:

@@ -1,4 +1,4 @@
-"""Waiting for results: who waits for what, the call to him as a job ends, and the look at many results at once."""
+"""Waiting for results: the rows of waits, the call when a job ends, and the query for many results at once."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.tables import OUTCOME, jobs, state_in, waits
 
-#: Ids of one query.
+#: Keys in one query.
 CHUNK = 1000
-#: Seconds after which a wait may be forgotten; whoever waits for longer finds the result when he looks by himself.
+#: Seconds after which a wait's row may be deleted; a longer wait finds the result by its own queries.
 LONGEST = 3600.0
-#: Celery's words for what is ready.
+#: Celery's states that mean that a result is ready.
 READY_WORDS = frozenset({"SUCCESS", "FAILURE", "REVOKED"})
 
 _NAMES = [column.name for column in OUTCOME]
@@ -33,14 +33,14 @@ _IS_READY_WORD = jobs.c.status.in_([literal_column(f"'{word}'") for word in sort
 _READY = or_(_IS_READY_WORD, _READY, _CORRUPT)
 _ALL = select(*OUTCOME).where(jobs.c.id.in_(bindparam("keys", expanding=True)))
 _READY_ONES = _ALL.where(_READY)
-#: The same of one.
+#: `_ALL` and `_READY_ONES` for one key.
 _ONE = select(*OUTCOME).where(jobs.c.id == bindparam("keys"))
 _READY_ONE = _ONE.where(_READY)
 _OLD = delete(waits).where(waits.c.entered_at < now(seconds("minus_age")))
 
 
 def is_ready(job: Job) -> bool:
-    """Whether its result is there."""
+    """Whether the job's result is there."""
     return job.status in READY_WORDS or (job.status is None and job.state in TERMINAL)
 
 
@@ -52,12 +52,12 @@ def tell(
     ended: bool = True,
     fixed: bool = True,
 ) -> int:
-    """Run *statement*, which ends jobs or has news of them, and wake who waits for them; the number of them."""
+    """Run *statement*, which changes jobs, and wake the processes that wait for them: see `Dialect.tell`."""
     return database.dialect.tell(connection, statement, values, ended, fixed)
 
 
 def look(database: Database, keys: Sequence[str], ready: bool = True) -> list[Job]:
-    """The jobs of these keys that are *ready*, or all of them; each has its key as its id."""
+    """Return the ready jobs among *keys*, or all of them without *ready*. The id of each is its key."""
     found: list[Job] = []
     with database.read() as connection:
         for chunk in _chunks(keys):
@@ -74,7 +74,7 @@ def _entering(dialect: Dialect, one: bool) -> Any:
 
 
 def enter(database: Database, keys: Sequence[str], listener: int) -> list[Job]:
-    """Have *listener* called as soon as one of the jobs ends; those that are ready now, as `look` returns them."""
+    """Have *listener* (random, 62 bits) called when one of the jobs ends; return the ready ones, as `look` does."""
     if not database.dialect.enters_waits:
         return look(database, keys)
     found: list[Job] = []
@@ -96,7 +96,7 @@ def _executed(connection: Connection, query: Any, values: dict[str, Any]) -> Seq
 
 
 def told(outcome: str) -> Job:
-    """The job of which a call said the *outcome*; it has its key as its id."""
+    """Return the job in *outcome*, the JSON of a call. Its id is its key."""
     values = json.loads(outcome)
     if values["ended_at"] is not None:
         values["ended_at"] = datetime.fromtimestamp(values["ended_at"], timezone.utc)
@@ -112,7 +112,7 @@ def _outcomes(
     connection: Connection, query: Any, values: dict[str, Any], keys: Sequence[str], ready: bool
 ) -> list[Job]:
     try:
-        # A list has to be compiled anew each time.
+        # A statement with a list is compiled each time.
         run = prepared.rows if len(keys) == 1 else _executed
         return [_outcome(row) for row in run(connection, query, values)]
     except (ValueError, TypeError, AttributeError):  # a corrupt row is among them
@@ -124,7 +124,7 @@ def _outcomes(
 def _leave(dialect: Dialect) -> Any:
     own: Any = waits.c.listener == bindparam("listener", type_=BigInteger())
     mine = select(waits.c.seq).where(waits.c.job.in_(bindparam("keys", expanding=True)), own)
-    # What somebody else deletes just now may be left to him: nobody waits here.
+    # Rows that another transaction deletes just now are skipped, without waiting for it.
     return delete(waits).where(dialect.picked(mine.limit(bindparam("at_most", type_=Integer())), waits))
 
 
@@ -139,7 +139,7 @@ def leave(database: Database, keys: Sequence[str], listener: int) -> None:
 
 
 def prune(database: Database, age: float = LONGEST) -> int:
-    """Delete the waits that are older than *age* seconds; the number of them."""
+    """Delete the waits that are older than *age* seconds; return their number."""
     if not database.dialect.enters_waits:
         return 0
     with database.once() as connection:

@@ -1,4 +1,4 @@
-"""The schema's version: applied by itself, printed as SQL, and refused when it is newer than the code."""
+"""The schema's version: upgraded by itself, printed as SQL, and refused when the code is too old for it."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from kathikon_celery.storage.errors import SchemaError, TablesInUse
 
 logger = logging.getLogger(__name__)
 
-#: The newest migration in ``migrations/versions``. A version is a number of four digits. Code uses the tables of a
-#: newer version with the same first digit: such migrations only add what older code does not need. So a fleet may be
-#: upgraded worker by worker, and its old workers may restart.
+#: The newest migration in ``migrations/versions``, a number of four digits. Code can use the tables of a newer version
+#: with the same first digit: such migrations only add what older code does not need. So a fleet may be upgraded worker
+#: by worker, and its old workers may restart.
 HEAD = "0002"
-#: Seconds for which an upgrade is tried while transactions of others use the tables, and between two tries.
+#: Seconds for which an upgrade is tried while other transactions use the tables, and between two tries.
 PATIENCE, PAUSE = 120.0, 0.5
 #: Where alembic keeps the version of the tables.
 VERSION_TABLE = "kathikon_version"
 
 _version = Table(VERSION_TABLE, MetaData(), Column("version_num", String(32), primary_key=True))
 _MIGRATIONS = Path(__file__).parent / "migrations"
-#: What alembic runs on is global: one thread of a process at a time.
+#: Alembic has global state: one thread of a process at a time.
 _turn = threading.Lock()
-if hasattr(os, "register_at_fork"):  # whoever has it is not in the child
+if hasattr(os, "register_at_fork"):  # the thread that has the lock is not in the child
     os.register_at_fork(after_in_child=_turn._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 def current(connection: Connection) -> str | None:
-    """The version of the tables, or `None` where there are none."""
+    """Return the version of the tables, or `None` if there are none."""
     if not inspect(connection).has_table(VERSION_TABLE):
         return None
     return connection.execute(select(_version.c.version_num)).scalar()
 
 
 def setup(database: Database) -> None:
-    """Make or upgrade the tables where need be; any number of processes may do so at once.
+    """Create or upgrade the tables if needed; any number of processes may do so at once.
 
-    A database that is away is tried once, however patient its other users are: a worker that cannot connect is to say
-    so, and to heed the signal that stops it. Raises `SchemaError` for tables that are newer than the code,
-    `TablesInUse` when transactions of others keep them from being upgraded for `PATIENCE`, `Unavailable`.
+    A database that is away is tried once, whatever its `patience`: a worker that cannot connect has to log that, and to
+    react to signals. Raises `SchemaError` if the code is too old for the tables, `TablesInUse` if other transactions
+    use them for `PATIENCE` seconds, `Unavailable`.
     """
     until = monotonic() + PATIENCE
     while True:
@@ -82,9 +82,9 @@ def _is_newer_and_usable(version: str | None) -> bool:
 
 
 def ddl(url: str | URL, since: str | None = None) -> str:
-    """The SQL that `setup` would run on a database of *url*'s kind, from version *since* (default: from nothing).
+    """Return the SQL that `setup` would run on a database of *url*'s kind, from version *since* (default: no tables).
 
-    The database is not reached. Raises `SchemaError` for a version that does not exist.
+    Does not connect. Raises `SchemaError` for a version that does not exist.
     """
     if since is not None and since not in _known():
         known = ", ".join(sorted(_known()))

@@ -39,7 +39,7 @@ Name = (
     .with_variant(postgresql.TEXT(collation="C"), "postgresql")
     .with_variant(mysql.VARCHAR(200, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb")
 )
-#: Payloads: megabytes where need be.
+#: Payloads, which may have megabytes.
 Long = Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
 
 jobs = Table(
@@ -80,8 +80,8 @@ jobs = Table(
     UniqueConstraint("id", name="kathikon_jobs_id"),
 )
 
-# Each index holds only the rows that its reader wants: what has ended costs a claim nothing. A query names the
-# condition by the same constant, in literal words: no planner can match a parameter with it.
+# Each index has only the rows that its readers want, so that ended jobs cost a claim nothing. A query has the same
+# constant as its condition, as literal SQL: no planner can match a parameter with an index's condition.
 READY = text("state = 'available'")
 DUE = text("state IN ('scheduled', 'retryable')")
 PENDING = text("state IN ('scheduled', 'retryable', 'available')")
@@ -112,25 +112,25 @@ Index("kathikon_jobs_group", jobs.c.group_id, postgresql_where=OF_A_GROUP, sqlit
 
 
 def state_in(states: Iterable[State]) -> ColumnElement[bool]:
-    """The condition that a job is in one of *states*, in literal words."""
+    """Return the condition that a job is in one of *states*, as literal SQL."""
     return jobs.c.state.in_([literal_column(f"'{state.value}'") for state in sorted(states)])
 
 
-#: What is to be known of a result; the message that led to it may be large.
+#: The columns of a result, without those of the job's message, which may be large.
 OUTCOME = tuple(
     jobs.c[name] for name in ("id", "state", "status", "result", "traceback", "meta", "reason", "ended_at", "cause")
 )
 
 
 def held_as(table: Table, owned: bool = True) -> ColumnElement[bool]:
-    """The condition that a row of *table* is held as the values of `of_hold` say; its node counts if *owned*."""
+    """Return the condition that a row of *table* is held under the claim of `of_hold`; *owned*: by its node."""
     by_number = [table.c[name] == bindparam(f"hold_{name}") for name in ("seq", "fence")]
-    # A sum, so that no planner looks up what the node holds: the number alone names the row.
+    # A sum, so that no planner uses the index of node_id: seq alone finds the row.
     return and_(*by_number, table.c.node_id + 0 == bindparam("hold_node_id")) if owned else and_(*by_number)
 
 
 def of_hold(hold: Hold) -> dict[str, Any]:
-    """The values for `held_as`."""
+    """Return the parameters of `held_as`."""
     return {"hold_seq": hold.seq, "hold_fence": hold.fence, "hold_node_id": hold.node_id}
 
 
@@ -205,7 +205,7 @@ nodes = Table(
     sqlite_autoincrement=True,
 )
 
-#: Which process waits for the result of which job (PostgreSQL: whoever ends the job calls it by its number).
+#: Which process waits for the result of which job (PostgreSQL: the job's end is a NOTIFY to that listener).
 waits = Table(
     "kathikon_waits",
     metadata,
@@ -229,7 +229,7 @@ chords = Table(
     "kathikon_chords",
     metadata,
     Column("id", Name, primary_key=True),
-    #: Number of its parts, NULL until all but the last are sent, and how many were added by parts since.
+    #: Number of its parts, NULL until all but the last are sent; `added`: how many its parts have added since.
     Column("size", Integer),
     Column("added", Integer, nullable=False),
     Column("ended", Integer, nullable=False),

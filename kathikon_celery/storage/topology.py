@@ -11,7 +11,7 @@ from kathikon_celery.storage.tables import bindings, exchanges, messages, queues
 
 
 def declare_exchange(database: Database, name: str, kind: str) -> str:
-    """Make the exchange unless it exists; its type as it then is."""
+    """Create the exchange unless it exists; return its type, *kind* or that of the existing one."""
     insert = database.dialect.insert_or_update(exchanges).values(name=key(name), label=label(name), type=kind)
     with database.once() as connection:
         connection.execute(insert.on_conflict_do_nothing(index_elements=[exchanges.c.name]))
@@ -19,7 +19,7 @@ def declare_exchange(database: Database, name: str, kind: str) -> str:
 
 
 def exchange_type(connection: Connection, name: str) -> str | None:
-    """The type of the exchange, or `None` when there is none."""
+    """Return the type of the exchange, or `None` if there is none."""
     return connection.execute(select(exchanges.c.type).where(exchanges.c.name == key(name))).scalar()
 
 
@@ -39,7 +39,7 @@ def declare_queue(
     expires: float | None = None,
     message_ttl: float | None = None,
 ) -> None:
-    """Make the queue, or note that it is used. *expires* and *message_ttl* in seconds."""
+    """Create the queue, or note that it is used. *expires* and *message_ttl* in seconds."""
     values = {"durable": durable, "auto_delete": auto_delete, "expires": expires, "message_ttl": message_ttl}
     insert = database.dialect.insert_or_update(queues).values(
         name=key(name), label=label(name), used_at=now(), **values
@@ -49,7 +49,7 @@ def declare_queue(
 
 
 def own_queue(database: Database, name: str, node_id: int | None) -> None:
-    """Note that the node uses the queue (`None`: nobody does): an auto-delete queue goes when the node goes."""
+    """Note that the node uses the queue (`None`: none does). An auto-delete queue is deleted with its node."""
     statement = update(queues).where(queues.c.name == key(name)).values(node_id=node_id, used_at=now())
     with database.once() as connection:
         connection.execute(statement)
@@ -64,25 +64,25 @@ _TTL = select(queues.c.message_ttl).where(queues.c.name == bindparam("queue"))
 
 
 def message_ttl(connection: Connection, name: str) -> float | None:
-    """Seconds that a message may wait in the queue, or `None` for as long as need be."""
+    """Return the seconds that a message may wait in the queue; `None`: no limit."""
     return connection.execute(_TTL, {"queue": key(name)}).scalar()
 
 
 def all_queues(connection: Connection) -> list[str]:
-    """The names of the declared queues."""
+    """Return the names of the declared queues."""
     labels = connection.execute(select(queues.c.label).order_by(queues.c.name)).scalars()
     return [name_of(one) for one in labels]
 
 
 def delete_queue(connection: Connection, name_key: str) -> None:
-    """Delete a queue by its key, with its bindings and messages. Jobs stay: they are obligations."""
+    """Delete a queue by its key, with its bindings and messages. Its jobs stay."""
     connection.execute(delete(bindings).where(bindings.c.queue == name_key))
     connection.execute(delete(messages).where(messages.c.queue == name_key))
     connection.execute(delete(queues).where(queues.c.name == name_key))
 
 
 def bind(database: Database, queue: str, exchange: str, routing_key: str) -> None:
-    """Bind the queue to the exchange; binding twice is binding once."""
+    """Bind the queue to the exchange, unless it is bound so."""
     values = {
         "exchange": key(exchange),
         "queue": key(queue),
@@ -118,12 +118,12 @@ _BOUND = (
 
 
 def bound(connection: Connection, exchange: str) -> list[tuple[str, str]]:
-    """Queue and routing key of every binding of the exchange."""
+    """Return (queue, routing key) of every binding of the exchange."""
     return [(name_of(row[0]), name_of(row[1])) for row in connection.execute(_BOUND, {"exchange": key(exchange)})]
 
 
 def all_bindings(connection: Connection) -> list[tuple[str, str, str]]:
-    """Queue, exchange and routing key of every binding."""
+    """Return (queue, exchange, routing key) of every binding."""
     query = (
         select(queues.c.label, exchanges.c.label, bindings.c.label)
         .join(queues, queues.c.name == bindings.c.queue)
@@ -139,11 +139,11 @@ IS_ANY_UNUSED = _UNUSED.limit(1).scalar_subquery().is_not(None)
 
 
 def delete_unused(database: Database) -> int:
-    """Delete the queues that nobody has used for as long as their ``expires`` says; the number of them."""
-    with database.read() as connection:  # mostly there is none, and no need for a lock
+    """Delete the queues that were unused for more than their ``expires`` seconds; return their number."""
+    with database.read() as connection:  # mostly there is none, and no lock is needed
         if connection.execute(_UNUSED.limit(1)).first() is None:
             return 0
-    stale = _UNUSED.with_for_update(skip_locked=True)  # who uses one just now waits, and makes it anew
+    stale = _UNUSED.with_for_update(skip_locked=True)  # a process that declares one just now waits, and creates it anew
     with database.write() as connection:
         names = list(connection.execute(stale).scalars())
         for name in names:
