@@ -1,7 +1,7 @@
 """A worker inside this process: for notebooks, scripts and tests.
 
-It is Celery's own worker with all of Kathikon's steps, run in a thread. What the command ``celery worker`` does to a
-whole process is left out: signal handlers, the setting up of logging, the event loop that a process has only one of.
+It is Celery's own worker with all of Kathikon's steps, run in a thread. It leaves out what ``celery worker`` does to a
+whole process: signal handlers, the setup of logging, and the event loop, of which a process has only one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from celery.utils.nodenames import gethostname, nodename
 from celery.worker import WorkController
 from celery.worker.consumer import Consumer as CeleryConsumer
 
-import kathikon_celery.hook  # noqa: F401 (the first worker of a process has our parts, whatever configured its app)
+import kathikon_celery.hook  # noqa: F401 (so that the first worker of a process has our parts too)
 from kathikon_celery.settings import mask
 from kathikon_celery.settings.brokers import broker_urls, is_kathikon
 from kathikon_celery.storage import Storage
@@ -37,7 +37,7 @@ _numbers = count(1)
 
 
 class ThreadPool(thread.TaskPool):
-    """Celery's threads pool, whose threads know their app: elsewhere that is the default app of the whole process."""
+    """Celery's threads pool, which makes its app the current one in its threads: otherwise that is a default app."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -48,7 +48,7 @@ _POOLS = {"threads": ThreadPool, "solo": "solo"}
 
 
 class Strategies(dict[str, tuple[Any, Any]]):
-    """How to take in each task, as it is registered now: a notebook defines tasks while its worker runs."""
+    """Celery's strategy for each task, as it is registered now: a notebook defines tasks while its worker runs."""
 
     def __init__(self, consumer: Consumer) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Strategies(dict[str, tuple[Any, Any]]):
 
     def __getitem__(self, name: str) -> Any:
         consumer = self._consumer
-        task = consumer.app.tasks[name]  # the KeyError has Celery say that the task is unknown
+        task = consumer.app.tasks[name]  # with the KeyError Celery logs that the task is unknown
         made_for, strategy = self.get(name, (None, None))
         if made_for is not task:
             consumer.task_buckets[name] = consumer.bucket_for_task(task)
@@ -87,11 +87,11 @@ class Consumer(CeleryConsumer):
 
 
 class Controller(WorkController):
-    """Celery's worker, which says how it ended."""
+    """Celery's worker, which keeps the error that ended it."""
 
     def __init__(self, **options: Any) -> None:
         self.is_ready = threading.Event()
-        #: What ended the worker, if it was an error.
+        #: The error that ended the worker, if any.
         self.failure: BaseException | None = None
         self._is_to_stop = threading.Event()
         super().__init__(ready_callback=lambda _: self.is_ready.set(), **options)
@@ -108,19 +108,19 @@ class Controller(WorkController):
             self.is_ready.set()
 
     def ask_to_stop(self) -> None:
-        """End the worker, warmly: what its pool has begun is finished. Any thread may call it."""
+        """Stop the worker warmly: its running tasks finish. Any thread may call it."""
         self._is_to_stop.set()
         connection = self.consumer.connection
         if connection is not None:
             connection.transport.intake.interrupt()
 
     def heed(self) -> None:
-        """In the worker's thread: stop, if that was asked for."""
+        """In the worker's thread: raise `WorkerShutdown` after `ask_to_stop`."""
         if self._is_to_stop.is_set():
             raise WorkerShutdown(0)
 
     def stop(self, in_sighandler: bool = False, exitcode: int | None = None) -> None:
-        """Celery's way to end a worker; it comes here while it handles what ended it."""
+        """Stop the worker. Celery calls this while it handles the error that ended the worker."""
         error = sys.exc_info()[1]
         if not isinstance(error, SystemExit):
             self.failure = error
@@ -141,24 +141,24 @@ class EmbeddedWorker:
     ...     add.delay(2, 2).get(timeout=10)
     4
 
-    When the ``with`` block is entered the worker is ready; when it is left, the tasks that run have ended, what was
-    claimed and not begun is given back, and the worker's threads are gone. It may be entered again, and there may be
-    several workers at once. Where one block cannot span it all, as in a notebook, there are `start` and `stop`.
+    When the ``with`` block is entered the worker is ready. When the block is left, the running tasks have ended, jobs
+    that were claimed and not begun are given back, and the worker's threads are gone. The block may be entered again,
+    and there may be several workers at once. Without a block, as in a notebook, use `start` and `stop`.
 
-    Tasks may be defined while the worker runs. Celery keeps the first task of a name; to define it anew, as when the
-    cell of a notebook runs again, say ``app.tasks.unregister("__main__.add")`` before.
+    Tasks may be defined while the worker runs. Celery keeps the first task of a name; to define it again, as when the
+    cell of a notebook runs again, call ``app.tasks.unregister("__main__.add")`` before.
 
-    Logging is left as it is, and no signal handler is set. Time limits need a pool of processes: here they have no
-    effect, as in any worker with these pools.
+    Logging is left as it is, and no signal handler is set. Time limits need a pool of processes: they have no effect
+    here, as in any worker with these pools.
 
     Arguments:
         app: a Celery app whose broker is Kathikon, in RAM or in a database.
         pool: ``threads``, or ``solo``: one task at a time.
         concurrency: how many tasks run at once.
-        worker_options: what Celery's worker takes, such as ``queues="default,emails"``, ``hostname``, ``task_events``
-            or ``prefetch_multiplier``. Mingle, gossip and the heartbeat event are off unless said otherwise.
+        worker_options: options of Celery's worker, such as ``queues="default,emails"``, ``hostname``, ``task_events``
+            or ``prefetch_multiplier``. Mingle, gossip and the heartbeat event are off by default.
 
-    Raises `ValueError` for another pool, another broker or no concurrency.
+    Raises `ValueError` for another pool, another broker or a concurrency below 1.
     """
 
     def __init__(self, app: Celery, pool: str = "threads", concurrency: int = 4, **worker_options: Any) -> None:
@@ -203,8 +203,8 @@ class EmbeddedWorker:
     def start(self, timeout: float = 30.0) -> EmbeddedWorker:
         """Start, and return when the worker is ready.
 
-        Raises the database's error when it cannot be reached, `TimeoutError` when the worker is not ready after
-        *timeout* seconds, `RuntimeError` when it ended before, or runs already.
+        Raises the database's error when that cannot be reached, `TimeoutError` when the worker is not ready after
+        *timeout* seconds, `RuntimeError` when the worker ended before, or runs already.
         """
         if self._thread is not None:
             raise RuntimeError(f"{self.hostname} runs already; another EmbeddedWorker may be started beside it")
@@ -219,7 +219,7 @@ class EmbeddedWorker:
                 self._controller = Controller(
                     app=self.app, hostname=self.hostname, consumer_cls=Consumer, use_eventloop=False, **self._options
                 )
-            finally:  # the pool has forbidden result.get() to the whole process, which others live in as well
+            finally:  # the pool has forbidden result.get() in the whole process, also to code outside of tasks
                 _set_task_join_will_block(blocks)
             self._thread = threading.Thread(target=self._controller.run, name="kathikon-worker", daemon=True)
             self._thread.start()
@@ -238,7 +238,7 @@ class EmbeddedWorker:
         return self
 
     def stop(self, timeout: float | None = None) -> None:
-        """Stop warmly: return when the running tasks have ended. It does nothing for a worker that is stopped.
+        """Stop warmly: return when the running tasks have ended. Does nothing when the worker is stopped.
 
         Raises `TimeoutError` when that takes longer than *timeout* seconds (the worker goes on stopping, call again to
         wait for it), `RuntimeError` when the worker had ended by an error.
@@ -265,5 +265,5 @@ class EmbeddedWorker:
         if error is None:
             self.stop()
         else:
-            with suppress(RuntimeError):  # what ended the worker is in the log; what ended the block goes on
+            with suppress(RuntimeError):  # the worker's error is in the log; the block's error is raised
                 self.stop()

@@ -1,4 +1,4 @@
-"""With ``kathikon_retry_failed`` a task that raises is retried with Kathikon's backoff, though it asks for none."""
+"""With ``kathikon_retry_failed`` every task that raises is retried with Kathikon's backoff."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kathikon_celery.job import backoff
 
 
 def retry_failed(task: Any, max_attempts: int) -> None:
-    """Make *task* run up to *max_attempts* times, `backoff` seconds apart, before it has failed for good."""
+    """Make *task* run up to *max_attempts* times, `backoff` seconds apart, before it fails for good."""
     run = task.run
 
     @wraps(run)

@@ -1,4 +1,4 @@
-"""Wraps a task's body and its tracer, so that its result is written with what Celery sends after it, or with others."""
+"""Wraps a task's body and its tracer: its result is written with what Celery sends after it, or with other results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kathikon_celery.storage.settle import TaskEnd, settle
 
 
 def collect_successors(task: Any, storage: Storage) -> None:
-    """Make *task*, once its body has returned, collect what it sends. Twice is once; before its tracer is built."""
+    """Make *task* collect what it sends after its body has returned. To be called before its tracer is built."""
     run = task.run
     if getattr(run, "collects_successors", False) or not is_usable(TRACING):
         return
@@ -38,14 +38,14 @@ def collect_successors(task: Any, storage: Storage) -> None:
 
 
 def carry_results(task: Any, storage: Storage) -> None:
-    """Make the tracer of *task* take a result to the main process where the message asks for it. Twice is once."""
+    """Make the tracer of *task* pass the result to the main process if the message says so. May be called twice."""
     trace = task.__trace__
-    if trace is None or getattr(trace, "carries_results", False):  # none: Celery makes it when it is first called
+    if trace is None or getattr(trace, "carries_results", False):  # None: Celery makes it at the first call
         return
     if not is_usable(TRACING):
         return
     if task_has_custom(task, "on_success") or task_has_custom(task, "after_return"):
-        return  # they may count on the result, and may last
+        return  # they may need the stored result, and may take long
 
     @wraps(trace)
     def trace_and_carry(uuid: str, args: Any, kwargs: Any, request: Any = None) -> Any:
@@ -57,7 +57,7 @@ def carry_results(task: Any, storage: Storage) -> None:
             try:
                 traced = trace(uuid, args, kwargs, request)
             except BaseException:
-                if carrier.end is not None:  # it goes nowhere
+                if carrier.end is not None:  # the main process does not get it
                     settle(storage.database, TaskEnd(ends=[carrier.end]), {})
                 raise
         if carrier.end is None and not carrier.is_written:

@@ -1,6 +1,6 @@
-"""A second job in the pipe of a busy process, so that it need not wait for the next one, and the way to take it back.
+"""A second job in the pipe of a busy process, so that the process need not wait for one, and the way to take it back.
 
-Without that way the job would wait for as long as the one before it runs, whoever else is idle.
+Otherwise the second job would wait for the end of the first, even while other processes are idle.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ import billiard
 from celery.concurrency import asynpool
 from celery.worker import state
 
-#: Bytes up to which a write to a pipe happens as a whole or not at all.
+#: Largest write to a pipe, in bytes, that happens as a whole or not at all.
 ATOMIC = getattr(select, "PIPE_BUF", 512)
-#: What a process says when it has read a job that was taken back. Billiard has words up to 4, Celery has 15.
+#: Pipe message code: the process has read a job that was taken back. billiard uses 0-4, Celery 15.
 SKIPPED = 16
 
 
 class Worker(asynpool.Worker):
-    """A process, which begins a job only if there is a permit: each job is sent with one, and taken back with it.
+    """A process that begins a job only if there is a permit: each job is sent with one, and taken back with it.
 
-    Jobs are read in the order in which they were sent, only the last one is ever taken back, and nothing is sent behind
-    it before it was read. So if a permit is missing, then for the job that was taken back.
+    Jobs are read in the order in which they were sent, only the last one is ever taken back, and no job is sent behind
+    that one before it was read. So a job that finds no permit was taken back.
     """
 
     wait_for_job: Any  # billiard makes it, in the process
 
     def contribute_to_object(self, obj: Any) -> Any:
-        """Called for this object, which goes to the process, and for what the pool has of the process."""
+        """Called by billiard for this object, which goes to the process, and for the pool's object of the process."""
         if obj is self:
             self.permits = billiard.Semaphore(0)
         obj.permits = self.permits
         return super().contribute_to_object(obj)
 
-    def __reduce__(self) -> Any:  # for a process that is not forked but started anew
+    def __reduce__(self) -> Any:  # for a process that is spawned, not forked
         return (*super().__reduce__(), {"permits": self.permits})
 
     def _make_child_methods(self, **kwargs: Any) -> None:
@@ -51,13 +51,13 @@ class Worker(asynpool.Worker):
         if job is None or self.permits.acquire(False):
             return job
         self.outq.put((SKIPPED, (self.inqW_fd,)))
-        return None  # billiard's word for: ask again
+        return None  # makes billiard ask again
 
 
 class Ahead:
     """The jobs in the pipes of busy processes, and those that wait for a pipe.
 
-    A pipe is named by the number of the file that it is written to.
+    A pipe is named by its file descriptor for writing.
     """
 
     def __init__(self, waiting: deque[Any]) -> None:
@@ -65,7 +65,7 @@ class Ahead:
         self._jobs: dict[int, Any] = {}
         self._to_be_skipped: set[int] = set()
         self._free = 0
-        self._lock = Lock()  # what does not take it is for the main thread only
+        self._lock = Lock()  # methods that do not take it are for the main thread only
 
     def __iter__(self) -> Iterator[Any]:
         return iter([*self._jobs.values(), *self._waiting])
@@ -74,11 +74,11 @@ class Ahead:
         return bool(self._jobs or self._waiting)
 
     def behind(self, pipe: int) -> Any:
-        """The job that waits there, if any."""
+        """Return the job that waits in the pipe, if any."""
         return self._jobs.get(pipe)
 
     def is_full(self, pipe: int) -> bool:
-        """Whether a busy process may be sent no more."""
+        """Whether no further job may be sent to a busy process."""
         return pipe in self._jobs or pipe in self._to_be_skipped
 
     def has_rest(self, pipe: int) -> bool:
@@ -86,7 +86,7 @@ class Ahead:
         return pipe in self._to_be_skipped
 
     def send(self, process: Any, job: Any, behind: bool, write: Callable[[int], None]) -> None:
-        """*Write* the job that waits first to an idle process, or *behind* what a busy one runs, if it still may be."""
+        """*Write* *job*, if it still waits first, to an idle process, or *behind* the job that a busy process runs."""
         pipe = process.inqW_fd
         with self._lock:
             if pipe in self._to_be_skipped or not self._waiting or self._waiting[0] is not job:
@@ -97,7 +97,7 @@ class Ahead:
             write(pipe)
 
     def take_back(self, job: Any) -> bool:
-        """Take back a job that waits; false if its process may have begun it."""
+        """Take back a job that waits; return false if its process may have begun it."""
         with self._lock:
             if job in self._waiting:
                 self._waiting.remove(job)
@@ -107,7 +107,7 @@ class Ahead:
             pipe = None if process is None else process.inqW_fd
             if pipe is None or self._jobs.get(pipe) is not job or not process.permits.acquire(False):
                 return False
-            self._jobs.pop(pipe, None)  # unless the job before it has just ended
+            self._jobs.pop(pipe, None)  # not there if the job before it has just ended
             self._to_be_skipped.add(pipe)
             return True
 
@@ -118,15 +118,15 @@ class Ahead:
             self._free -= 1
 
     def ended(self, pipe: int) -> bool:
-        """A process has ended a job. Whether it is idle: else it begins the next one."""
+        """Note that a process has ended a job; return whether it is idle, else it begins the next job."""
         return self._jobs.pop(pipe, None) is None
 
     def skipped(self, pipe: int) -> None:
-        """A process has read the job that was taken back, maybe before `take_back` was done."""
+        """Note that a process has read the job that was taken back, perhaps before `take_back` was done."""
         self._clear_rest(pipe)
 
     def lost(self, pipe: int) -> bool:
-        """A process is gone. Whether there is a job in its pipe that was taken back."""
+        """Note that a process is gone; return whether its pipe has a job that was taken back."""
         self._jobs.pop(pipe, None)
         return self._clear_rest(pipe)
 
@@ -138,7 +138,7 @@ class Ahead:
             return had_rest
 
     def places(self) -> int:
-        """How many places have become free since the last call, without a job having ended."""
+        """Return how many places have become free since the last call, other than by the end of a job."""
         if not self._free:
             return 0
         with self._lock:
@@ -153,7 +153,7 @@ def is_atomic(job: Any) -> bool:
 
 
 def request_of(job: Any) -> Any:
-    """Celery's request that was given to the pool as this job; `None` if Celery has forgotten it."""
+    """Return Celery's request of a job of the pool; `None` if Celery has forgotten it."""
     request = state.requests.get(job.correlation_id)
     result = getattr(request, "_apply_result", None)
     return request if result is not None and result() is job else None
@@ -162,13 +162,13 @@ def request_of(job: Any) -> Any:
 class ReadAheadPool(asynpool.AsynPool):
     """Processes that are sent a job while they are busy with another one.
 
-    Celery's semaphore lets in as many jobs as there are places for: two for each process. A job that is taken back
-    keeps its place until its process has skipped it.
+    Celery's semaphore lets in as many jobs as there are places: two for each process. A job that is taken back keeps
+    its place until its process has skipped it.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         strategy = options.get("sched_strategy")
-        #: Celery's other strategy sends a process more than it can begin with, and does not take back.
+        #: Celery's other strategy fills the pipe of a process by itself, and takes no job back.
         self.is_fair = asynpool.SCHED_STRATEGIES.get(strategy, strategy) == asynpool.SCHED_STRATEGY_FAIR
         if self.is_fair:
             self.Worker = Worker
@@ -200,29 +200,29 @@ class ReadAheadPool(asynpool.AsynPool):
             super().on_job_ready(job, i, obj, inqW_fd)
 
     def on_job_skipped(self, pipe: int) -> None:
-        """A process has read a job that was taken back."""
+        """Note that a process has read a job that was taken back."""
         self._ahead.skipped(pipe)
         self._mark_worker_as_available(pipe)
 
     def _process_cleanup_queues(self, proc: Any) -> None:
         if self._ahead.lost(proc.inqW_fd):
-            self.on_partial_read(SimpleNamespace(_accepted=True), proc)  # nobody shall read that pipe
+            self.on_partial_read(SimpleNamespace(_accepted=True), proc)  # the pipe must not be read by another process
         super()._process_cleanup_queues(proc)
 
     def flush(self) -> None:
-        """Called when the consumer ends or begins anew: forget what has not begun, and no more.
+        """Forget the jobs that have not begun; called when the consumer ends or restarts.
 
-        Celery forgets each job of which no process has told that it has begun, though one may run it.
+        Celery forgets each job whose process has not yet said that it has begun it, though the job may run.
         """
         self._forget_given_back()
-        self.maintain_pool()  # what was sent to a process that is gone waits again
+        self.maintain_pool()  # jobs that were sent to a process that is gone wait again
         unsaid = [job for job in self._cache.values() if job._write_to is not None and not job._accepted]
         unsaid = [job for job in unsaid if not self.take_back(job)]
         for job in unsaid:
             job._accepted = True
         begun = [job for job in self._cache.values() if job._accepted]
         super().flush()
-        for job in begun:  # below Celery 5.7, these are forgotten as well
+        for job in begun:  # Celery below 5.7 forgets these as well
             if not job.ready():
                 self._cache[job._job] = job
                 if job._write_to is not None and job._write_to._is_alive():
@@ -231,11 +231,11 @@ class ReadAheadPool(asynpool.AsynPool):
             job._accepted = job._worker_pid is not None
 
     def take_back(self, job: Any) -> bool:
-        """Take back a job that waits; false if its process may have begun it. For any thread."""
+        """Take back a job that waits; return false if its process may have begun it. Any thread may call it."""
         return self.is_fair and self._ahead.take_back(job)
 
     def give_back(self, job: Any, leave: Callable[[], Any]) -> bool:
-        """As `take_back`; the main thread then forgets the job and calls *leave*. For any thread."""
+        """As `take_back`; the main thread then forgets the job and calls *leave*."""
         if not self.take_back(job):
             return False
         self._given_back.append((job, leave))
@@ -250,7 +250,7 @@ class ReadAheadPool(asynpool.AsynPool):
     # --- sending
 
     def send_waiting(self, write: Callable[[int], None]) -> None:
-        """Have each job that waits written into a pipe, as long as there is room. *write* takes the next one."""
+        """Write the waiting jobs into pipes, as long as there is room. *write*(pipe) takes the next job."""
         self._forget_given_back()
         if self._ahead and state.revoked:
             self._drop_revoked()
@@ -294,14 +294,14 @@ class ReadAheadPool(asynpool.AsynPool):
         return None
 
     def _move(self, job: Any) -> bool:
-        """Let a job that waits behind another one wait for the next pipe instead; false if it has begun."""
+        """Take back a job that waits behind another one, and make it wait for a pipe; return false if it has begun."""
         if job._write_to.inqW_fd in self._active_writes or not self.take_back(job):
             return False
-        self._putlock.acquire(int)  # one more place: the old one is free when the job was skipped there
+        self._putlock.acquire(int)  # a second place: the first is free when the process has skipped the job
         self.outbound_buffer.appendleft(job)
         return True
 
-    # Celery looks whether a job was revoked, or has expired, before it gives it to the pool.
+    # Celery checks whether a job was revoked, or has expired, only before it gives the job to the pool.
 
     def _drop_revoked(self) -> None:
         for job in self._ahead:
@@ -319,10 +319,10 @@ class ReadAheadPool(asynpool.AsynPool):
         self._ahead.wait_first(job)
         return False
 
-    # --- ending what runs: a process may have ended it, and begun the next job, while we have not read that
+    # --- ending a running job: its process may have ended it and begun the next one before we have read that
 
     def _is_over(self, pipe: int) -> bool:
-        """Whether the job that we think a process runs is over. If not, none is left behind it."""
+        """Whether the job that we think a process runs is over: the one behind it has begun, and is not moved away."""
         behind = self._ahead.behind(pipe)
         return behind is not None and pipe not in self._active_writes and not self._move(behind)
 

@@ -1,7 +1,7 @@
-"""The prefork pool, with fewer calls of the system: for short tasks they are a large part of what Celery costs.
+"""The prefork pool, with fewer system calls: they take a large part of Celery's time for short tasks.
 
-A task's message goes into the pipe of its process in one write instead of two, and at once instead of after another
-turn of the event loop; all that processes have sent is read in one go. And they share their memory for longer.
+A task's message goes into its process's pipe in one write instead of two, and at once instead of in the event loop's
+next turn. All that a process has sent is read in one go. The processes share the worker's memory for longer.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from celery.concurrency import asynpool, prefork
 from kathikon_celery.worker.prefork import ahead
 from kathikon_celery.worker.request import Request, Unsendable
 
-#: Bytes that are read at once: what a pipe holds.
+#: Bytes in one read: the size of a pipe.
 CHUNK = 65536
-#: Bytes before a message, which say its length.
+#: Bytes of the prefix that has a message's length.
 HEADER = 4
 
 
 class ResultHandler(asynpool.ResultHandler):
-    """Reads what the processes say."""
+    """Reads the messages of the processes."""
 
     def _recv_message(
         self, add_reader: Callable[..., Any], fd: int, callback: Callable[[Any], Any], **kwargs: Any
     ) -> Iterator[None]:
-        """Read what has come from *fd*. Until a message that is cut off is complete, this iterator is the reader."""
+        """Read the messages in *fd*. While the last one is incomplete, this iterator stays the reader of *fd*."""
         data, was_cut_off = bytearray(), False
         while True:
             try:
@@ -56,7 +56,7 @@ class ResultHandler(asynpool.ResultHandler):
 
 
 def _tell(messages: list[bytes], callback: Callable[[Any], Any]) -> None:
-    """Call *callback* with each message; an error is raised after the last one, as they are all out of the pipe."""
+    """Call *callback* with each message. Raises the first error after the last one: all are out of the pipe."""
     failure: Exception | None = None
     for data in messages:
         try:
@@ -69,7 +69,7 @@ def _tell(messages: list[bytes], callback: Callable[[Any], Any]) -> None:
 
 
 def _taken_from(data: bytearray) -> list[bytes]:
-    """The messages that are complete; what is left in *data* is cut off."""
+    """Remove the complete messages from *data* and return them."""
     messages, start = [], 0
     while len(data) >= start + HEADER:
         end = start + HEADER + int.from_bytes(data[start : start + HEADER], "big")
@@ -82,7 +82,7 @@ def _taken_from(data: bytearray) -> list[bytes]:
 
 
 class _Writers:
-    """The event loop, of which nothing is asked that it need not do: few pipes are ever waited for."""
+    """The event loop, without calls that do nothing: most pipes have no writer that could be removed."""
 
     def __init__(self, hub: Any) -> None:
         self._hub = hub
@@ -95,7 +95,7 @@ class _Writers:
 
 
 class FastPool(ahead.ReadAheadPool):
-    """The processes."""
+    """The pool's processes."""
 
     ResultHandler = ResultHandler
 
@@ -112,12 +112,12 @@ class FastPool(ahead.ReadAheadPool):
                 del cache[task[1][0]]
                 raise Unsendable(f"{type(error).__name__}: {error}") from error
             job = cache[task[1][0]]
-            if ahead.is_atomic(job):  # whoever has written the header is not asked to write more
+            if ahead.is_atomic(job):  # header and body in one write: no body is left to write
                 header, body, _ = job._payload
                 job._payload = memoryview(b"".join((header, body))), memoryview(b""), 0
 
         def write(pipe: int) -> None:
-            self._mark_worker_as_available(pipe)  # else Celery sends it nothing
+            self._mark_worker_as_available(pipe)  # else Celery does not write to it
             schedule_writes([pipe])
 
         self._quick_put = send_whole_job
@@ -126,20 +126,20 @@ class FastPool(ahead.ReadAheadPool):
 
 
 class TaskPool(prefork.TaskPool):
-    """What a worker of ours uses where Celery's own prefork pool is asked for."""
+    """The pool of our workers where Celery's prefork pool is asked for."""
 
     Pool = FastPool
 
     def give_back(self, request: Request) -> bool:
-        """Take back a request that the pool was given; false if a process may have begun it. For any thread."""
+        """Take back a request from the pool; return false if a process may have begun it. Any thread may call it."""
         result = request._apply_result
         job = None if result is None else result()
         return job is not None and isinstance(self._pool, FastPool) and self._pool.give_back(job, request._leave)
 
     def on_start(self) -> None:
-        """Start the processes.
+        """Start the processes, after ``gc.freeze``.
 
-        To collect garbage, each would write into all that it has of the worker, and so copy it: half of its memory.
+        Garbage collection would write into each object, and copy half of a process's memory: what it shares.
         """
         gc.collect()
         gc.freeze()
