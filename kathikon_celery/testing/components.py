@@ -70,14 +70,14 @@ class DatabaseService:
         """Nothing to do: the status is always that of now."""
 
     def kill(self, signal: str | int | None = None) -> None:
-        """Cut all connections and refuse new ones until `restart`. Raises `RuntimeError` where there is no server."""
+        """Cut all connections and refuse new ones until `restart`. Raises `RuntimeError` for a file."""
         if self.url.get_backend_name() != "postgresql":
             raise RuntimeError(f"{self.name} cannot be killed: only a PostgreSQL database can refuse connections")
         self._allow(False)
         self.status = "exited"
 
     def restart(self, timeout: float = 10.0) -> None:
-        """Cut all connections and take new ones. A file has no connections to others, so nothing happens to it."""
+        """Cut all connections and take new ones. Does nothing for a file."""
         if self.url.get_backend_name() == "postgresql":
             self._allow(False)
             self._allow(True)
@@ -109,7 +109,7 @@ class DatabaseContainer(CeleryTestContainer):
         return {"url": self._url, "host_url": self._url}
 
     def teardown(self) -> None:
-        """Take connections again, for those who look at the database or drop it."""
+        """Take connections again, for code that reads the database or drops it."""
         if self.status != "running":
             self.restart()
 
@@ -132,7 +132,7 @@ class KathikonWorkerContainer(CeleryWorkerContainer):
 
     @classmethod
     def utils_module(cls) -> ModuleType:
-        """What tells of the worker's processes."""
+        """The module that lists the worker's processes."""
         from kathikon_celery.testing import worker_utils
 
         return worker_utils
@@ -162,14 +162,14 @@ def celery_backend(kathikon_database_container: DatabaseContainer) -> KathikonTe
 def celery_setup_app(
     celery_setup_cls: Any, celery_setup_config: dict[str, Any], celery_setup_name: str
 ) -> celery.Celery:
-    """The app of `celery_setup` and its workers, with late acks and all else that `kathikon_celery.config` switches.
+    """The app of `celery_setup` and its workers, with late acks and the other switches of `kathikon_celery.config`.
 
-    What `celery_setup_config` or the ``update_app_config`` of `celery_setup_cls` say otherwise, counts.
+    Other values in `celery_setup_config` or the ``update_app_config`` of `celery_setup_cls` come first.
     """
     app = celery_setup_cls.create_setup_app(
         celery_setup_config=celery_setup_config, celery_setup_app_name=celery_setup_name
     )
-    _ = app.conf["broker_url"]  # has Celery read the configuration, which replaces app.conf
+    _ = app.conf["broker_url"]  # makes Celery read the configuration, which replaces app.conf
     chosen = {*app.conf.changes, *celery_setup_config}
     values = {name: getattr(config, name) for name in config.__all__ if name not in chosen}
     app.conf.update({name: value for name, value in values.items() if isinstance(value, bool)})
@@ -178,7 +178,7 @@ def celery_setup_app(
 
 @pytest.fixture
 def default_worker_container_cls() -> type[CeleryWorkerContainer]:
-    """What describes the worker. Override it to give workers your own command, tasks, queue or environment."""
+    """The class of the worker. Override it to give workers your own command, tasks, queue or environment."""
     return KathikonWorkerContainer
 
 
@@ -193,7 +193,7 @@ def kathikon_start_container(
     default_worker_initial_content: Mapping[str, bytes],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[StartContainer]:
-    """Start workers as `default_worker_container_cls` has it; all of them are killed when the test ends."""
+    """Start a `default_worker_container_cls`; all started ones are killed when the test ends."""
     with ExitStack() as stack:
 
         def start() -> CeleryWorkerContainer:

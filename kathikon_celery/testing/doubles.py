@@ -16,19 +16,19 @@ from kathikon_celery.storage.engine.wakeup import Wakeup
 
 __all__ = ["storage_double"]
 
-#: What a verb that is declared to return one of these returns when there are no jobs.
+#: Declared return type of a method -> type of the empty value that the double returns.
 _NOTHING = {"int": int, "list": list, "dict": dict}
 
 
 def storage_double(settings: Settings | None = None) -> Storage:
-    """Return a mock of `Storage` that has no jobs, and no verb that `Storage` has not.
+    """Return a mock of `Storage` that has no jobs, and only the methods of `Storage`.
 
     >>> storage = storage_double()
     >>> storage.next_due.return_value = -0.5
     >>> storage.promote_scheduled.return_value = 3
     >>> Promoter(storage=storage, interval=1.0).step()
 
-    Its ``database`` is a mock as well, of a database that answers every question with nothing.
+    Its ``database`` is a mock as well, whose queries return nothing.
 
     Arguments:
         settings: default: every setting has its default, whatever the environment says.
@@ -45,7 +45,7 @@ def storage_double(settings: Settings | None = None) -> Storage:
 
 def _database_double() -> Database:
     database = create_autospec(Database, instance=True)
-    # A true dialect, since statements are built with it. It opens no file: that is up to the database.
+    # A real dialect, since statements are built with it. It opens no file: only a database would.
     database.url = make_url("sqlite:///no-file")
     database.dialect = dialect_for(database.url)
     database.patience = 0.0

@@ -1,4 +1,4 @@
-"""An app on a database of its own, for as long as a test takes."""
+"""An app on a database of its own, for one test."""
 
 from __future__ import annotations
 
@@ -32,14 +32,13 @@ def isolated(app: Celery, url: str) -> Iterator[Celery]:
     >>> with isolated(app, "sqlite:////tmp/scratch.db"):
     ...     add.delay(2, 2)
 
-    Inside it *app* is the current app, so that shared tasks are its own. Afterwards its configuration is what it was,
-    also where the block has changed it, and the connections to *url* are closed. What was published is not waited for
-    to reach a disk.
+    Inside it *app* is the current app, so that shared tasks are its own. Afterwards its configuration is restored, also
+    where the block has changed it, and the connections to *url* are closed. Publishing does not wait for the disk.
 
-    Raises `RuntimeError` when a variable of the environment would lead the app to another broker or backend.
+    Raises `RuntimeError` when an environment variable would lead the app to another broker or backend.
     """
     broker, current = f"kathikon+{url}", _state._tls.current_app
-    _ = app.conf["broker_url"]  # has Celery read the configuration, which replaces app.conf
+    _ = app.conf["broker_url"]  # makes Celery read the configuration, which replaces app.conf
     ours = {
         "broker_url": broker,
         "broker_read_url": broker,
@@ -47,7 +46,7 @@ def isolated(app: Celery, url: str) -> Iterator[Celery]:
         "result_backend": "kathikon",
         "kathikon_publish_durability": "server",
     }
-    # Up to Celery 5.6, what stands anywhere under its name with the namespace comes before what stands without it.
+    # Up to Celery 5.6, a name with the namespace, wherever it is set, comes before the name without it.
     prefix: str = app.conf.prefix or ""
     namespaced = {(prefix + name).upper() if prefix.isupper() else prefix + name: value for name, value in ours.items()}
     with patch.dict(app.conf.changes, ours | namespaced):
@@ -69,11 +68,11 @@ def isolated(app: Celery, url: str) -> Iterator[Celery]:
 
 
 def _forget(app: Celery) -> None:
-    """Make *app* look at its configuration anew when it next needs a connection or its result backend."""
+    """Make *app* read its configuration again when it next needs a connection or its result backend."""
     app._after_fork()
     app._backend_cache = None
     app._local = threading.local()  # where each thread has its backend
-    for name in ("control", "events"):  # they know a pool of connections
+    for name in ("control", "events"):  # they keep a pool of connections
         vars(app).pop(name, None)
 
 
@@ -84,4 +83,4 @@ def _drop_connections(app: Celery) -> None:
         for group in (kombu.pools.producers, kombu.pools.connections):
             for key, found in list(group.items()):
                 if pool in (found, getattr(found, "connections", None)):
-                    dict.pop(group, key)  # kombu's own way would hash the key anew
+                    dict.pop(group, key)  # kombu's own `pop` would hash the key again

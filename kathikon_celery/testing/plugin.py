@@ -1,6 +1,6 @@
-"""Fixtures for tests of an app on Kathikon. pytest knows them wherever this package is installed.
+"""Fixtures for tests of an app on Kathikon. pytest finds them wherever this package is installed.
 
-Each of them may be overridden in a ``conftest.py``: another `kathikon_database_url` takes all the others along.
+Each of them may be overridden in a ``conftest.py``; all others use the `kathikon_database_url`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kathikon_celery import EmbeddedWorker
     from kathikon_celery.storage import Storage
 
-#: Seconds that a test's worker has to finish what it runs when the test has ended.
+#: Seconds that a test's worker has for its running tasks when the test has ended.
 PATIENCE = 30.0
 
 
@@ -41,7 +41,7 @@ def kathikon_storage(kathikon_database_url: str) -> Iterator[Storage]:
 
 @pytest.fixture
 def kathikon_app(kathikon_database_url: str) -> Iterator[Celery]:
-    """An app on the database of this test, and the current app: it has all shared tasks, and those it declares itself.
+    """An app on the database of this test. It is the current app, and has all shared tasks and its own.
 
     Override it to test your own app::
 
@@ -84,7 +84,7 @@ def mock_storage() -> Storage:
 
 @pytest.fixture
 def use_mock_storage(mock_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    """`mock_storage`, which everybody in this process gets who asks for an app's storage while the test runs."""
+    """`mock_storage`, in place of the storage of every app in this process while the test runs."""
     from kathikon_celery.storage import Storage
 
     monkeypatch.setattr(Storage, "shared", lambda *_: mock_storage)

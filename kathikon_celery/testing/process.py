@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["ProcessContainer"]
 
-#: Where the files of a worker lie in its container, and what therefore stands for the folder of the process.
+#: The folder of a worker's files in a container; here it means the folder of the process.
 VOLUME = "/app"
 
 #: The command ``celery``, after which kombu knows the transport ``kathikon``, whatever the app imports.
@@ -24,22 +24,22 @@ CELERY = "import kathikon_celery, sys; from celery.__main__ import main; sys.exi
 
 
 class ExecResult(NamedTuple):
-    """What docker-py returns of a command."""
+    """docker-py's result of a command."""
 
     exit_code: int
     output: bytes
 
 
 class ProcessContainer:
-    """Runs a command in a folder, in a session of its own, which nothing of it survives.
+    """Runs a command in a folder, in a session of its own, which `kill` ends as a whole.
 
     Arguments:
         command: what a container would run; ``celery`` and ``python`` mean those of this environment, ``%h`` in a
             node name means the container's id.
-        directory: the folder; it is made, and stands for the container's ``/app``.
+        directory: the folder; it is created, and stands for the container's ``/app``.
         content: files for the folder, by their paths.
         environment: added to the environment of this process.
-        prompt: the text in the log that says that the command is ready.
+        prompt: the text in the log that means that the command is ready.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ProcessContainer:
 
     @property
     def short_id(self) -> str:
-        """What Docker gives a container as its host name."""
+        """The host name that Docker gives to a container."""
         return self.id[:12]
 
     @property
@@ -80,7 +80,7 @@ class ProcessContainer:
 
     @property
     def attrs(self) -> dict[str, Any]:
-        """What ``docker inspect`` tells: the environment, an address, no ports."""
+        """The output of ``docker inspect``: the environment, an address, no ports."""
         return {
             "Config": {"Env": [f"{name}={value}" for name, value in self._environment.items()]},
             "HostConfig": {"PortBindings": {}},
@@ -89,7 +89,7 @@ class ProcessContainer:
         }
 
     def start(self, timeout: float = 60.0) -> None:
-        """Start, and return when the log of this start has the prompt. Raises `RuntimeError` when it does not come."""
+        """Start, and return when the log has the prompt. Raises `RuntimeError` without it after *timeout* seconds."""
         seen = len(self.logs())
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(

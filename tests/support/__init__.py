@@ -1,1 +1,1 @@
-"""What the tests stand on: a PostgreSQL server, real workers, a sample app."""
+"""Tools of the tests: a PostgreSQL server, real workers, a sample app."""

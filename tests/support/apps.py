@@ -28,7 +28,7 @@ from kathikon_celery.storage import Unavailable
 
 
 def create_app(name: str = "tests", /, **conf: Any) -> Celery:
-    """An app that is configured as a user's would be; ``conf`` is what it sets on top. Another one stays current."""
+    """Return an app that is configured as a user's, with ``conf`` on top. It does not become the current app."""
     app = Celery(name, set_as_current=False)
     app.config_from_object("kathikon_celery.config")
     if conf:
@@ -41,7 +41,7 @@ app = create_app(**json.loads(os.environ.get("KATHIKON_TEST_CONF") or "{}"))
 
 @control_command()  # type: ignore[untyped-decorator]
 def lose_connection(state: Any) -> dict[str, str]:
-    """Have the consumer begin anew, as it does when it has lost its broker."""
+    """Restart the consumer, as after the loss of its broker."""
 
     def lose() -> NoReturn:
         raise Unavailable("as asked")
@@ -52,7 +52,7 @@ def lose_connection(state: Any) -> dict[str, str]:
 
 @contextmanager
 def running(task: Task, **request: Any) -> Iterator[list[Any]]:
-    """In this process, as if a worker ran *task* with such a *request*. What it has sent, as Celery notes it."""
+    """In this process, as if a worker ran *task* with *request*. Yields the list in which Celery notes its children."""
     children: list[Any] = []
     _task_stack.push(task)
     task.push_request(**request, called_directly=False, children=children)
@@ -73,7 +73,7 @@ def append_line(path: str, line: str) -> None:
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[str]:
-    """The lines that tasks have appended so far; none if there is no file."""
+    """Return the lines that tasks have appended so far; none if there is no file."""
     try:
         with open(path) as file:
             return file.read().splitlines()
@@ -150,7 +150,7 @@ def send(canvas: dict[str, Any]) -> Any:
 
 @shared_task
 def send_many(number: int) -> int:
-    """Send so many tasks; how many of them were not sent in Celery's way."""
+    """Send *number* tasks; return how many of them Celery did not send."""
     with mock.patch.object(fast_path, "publish_new", wraps=fast_path.publish_new) as publish:
         for value in range(number):
             echo.delay(value)
@@ -159,7 +159,7 @@ def send_many(number: int) -> int:
 
 @shared_task(bind=True)
 def add_parts(self: Task, count: int) -> int:
-    """Add so many parts to the chord that this is a part of."""
+    """Add *count* parts to the chord of this part."""
     for number in range(count):
         self.add_to_chord(add.s(number, number))
     return 100
@@ -167,7 +167,7 @@ def add_parts(self: Task, count: int) -> int:
 
 @shared_task(bind=True, max_retries=None)
 def after_retries(self: Task, retries: int, value: Any) -> Any:
-    """Return the value when it was retried so often."""
+    """Return the value after *retries* retries."""
     if self.request.retries < retries:
         raise self.retry(countdown=0)
     return value
@@ -175,7 +175,7 @@ def after_retries(self: Task, retries: int, value: Any) -> Any:
 
 @shared_task(bind=True)
 def lineage(self: Task, *values: Any) -> list[dict[str, Any]]:
-    """What the task can say of the workflow that it belongs to, after what those before it have said."""
+    """Return what the task knows of its workflow, after what the tasks before it have returned."""
     request = self.request
     own = {name: getattr(request, name) for name in ("id", "root_id", "parent_id", "group", "group_index")}
     own |= {"stamps": request.stamps or {}, "stamped_headers": sorted(request.stamped_headers or [])}
@@ -348,7 +348,7 @@ def replace(self: Task, x: int, y: int) -> NoReturn:
 
 @shared_task(bind=True)
 def describe(self: Task) -> dict[str, Any]:
-    """What the task can say of its own delivery, and of the process it runs in."""
+    """Return what the task knows of its delivery, and of its process."""
     request = self.request
     return {
         "id": request.id, "retries": request.retries, "eta": request.eta, "expires": request.expires,

@@ -1,4 +1,4 @@
-"""The sample app, in a process that writes to the file ``KATHIKON_TEST_STATEMENTS`` what it sends to the database."""
+"""The sample app, in a process that writes the statements it sends to the file ``KATHIKON_TEST_STATEMENTS``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ except ImportError:
 else:
 
     class _Connection(psycopg.Connection[Any]):
-        """Hears what is sent past SQLAlchemy as well."""
+        """Hears also the statements that bypass SQLAlchemy."""
 
         def execute(self, query: Any, *args: Any, **kwargs: Any) -> Any:
             append_line(PATH, str(query))

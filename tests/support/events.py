@@ -12,7 +12,7 @@ from tests.support.waiting import wait_until
 
 
 class Events:
-    """What came since `listening` began."""
+    """The events since `listening` began."""
 
     def __init__(self, connection: Any, seen: list[dict[str, Any]]) -> None:
         self.seen = seen
@@ -26,7 +26,7 @@ class Events:
         return [event for event in self.seen if event["type"] in kinds]
 
     def wait(self, *kinds: str, number: int = 1, timeout: float = 60.0) -> list[dict[str, Any]]:
-        """The events of these kinds, as soon as there are so many."""
+        """The events of these kinds, as soon as there are *number* of them."""
         what = f"{number} × {' or '.join(kinds)}"
         try:
             return wait_until(lambda: found if len(found := self.of(*kinds)) >= number else [], timeout, what)

@@ -1,4 +1,4 @@
-"""Tasks that end in every way that a result backend has to tell of: ``celery -A tests.support.outcomes worker``."""
+"""Tasks that end in every way that a result backend has to store: ``celery -A tests.support.outcomes worker``."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["app", "wait_for_file"]
 
 
 class TwoWordsError(Exception):
-    """Pickle makes it anew with one argument, which fails."""
+    """Unpickling passes one argument, which fails."""
 
     def __init__(self, one: str, two: str) -> None:
         super().__init__(f"{one} {two}")
 
 
 class LockedError(Exception):
-    """Holds what no serializer takes."""
+    """Has an argument that no serializer takes."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, Lock())
@@ -41,7 +41,7 @@ def raise_locked() -> NoReturn:
 
 @shared_task
 def raise_local() -> NoReturn:
-    """Raise what nobody can import."""
+    """Raise an error that cannot be imported."""
 
     class LocalError(Exception):
         pass
@@ -51,7 +51,7 @@ def raise_local() -> NoReturn:
 
 @shared_task
 def raise_only_here() -> NoReturn:
-    """Raise what the worker can import, and nobody else: there is a module of that name in its folder."""
+    """Raise an error that only the worker can import, from a module in its folder."""
     raise import_module("only_here").OnlyHereError("from afar")
 
 
@@ -67,7 +67,7 @@ def return_value(value: Any) -> Any:
 
 @shared_task(bind=True)
 def say(self: Task, word: str, then: str = "return") -> str:
-    """Store the state *word* by itself, and then return, raise or ignore."""
+    """Store the state *word*, and then return, raise or ignore."""
     self.update_state(state=word, meta={"exc_type": "KeyError", "exc_message": ["said"], "exc_module": "builtins"})
     if then == "raise":
         raise ValueError("raised")
@@ -129,5 +129,5 @@ def fail_unheard() -> NoReturn:
 
 @shared_task(track_started=True)
 def tracked(path: str) -> str:
-    """Say STARTED at once, and run until the file *path* appears."""
+    """Store STARTED at once, and run until the file *path* appears."""
     return wait_for_file.run(path)  # type: ignore[no-any-return]

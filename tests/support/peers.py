@@ -1,4 +1,4 @@
-"""What another process does with a broker through plain kombu, with no Celery app in sight."""
+"""What another process does with a broker through plain kombu, without a Celery app."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kombu.mixins import ConsumerProducerMixin
 
 import kathikon_celery  # noqa: F401  (teaches kombu the transport)
 
-#: Seconds after which something that should come is given up.
+#: Seconds to wait for a message.
 TIMEOUT = 50.0
 
 
@@ -25,7 +25,7 @@ def publish(url: str, messages: Iterable[tuple[Any, Mapping[str, Any]]]) -> None
 
 
 def consume(url: str, queue: Queue, count: int, **options: Any) -> list[Any]:
-    """Take and acknowledge so many messages of a queue; their bodies, in the order in which they came."""
+    """Take and acknowledge *count* messages of a queue; return their bodies, in the order in which they came."""
     bodies: list[Any] = []
 
     def received(body: Any, message: Message) -> None:
@@ -46,7 +46,7 @@ def ready(url: str, name: str) -> int:
 
 
 def hold(url: str, queue: Queue, count: int, pipe: Pipe, prefetch: int = 0) -> None:
-    """Take so many messages, say which, and hold them until something comes through the pipe; then close."""
+    """Take *count* messages, send their bodies to the pipe, and hold them until the pipe answers; then close."""
     bodies: list[Any] = []
     with Connection(url) as connection:
         consumer = connection.Consumer(

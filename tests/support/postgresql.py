@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
-#: Nothing here outlives the tests, so nothing waits for a disk; what a crash of the server alone may lose is unchanged.
+#: Nothing here outlives the tests, so nothing waits for a disk. A crash of the server alone loses no more than usual.
 CONFIGURATION = """
 listen_addresses = '127.0.0.1'
 port = {port}

@@ -25,11 +25,11 @@ class CeleryProgram:
 
     @property
     def log(self) -> str:
-        """What it has printed."""
+        """What the program has printed."""
         return self.log_file.read_text(errors="replace")
 
     def run(self, timeout: float = 60.0) -> tuple[int, str]:
-        """Run it to its end: the exit code, and what it has printed."""
+        """Run the program to its end; return its exit code and what it has printed."""
         with self:
             code = self.process.wait(timeout)
         return code, self.log

@@ -1,4 +1,4 @@
-"""A project of a user's, on disk, with a real worker."""
+"""A user's project, on disk, with a real worker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.support.workers import WorkerProcess
 
-#: Tasks as they stand in any project; nothing in them knows of Kathikon.
+#: Tasks as in any project, without Kathikon.
 TASKS = """
     import os, time
     from celery import shared_task
@@ -80,13 +80,13 @@ class Project:
         path.write_text(dedent(text))
 
     def run(self, code: str) -> Any:
-        """Run *code* in a process of its own, as a web server of the project would; what it assigns to ``answer``."""
+        """Run *code* in another process, as a web server of the project would; return its variable ``answer``."""
         program = f"import json\n{dedent(code)}\nprint(json.dumps(answer))"
         done = self._call("-c", program)
         return json.loads(done.splitlines()[-1])
 
     def celery(self, *arguments: str) -> str:
-        """Run ``celery -A proj …``, and return what it wrote."""
+        """Run ``celery -A proj …``, and return its output."""
         return self._call("-m", "celery", "-A", "proj", *arguments)
 
     def _call(self, *arguments: str) -> str:
@@ -103,7 +103,7 @@ class Project:
 
     @contextmanager
     def worker(self, *args: str, pool: str = "threads", concurrency: int = 4) -> Iterator[WorkerProcess]:
-        """A worker of the project, with nothing in its environment or its arguments that the project has not named."""
+        """A worker of the project, without environment variables or arguments that are not the project's."""
         nothing = {name: None for name in os.environ if name not in self.environment}
         with WorkerProcess(
             directory=self.directory, app="proj", pool=pool, concurrency=concurrency, args=args,

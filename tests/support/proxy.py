@@ -40,7 +40,7 @@ class Proxy:
                 one.shutdown(socket.SHUT_RDWR)
 
     def cut(self) -> None:
-        """Be gone: nobody can connect, and who is connected is no longer."""
+        """Refuse new connections, and end the open ones."""
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()

@@ -1,4 +1,4 @@
-"""What a test's own process asks of the database."""
+"""The statements that a test's own process sends to the database."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sqlalchemy.engine import Engine
 
 @contextmanager
 def heard(hear: Callable[[str, Any, bool], None]) -> Iterator[None]:
-    """*hear* is called before each statement, with its values and whether it is run for many."""
+    """Call *hear*(statement, values, whether it is an ``executemany``) before each statement."""
 
     def listener(_conn: Any, _cursor: Any, statement: str, values: Any, _context: Any, many: bool) -> None:
         hear(statement, values, many)
@@ -26,7 +26,7 @@ def heard(hear: Callable[[str, Any, bool], None]) -> Iterator[None]:
 
 @contextmanager
 def counted(containing: str = "") -> Iterator[list[str]]:
-    """The statements that are run, of which *containing* is a part."""
+    """Collect the statements that contain the text *containing*."""
     statements: list[str] = []
     with heard(lambda statement, _values, _many: statements.append(statement) if containing in statement else None):
         yield statements

@@ -1,4 +1,4 @@
-"""The sample app where none of the names is found that Kathikon's parts need: every part is left out."""
+"""The sample app, without the names that Kathikon's parts need: every part is left out."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ Value = TypeVar("Value")
 
 
 def wait_until(predicate: Callable[[], Value], timeout: float = 60.0, what: str = "", interval: float = 0.02) -> Value:
-    """Call ``predicate`` until what it returns is true, and return that.
+    """Call ``predicate`` every ``interval`` seconds until it returns a true value, and return that.
 
-    Raises AssertionError after ``timeout`` seconds, with ``what`` was waited for and the last value seen.
+    Raises AssertionError, with ``what`` and the last value, after ``timeout`` seconds.
     """
     deadline = time.monotonic() + timeout
     while not (value := predicate()):

@@ -18,10 +18,10 @@ ROOT = Path(__file__).parents[2]
 
 
 class WorkerProcess:
-    """A ``celery -A app worker`` in a session of its own, which nothing survives once the context manager is left.
+    """A ``celery -A app worker`` in a session of its own, which is killed when the context manager is left.
 
     ``conf`` updates the configuration of the sample app (JSON values); ``env`` adds to the environment, and a value
-    of None takes a variable out of it. The log is the file ``<directory>/<name>.log``, also over several starts.
+    of None removes a variable. The log of all starts is the file ``<directory>/<name>.log``.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class WorkerProcess:
         os.killpg(self.pid, signum)
 
     def report(self) -> str:
-        """The end of the log, and for a worker that runs what its threads are doing: Celery tells on SIGUSR1."""
+        """The end of the log and, if the worker runs, what its threads do: Celery logs that on SIGUSR1."""
         report = [self._tail()]
         if self.running:
             start = len(self.log)
@@ -136,7 +136,7 @@ class WorkerProcess:
             os.killpg(self.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-        except PermissionError:  # what macOS says of a group in which only zombies are left
+        except PermissionError:  # macOS, for a group in which only zombies are left
             pass
         self.process.wait(10)
 
