@@ -1,11 +1,11 @@
 """Kathikon for Celery: jobs as rows of the SQL database that you already run.
 
-Importing this package teaches kombu the transport ``kathikon://``. For a Celery app,
-``app.config_from_object("kathikon_celery.config")`` is all that is needed. An app of which only the broker can be
-configured takes ``kathikon+postgresql://…`` as its broker's URL (see `kathikon_celery.discovery`).
+Importing this package registers the transport ``kathikon://`` with kombu. A Celery app needs no more than
+``app.config_from_object("kathikon_celery.config")``. An app whose configuration can only set the broker uses
+``kathikon+postgresql://…`` as its broker's URL (see `kathikon_celery.discovery`).
 
-`EmbeddedWorker`, a worker inside this process, and `bulk`, for sending many tasks at once, are imported when they are
-first asked for: importing this package is light, and needs neither Celery nor SQLAlchemy.
+`EmbeddedWorker`, a worker inside this process, and `bulk`, for sending many tasks at once, are imported at their
+first use: importing this package is light, and needs neither Celery nor SQLAlchemy.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What Celery 5.7 does when a canvas fails, or a task is revoked, for the versions before it.
+"""What Celery 5.7 does when a canvas fails, or a task is revoked, for older versions.
 
 Celery 5.5 sends a failed chord's errbacks for a single task only, and stores no failure for the parts of a group or a
-chain; up to 5.6 an errback that raises ends the handling of the failure, and one that was given arguments of its own is
-called in the wrong way. A worker of Celery 5.5 keeps a revoke to itself until it is given the task.
+chain. Up to 5.6 an errback that raises ends the handling of the failure, and an errback with arguments of its own is
+called in the wrong way. A worker of Celery 5.5 does not store a revocation until it receives the task.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class FailingCanvas(BaseBackend):
         self._fail_unsent(callback, exc if exc is not None else sys.exc_info()[1], [])
 
     def _fail_unsent(self, signature: Any, error: Any, errbacks: list[Any]) -> None:
-        """Store that *signature*, which will never be sent, has failed, and all that was to follow it."""
+        """Store that *signature*, which will never be sent, and the tasks that were to follow it, have failed."""
         errbacks = errbacks + [
             one for one in maybe_list(signature.options.get("link_error")) or [] if one not in errbacks
         ]
@@ -74,10 +74,10 @@ class FailingCanvas(BaseBackend):
 
 
 def _takes_an_error(errback: Any) -> bool:
-    """Whether *errback* takes more than one argument beside those that it was given already."""
+    """Whether *errback* takes more than one argument beside its own."""
     try:
         header = getattr(errback.type, "__header__", None)
-    except NotRegistered:  # another worker knows it
+    except NotRegistered:  # only another worker has the task
         return False
     if header is None or isinstance(header, partial):  # a task class, or bind=True: it is sent, so that it may retry
         return False
@@ -100,7 +100,7 @@ def name_group(body: Any, chord_id: str) -> None:
 
 
 def mark_what_is_revoked() -> None:
-    """Have a worker store that a task is revoked when it hears so, as Celery does from 5.6 on. Twice is once."""
+    """Make workers store a revocation as soon as they receive it, as Celery does from 5.6 on. May be called twice."""
     from celery.worker import state as worker_state
     from celery.worker.control import Panel
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-import kathikon_celery.hook  # noqa: F401 (a worker that has imported this one gets our parts)
+import kathikon_celery.hook  # noqa: F401 (adds our parts to a worker that imports this module)
 from kathikon_celery.settings import mask, shown
 from kathikon_celery.settings.brokers import broker_of, broker_urls, is_kathikon
 from kathikon_celery.storage import Storage, schema
@@ -14,9 +14,9 @@ from kathikon_celery.storage import Storage, schema
 if TYPE_CHECKING:
     from celery.bin.base import CLIContext
 
-#: Width of a column from which on a longer name makes its own line longer, not every line.
+#: Widest queue column, in characters; a longer name makes only its own line longer.
 WIDEST = 60
-#: What stands for the queue of rows that are only a result, such as that of a chord's body that never ran.
+#: Shown as the queue of rows that are only a result, such as that of a chord's body that never ran.
 NO_QUEUE = "(none)"
 
 
@@ -33,7 +33,7 @@ def _storage(context: CLIContext) -> Storage:
 
 
 def _legible(name: str) -> str:
-    """*name*, with escapes for what has no place in a line or on a terminal."""
+    """Return *name* with its unprintable characters escaped."""
     return "".join(one if one.isprintable() else repr(one)[1:-1] for one in name)
 
 

@@ -1,7 +1,7 @@
 """Celery's settings for an app that runs on Kathikon: ``app.config_from_object("kathikon_celery.config")``.
 
 A configuration module of one's own begins with ``from kathikon_celery.config import *``. For Django see
-`kathikon_celery.django`. Everything here may be overridden, and what is not here has Celery's default.
+`kathikon_celery.django`. Every setting here may be overridden; all others have Celery's defaults.
 """
 
 from typing import Any
@@ -26,40 +26,40 @@ __all__ = [
     "worker_cancel_long_running_tasks_on_connection_loss",
 ]
 
-# No database in it: that is kathikon_database_url, which may still be set after this module was read.
+# The URL names no database: kathikon_database_url does, and it may be set after this module was read.
 broker_url = "kathikon://"
 
-# Which app a connection is for: the URL does not tell two apps in one process apart.
+# Names the app of a connection: two apps in one process have the same URL.
 broker_transport_options = TransportOptions()
 
-# The same database.
+# The broker's database.
 result_backend = "kathikon"
 
-# A job is an obligation: one whose process is lost, by kill -9 or for want of memory, is run again.
+# A job whose process is lost, by kill -9 or for want of memory, is run again.
 task_acks_late = True
 task_reject_on_worker_lost = True
 
-# A task with ignore_result that raises for good is a dead job like any other, and its error is to be read there.
+# A task with ignore_result that raises for good is a dead job too, and its row has the error.
 task_store_errors_even_if_ignored = True
 
-task_default_queue = "default"  # Kathikon's name for it, where Celery says "celery"
+task_default_queue = "default"  # Kathikon's default; Celery's is "celery"
 task_queues = ConfiguredQueues()
 task_routes = (Router(),)
 
-# Celery's default. It asks for it at each call, and finds sooner what is said here.
+# Celery's default. Celery reads this setting at each call, and finds it sooner if it is set.
 task_always_eager = False
 
-# A worker waits for its database as long as that takes. Celery would give up after 100 attempts, and leave it idle.
+# A worker waits for its database without limit. Celery would give up after 100 attempts, and leave the worker idle.
 broker_connection_retry_on_startup = True
 broker_connection_max_retries = None
 
-# What runs while the database is away is finished, and acknowledged when it is back.
+# Tasks that run while the database is away go on, and are acknowledged when it is back.
 worker_cancel_long_running_tasks_on_connection_loss = False
 
 
 def __getattr__(name: str) -> Any:
-    # Looked up when Celery asks for it, not when this module is imported. None leaves it to Celery: UTC, or Django's
-    # TIME_ZONE. A kathikon_timezone in app.conf is seen to by kathikon_celery.routing.configure.
+    # Looked up when Celery reads it, not when this module is imported. None leaves the time zone to Celery: UTC, or
+    # Django's TIME_ZONE. kathikon_celery.routing.configure handles a kathikon_timezone in app.conf.
     if name == "timezone":
         return Settings.given("timezone")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

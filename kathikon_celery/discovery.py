@@ -1,11 +1,11 @@
-"""Makes ``kathikon+postgresql://…`` a broker's URL in a process in which nobody has imported this package.
+"""Makes ``kathikon+postgresql://…`` known to kombu in a process that does not import this package.
 
-Kombu knows its transports by a table in its code. But when its module of serializers is first imported, which each
-Celery app does before it connects, it loads all that the entry point group ``kombu.serializers`` names. Ours is this
-module, and to import it is to import `kathikon_celery`, which enters the transport into kombu's table.
+Kombu's transports are a table in its code, without entry points. But kombu's module of serializers, which each Celery
+app imports before it connects, loads the entry points ``kombu.serializers``. Ours names this module. Importing it
+imports `kathikon_celery`, which adds the transport to kombu's table.
 """
 
 from __future__ import annotations
 
-#: The arguments with which kombu registers a serializer: one without an encoder and a decoder, which nobody can choose.
+#: Arguments of kombu's `register` for a serializer without encoder and decoder, which cannot be used.
 SERIALIZER = (None, None, "application/x-kathikon")

@@ -1,7 +1,7 @@
-"""Has Kathikon's parts added to every worker of this process whose broker is Kathikon.
+"""Adds Kathikon's parts to every worker of this process whose broker is Kathikon, once this module is imported.
 
-Importing this module is all. Whatever a worker imports of Kathikon before Celery builds it does so: the configuration,
-the transport, the command ``celery kathikon``.
+The configuration, the transport and the command ``celery kathikon`` import it. A worker imports one of them before
+Celery builds it.
 """
 
 from __future__ import annotations
@@ -18,5 +18,5 @@ def _install(sender: Any, **_: Any) -> None:
 
     try:
         symbol_by_name("kathikon_celery.worker.install:install")(sender)
-    except ClickException as error:  # Celery would log it and run a worker that is none of ours
+    except ClickException as error:  # Celery would log it and run a worker without our parts
         raise SystemExit(f"Error: {error}") from error

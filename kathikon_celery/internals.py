@@ -1,8 +1,7 @@
-"""What Kathikon uses of Celery, kombu, psycopg and SQLAlchemy beyond their public names, and whether it is there.
+"""The internals of Celery, billiard, kombu, psycopg and SQLAlchemy that Kathikon uses, and a check that they exist.
 
-Each `Part` of Kathikon that takes the place of something of theirs lists the names that it counts on. Where one of them
-is missing, or is called in another way, the part is left out: what it replaces runs instead, and one warning says so.
-docs/internals.md has the whole list for people.
+Each `Part` of Kathikon replaces code of these packages, and lists the names that it needs. If a name is missing, or has
+another signature, the part is left out: the original code runs, and one warning says so. See docs/internals.md.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)  # compared and looked up as itself, which takes no time
+@dataclass(frozen=True, eq=False)  # hashed by identity, which is fast
 class Part:
-    """Something of Kathikon that takes the place of another package's own.
+    """A part of Kathikon that replaces code of another package.
 
     Each of *needs* is one of
 
     - ``module:name.of.attribute``: it exists;
-    - ``module:function(first, second=)``: it takes these arguments, in this order, and no other that has no default;
-      a name with ``=`` is passed by its name;
-    - ``module:Class.method > name``: the code of that method mentions the attribute *name*, which it sets or calls.
+    - ``module:function(first, second=)``: it takes these arguments, in this order, and requires no others; an argument
+      with ``=`` is passed by keyword;
+    - ``module:Class.method > name``: the code of the method mentions *name*, an attribute that it sets or calls.
     """
 
     name: str
-    #: What runs where the part is left out.
+    #: What runs if the part is left out.
     instead: str
     needs: tuple[str, ...]
 
@@ -194,7 +193,7 @@ PARTS = (SENDING, PREFORK, REQUESTS, TRACING, LIBPQ, PREPARED)
 
 @cache
 def is_usable(part: Part) -> bool:
-    """Whether all that *part* needs is there; if not, a warning says so, once in a process."""
+    """Whether all needs of *part* are met; if not, warn once per process."""
     lacking = missing(part)
     if lacking:
         logger.warning(
@@ -205,12 +204,12 @@ def is_usable(part: Part) -> bool:
 
 
 def missing(part: Part) -> list[str]:
-    """Which needs of *part* are not met."""
+    """Return the needs of *part* that are not met."""
     return [need for need in part.needs if not is_met(need)]
 
 
 def is_met(need: str) -> bool:
-    """Whether what *need* names (see `Part`) is there, and as it says."""
+    """Whether the installed packages have what *need* describes (see `Part`)."""
     target, _, mentioned = need.partition(" > ")
     target, _, arguments = target.partition("(")
     module, _, path = target.partition(":")
@@ -226,7 +225,7 @@ def is_met(need: str) -> bool:
 
 
 def _member(owner: Any, name: str) -> Any:
-    """An attribute; of a class, also one that its annotations or its slots name."""
+    """Return an attribute of *owner*; `None` if a class only annotates it. Raises `AttributeError`."""
     try:
         return getattr(owner, name)
     except AttributeError:
@@ -236,7 +235,7 @@ def _member(owner: Any, name: str) -> Any:
 
 
 def _names_in(function: Any) -> set[str]:
-    """The names of attributes and variables that the code of *function* mentions, and of functions within it."""
+    """Return the names of attributes and variables in the code of *function* and of its inner functions."""
     found: set[str] = set()
     codes = [inspect.unwrap(function).__code__]
     while codes:
@@ -247,7 +246,7 @@ def _names_in(function: Any) -> set[str]:
 
 
 def _takes(function: Any, arguments: list[str]) -> bool:
-    """Whether *function* may be called so."""
+    """Whether *function* takes *arguments*, written as in `Part`."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # written in C

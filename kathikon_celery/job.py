@@ -1,6 +1,6 @@
 """A job, its states, and the transitions between them.
 
-The words and the rules are Kathikon's; what a Celery message becomes is in ``publish/envelope.py``.
+States and rules are Kathikon's. ``publish/envelope.py`` makes a job of a Celery message.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class State(str, Enum):
     AVAILABLE = "available"  # published, promoted, given back or rescued: ready to claim
     CLAIMED = "claimed"  # taken by a worker, not started
     RUNNING = "running"  # accepted by the worker's pool
-    RETRYABLE = "retryable"  # failed and published again by itself: waits for its backoff
+    RETRYABLE = "retryable"  # failed and published again by its task: waits for its backoff
     WAITING_FOR_CHILDREN = "waiting_for_children"  # replaced by others, or the parent of an open batch
     COMPLETED = "completed"  # returned
     DEAD = "dead"  # raised for good, or its process was lost too often: the dead-letter queue
@@ -31,9 +31,9 @@ class State(str, Enum):
 
 
 class Cause(str, Enum):
-    """Why a job has ended without returning. `Job.reason` says the same in words, for people; no code reads those.
+    """Why a job has ended without returning. `Job.reason` says it in words, which no code reads.
 
-    A row has none (`None`) if a caller wrote the job's state, or if a version before 0.1 wrote the row.
+    `None`: a caller wrote the job's state, or a version before 0.1 wrote the row.
     """
 
     RAISED = "raised"  # the task raised
@@ -63,8 +63,8 @@ _PUBLISHED = {State.SCHEDULED, State.RETRYABLE, State.AVAILABLE}
 _GIVEN_UP = {State.CANCELLED, State.DISCARDED}
 _ENDED = {State.COMPLETED, State.DEAD, *_GIVEN_UP}
 
-#: The state machine: from each state, the states that may follow. A message published again under the
-#: id of an existing job makes it wait again, from whatever state; all else is one step forward.
+#: The state machine: for each state, the states that may follow. A message published again under the id of a job makes
+#: the job wait again, from any state; all other transitions go forward.
 TRANSITIONS: dict[State, frozenset[State]] = {
     State.SCHEDULED: frozenset(_PUBLISHED | _GIVEN_UP),
     State.RETRYABLE: frozenset(_PUBLISHED | _GIVEN_UP | {State.DEAD}),
@@ -80,7 +80,7 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 
 
 class TransitionError(ValueError):
-    """The state machine knows no such step; nothing was changed."""
+    """The state machine does not allow the transition; nothing was changed."""
 
     def __init__(self, job_id: str, old: State, new: State) -> None:
         allowed = ", ".join(sorted(TRANSITIONS[old])) or "nothing"
@@ -94,7 +94,7 @@ def check_transition(job_id: str, old: State, new: State) -> None:
 
 
 def sources(new: State) -> list[State]:
-    """The states from which *new* may be reached, for the WHERE of a transition."""
+    """Return the states that *new* may follow, for the WHERE of a transition."""
     return [old for old in State if new in TRANSITIONS[old]]
 
 
@@ -103,21 +103,21 @@ LONGEST_REASON = 1000
 
 
 def in_brief(error: object) -> str:
-    """An error in a line that a row can keep, however large the data that it quotes."""
+    """Return *error* as a text of at most `LONGEST_REASON` characters."""
     text = repr(error) if isinstance(error, BaseException) else str(error)
     return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 1]}…"
 
 
 def backoff(attempt: int) -> float:
-    """Seconds that a job waits after its *attempt*-th failure: Kathikon's ``min(n² × 5, 86400)``."""
+    """Return the seconds that a job waits after its *attempt*-th failure: Kathikon's ``min(n² × 5, 86400)``."""
     return float(min(attempt * attempt * 5, 86400))
 
 
 class Hold(NamedTuple):
-    """One node's claim of one row. Who reports under one that is over changes nothing.
+    """One node's claim of one row. A report under a claim that is over changes nothing.
 
-    The node is part of it, since a server that crashed may give the same fence twice: it forgets claims that were not
-    yet on disk.
+    The node is part of it, since a server that crashed may give the same fence twice: the server forgets claims that
+    were not yet on disk.
     """
 
     seq: int
@@ -126,12 +126,12 @@ class Hold(NamedTuple):
 
     @property
     def tag(self) -> str:
-        """The delivery tag of the job. It is all that a process of the pool needs in order to write the result."""
+        """The delivery tag of the job: all that a pool child needs to write the result."""
         return f"job.{self.seq}.{self.fence}.{self.node_id}"
 
     @classmethod
     def of_tag(cls, tag: object) -> Hold | None:
-        """The hold that a job's delivery tag names; `None` for any other tag."""
+        """Return the claim in a job's delivery tag; `None` for any other tag."""
         kind, *numbers = str(tag).split(".")
         if kind != "job" or len(numbers) != 3 or not all(map(str.isdigit, numbers)):
             return None
@@ -143,7 +143,7 @@ class Job:
     """One row of ``kathikon_jobs``. Times are aware datetimes in UTC, set by the database's clock."""
 
     id: str
-    #: Name of the queue. A job without one is only a result, stored for a task that ran elsewhere.
+    #: Name of the queue; `None`: the row is only a result, stored for a task that ran elsewhere.
     queue: str | None = "default"
     task: str = ""
     state: State = State.AVAILABLE
@@ -151,20 +151,20 @@ class Job:
     priority: int = 0
     #: The Celery message without its body, as JSON: headers, properties, content type and encoding.
     envelope: str = "{}"
-    #: The message's body: JSON text as it is, anything else in base64 (see ``envelope``).
+    #: The message's body: text as it is, anything else in base64 (``envelope`` says which).
     body: str = ""
-    #: Due time; `None` or a time that is past means now.
+    #: Due time; `None` or a past time means now.
     scheduled_at: datetime | None = None
     expires_at: datetime | None = None
-    #: Lost processes after which the job is dead.
+    #: Number of lost processes after which the job is dead.
     max_attempts: int = 20
     root_id: str | None = None
     parent_id: str | None = None
     group_id: str | None = None
-    #: Identifies the act of publishing: one that is tried again, after a lost connection, happens once.
+    #: Random id of this publication: a publication that is repeated after a lost connection happens once.
     publication: int = field(default_factory=lambda: getrandbits(63), compare=False)
     seq: int = 0
-    #: Grows with every claim, return and publication: who names an old one changes nothing.
+    #: Grows with every claim, return and publication: a report under an old fence changes nothing.
     fence: int = 0
     #: How often the job was claimed.
     attempts: int = 0
@@ -178,23 +178,23 @@ class Job:
     claimed_at: datetime | None = None
     started_at: datetime | None = None
     ended_at: datetime | None = None
-    #: Celery's word for the state where it says more than the state does.
+    #: Celery's state, as it was stored; `None`: derived from `state`.
     status: str | None = None
     #: The return value or exception as the result backend encoded it.
     result: str | None = None
     traceback: str | None = None
-    #: What else the result backend keeps, as JSON.
+    #: What else the result backend keeps, encoded as `result` is.
     meta: str | None = None
     #: Why the job is dead, discarded or cancelled, in words.
     reason: str | None = None
     #: Why the job is dead, discarded or cancelled, as a value.
     cause: Cause | None = None
-    #: One ``{"at", "attempt", "reason"}`` a failure.
+    #: One ``{"at", "attempt", "reason"}`` for each failure.
     errors: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def hold(self) -> Hold:
-        """The claim under which its node holds it."""
+        """The claim of its node."""
         return Hold(self.seq, self.fence, self.node_id)
 
     def _ended_as(self, state: State) -> datetime | None:
@@ -207,7 +207,7 @@ class Job:
 
     @property
     def failed_at(self) -> datetime | None:
-        """When it was found dead."""
+        """When it became dead."""
         return self._ended_as(State.DEAD)
 
     @property
@@ -222,5 +222,5 @@ class Job:
 
     @property
     def last_error(self) -> str | None:
-        """The reason of the newest failure."""
+        """The reason of the newest failure, or else of the job's end."""
         return self.errors[-1]["reason"] if self.errors else self.reason

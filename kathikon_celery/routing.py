@@ -1,7 +1,7 @@
 """Queues and routes of a Celery app, made from its settings when they are first needed.
 
 An app's configuration is complete only when it is used: ``app.conf.update(kathikon_queues=…)`` may come after
-``config_from_object``. So the configuration holds a `Router` and a `ConfiguredQueues`, which look at ``app.conf`` then.
+``config_from_object``. So the configuration has a `Router` and a `ConfiguredQueues`, which read ``app.conf`` when used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from celery.app.routes import Router as CeleryRouter
 from celery.utils.functional import maybe_list
 from kombu.entity import Exchange, Queue
 
-import kathikon_celery.hook  # noqa: F401 (a worker that has imported this one gets our parts)
+import kathikon_celery.hook  # noqa: F401 (adds our parts to a worker that imports this module)
 from kathikon_celery.settings import Settings
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ __all__ = ["ConfiguredQueues", "Router", "TransportOptions", "app_named", "confi
 
 #: The transport option that names the app of a connection.
 APP_OPTION = "kathikon_app"
-#: Names of tasks whose route an app remembers.
+#: Number of task names whose route is cached, for each app.
 _MEMO = 4096
 
 _names_of_apps: WeakKeyDictionary[Celery, str] = WeakKeyDictionary()
@@ -41,7 +41,7 @@ _numbers = count(1)
 
 
 def configure(app: Celery) -> Settings:
-    """Return the settings of *app*, after Celery's ``timezone`` was made to follow ``kathikon_timezone``.
+    """Return the settings of *app*, and set Celery's ``timezone`` to ``kathikon_timezone``.
 
     Raises `kathikon_celery.settings.SettingError` for a wrong setting.
     """
@@ -55,10 +55,10 @@ def configure(app: Celery) -> Settings:
 class Router:
     """An entry of Celery's ``task_routes`` that sends each task to the queue whose ``tasks`` name it.
 
-    A name that is written out comes before every pattern; of several patterns that match, the first one configured
-    counts. A task that none matches goes to Celery's ``task_default_queue``, or, where that is not configured, to the
-    first queue that is. What the caller or the task itself says (``queue=``, ``exchange=``) comes before all that, as
-    with any route of Celery's. The settings are read once for each app, when it first publishes.
+    An exact name comes before every pattern; of several patterns that match, the first configured one counts. A task
+    that matches none goes to Celery's ``task_default_queue``, or, if that is no configured queue, to the first queue of
+    the settings. ``queue=`` or ``exchange=`` of the caller or the task comes before all routes, as in Celery. The
+    settings are read once for each app, when it first publishes.
     """
 
     def __init__(self) -> None:
@@ -91,8 +91,8 @@ class Router:
 class ConfiguredQueues:
     """An iterable for Celery's ``task_queues``: the queues that the settings name.
 
-    With it every process knows them all: a worker consumes them unless ``-Q`` or ``-X`` restrict it, and
-    ``celery purge`` empties them.
+    So every process knows them: a worker consumes them unless ``-Q`` or ``-X`` restrict it; ``celery purge`` empties
+    them.
     """
 
     def __iter__(self) -> Iterator[Queue]:
@@ -104,13 +104,13 @@ class ConfiguredQueues:
 
 
 class ConfiguredQueue(Queue):
-    """A queue that is bound to a channel of ours once.
+    """A queue that is bound to a channel of ours only once.
 
-    kombu does so for each task that is sent, since it declares the queue then; each time it copies queue and exchange.
+    kombu declares the queue for each task that is sent, and binds, that is copies, queue and exchange each time.
     """
 
     def bind(self, channel: Any) -> Queue:
-        """This queue on *channel*."""
+        """Return this queue bound to *channel*."""
         bound = getattr(channel, "bound", None)
         if bound is None:
             return super().bind(channel)
@@ -121,10 +121,10 @@ class ConfiguredQueue(Queue):
 
 
 class TransportOptions(Mapping[str, Any]):
-    """Celery's ``broker_transport_options``, which tell the transport the app that a connection is for.
+    """Celery's ``broker_transport_options``, which tell the transport the app of a connection.
 
-    ``broker_url`` names no database, so two apps in one process have the same one; but kombu keeps one pool of
-    connections for all that are equal, and what the second app publishes would be in the first one's database.
+    ``broker_url`` names no database, so two apps in one process have the same URL. kombu has one pool for all equal
+    connections: without this option, the second app would publish to the first app's database.
     """
 
     def __getitem__(self, name: str) -> str:
@@ -146,7 +146,7 @@ class TransportOptions(Mapping[str, Any]):
 
 
 def _name_of(app: Celery) -> str:
-    """A name of *app* that no other app of this process has."""
+    """Return a name of *app* that is unique in this process."""
     name = _names_of_apps.get(app)
     if name is None:
         name = _names_of_apps.setdefault(app, f"{app.main or 'app'}.{next(_numbers)}")
@@ -155,16 +155,16 @@ def _name_of(app: Celery) -> str:
 
 
 def app_named(name: str | None) -> Celery | None:
-    """The app of this process that a connection's option names; `None` where it names none."""
+    """Return the app of this process that a connection's `APP_OPTION` names, or `None`."""
     return _named_apps.get(name) if name is not None else None
 
 
 def declare_queues(app: Celery) -> None:
-    """Make a worker of *app* consume the configured queues as well, and keep the queues that it has.
+    """Make a worker of *app* consume the configured queues, beside the queues that it has.
 
-    It does nothing for an app whose ``task_queues`` is a `ConfiguredQueues`; for one with a ``task_queues`` of its own,
-    the queues of an explicit ``kathikon_queues`` are added. After ``-Q`` was applied they serve for routing only; one
-    that ``-X`` is to leave out must be here before, so in ``celeryd_init``.
+    Does nothing for an app whose ``task_queues`` is a `ConfiguredQueues`. For an app with its own ``task_queues``, the
+    queues of an explicit ``kathikon_queues`` are added. After ``-Q`` was applied, added queues serve for routing only.
+    For ``-X`` to exclude a queue, call this before, in ``celeryd_init``.
     """
     queues = app.amqp.queues
     add = queues.select_add if queues._consume_from is None else queues.add
@@ -174,10 +174,10 @@ def declare_queues(app: Celery) -> None:
 
 
 def _asking_app() -> Celery:
-    """Return the app on whose behalf Celery calls.
+    """Return the app for which Celery calls a router, reads queues or reads options.
 
-    Celery hands its routers, queues and options no app, but whoever calls them has one. The current app need not be the
-    one: it is that of a thread, and any other thread of a web server has a default app there.
+    Celery passes no app to these, but one of the calling frames has it. The current app may be another one: it is set
+    for each thread, and is a default app in other threads of a web server.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -194,7 +194,7 @@ def _names(app: Celery, settings: Settings) -> list[str]:
     """Names of the queues to consume."""
     names = list(settings.queues) if "queues" in settings.sources else []
     own_queues = app.conf.task_queues and not isinstance(app.conf.task_queues, ConfiguredQueues)
-    # Where no Router is at work, Celery sends what no route matches to its default queue.
+    # Without a Router, Celery sends tasks that no route matches to its default queue.
     routed = names and any(isinstance(route, Router) for route in maybe_list(app.conf.task_routes) or ())
     if not own_queues and not routed and app.conf.task_default_queue not in names:
         names.append(app.conf.task_default_queue)
@@ -202,7 +202,7 @@ def _names(app: Celery, settings: Settings) -> list[str]:
 
 
 def _queue(app: Celery, name: str) -> Queue:
-    """Declare queue *name* as Celery does one that is not in ``task_queues``, so that all processes agree."""
+    """Return queue *name* as Celery makes one that is not in ``task_queues``, so that all processes agree."""
     if name == app.conf.task_default_queue:
         return ConfiguredQueue(name, app.amqp.default_exchange, app.conf.task_default_routing_key)
     return ConfiguredQueue(name, Exchange(name), name)
