@@ -43,7 +43,7 @@ class OwnNode:
         self.storage = storage
         self.name = name
         self.id = 0
-        #: Called with the old and the new id, in the lease's thread, after other nodes took this one for dead.
+        #: Called with the old and the new id, in the lease's thread, when this node had to register again.
         self.on_reborn: list[Callable[[int, int], None]] = []
         #: For each consumer of this process a function that returns the claims it knows of. A claim that none knows of
         #: may be given back, so a consumer holds the lock `claiming` while it claims or reports.

@@ -11,7 +11,7 @@ MAX_KEY_BYTES = 190
 
 
 def key(name: str | UUID) -> str:
-    """Return *name* if it can be a key, else its digest (``#`` and 40 digits). Raises `TypeError`: no text or UUID."""
+    """Return *name* if it can be a key, else ``#`` and a digest. Raises `TypeError` if it is no text or UUID."""
     if not isinstance(name, str):
         if not isinstance(name, UUID):
             raise TypeError(f"{name!r} is no name: give a text or a UUID")

@@ -89,7 +89,7 @@ class ProcessContainer:
         }
 
     def start(self, timeout: float = 60.0) -> None:
-        """Start, and return when the log has the prompt. Raises `RuntimeError` without it after *timeout* seconds."""
+        """Start, and return when the log has the prompt. Raises `RuntimeError` at exit, or after *timeout* seconds."""
         seen = len(self.logs())
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(

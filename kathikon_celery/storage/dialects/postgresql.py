@@ -167,7 +167,7 @@ class PostgreSQL(Dialect):
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 3,
-            # A connection whose data is not acknowledged is lost after that time, where TCP itself takes minutes.
+            # A connection whose data is not acknowledged is lost after `UNANSWERED`; TCP itself takes minutes.
             "tcp_user_timeout": UNANSWERED,
         }
 
