@@ -17,7 +17,7 @@ class Chunks:
         self._jobs: dict[Storage, dict[str, Job]] = {}
 
     def add(self, storage: Storage, job: Job) -> None:
-        """Add *job* to the chunk, and write the chunk when it is full. Raises the database's error then."""
+        """Add *job* to the chunk; write the chunk when it is full. Raises the database's error."""
         chunk = self._jobs.setdefault(storage, {})
         chunk[job.id] = job  # by id, since kombu sends it again after an error
         if len(chunk) >= storage.settings.insert_many_chunk_size:

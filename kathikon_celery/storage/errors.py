@@ -39,7 +39,7 @@ class MovedOn(StorageError):
     """The job was claimed, given back or published since it was read."""
 
 
-#: Errors after which the same call may succeed on a new connection.
+#: Errors after which a call may succeed on a new connection.
 LOST = (Unavailable, OperationalError, InterfaceError, DisconnectionError, PoolTimeout)
 
 

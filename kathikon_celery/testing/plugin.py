@@ -29,7 +29,7 @@ def kathikon_database_url(tmp_path: Path) -> str:
 
 @pytest.fixture
 def kathikon_storage(kathikon_database_url: str) -> Iterator[Storage]:
-    """The storage of this test: empty tables, and every setting at its default."""
+    """The storage of this test: empty tables, and default settings, but publishing does not wait for the disk."""
     from kathikon_celery.settings import Settings
     from kathikon_celery.storage import Storage
 
