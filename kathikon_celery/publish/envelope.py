@@ -287,7 +287,7 @@ def to_job(message: dict[str, Any], task: dict[str, Any], queue: str, max_attemp
 
 
 def _moment(value: Any, local: timezone) -> datetime | None:
-    """Return an ISO 8601 text as a datetime in UTC; `None` for other texts (the worker logs them)."""
+    """Return an ISO 8601 text as a datetime in UTC; `None` for other texts."""
     if not value:
         return None
     if not isinstance(value, datetime):
