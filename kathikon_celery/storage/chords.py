@@ -12,6 +12,7 @@ from sqlalchemy import (
     Integer,
     Text,
     bindparam,
+    case,
     delete,
     false,
     func,
@@ -76,7 +77,9 @@ def set_size(database: Database, chord: str, size: int) -> None:
     """Set the number of parts, before the last one is sent."""
     row = {"id": key(chord), "size": size, "ended": 0, "added": 0, "inserted_at": now()}
     statement = database.dialect.insert_or_update(chords).values(row)
-    statement = statement.on_conflict_do_update(index_elements=[chords.c.id], set_={"size": size})
+    # Below 5.7, Celery says it again, of the group alone, when a chain of the header comes to the group that ends it.
+    larger = case((func.coalesce(chords.c.size, 0) < size, size), else_=chords.c.size)
+    statement = statement.on_conflict_do_update(index_elements=[chords.c.id], set_={"size": larger})
     with database.once() as connection:
         connection.execute(statement)
 

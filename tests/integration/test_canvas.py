@@ -72,6 +72,10 @@ SHAPES: dict[str, tuple[Callable[[], Any], Any]] = {
     "chord from a generator": (lambda: chord((add.s(n, n) for n in range(20)), total.s()), 380),
     "chord of tasks without results": (lambda: chord([quiet.s(n) for n in range(4)], accumulate.s()), [0, 1, 2, 3]),
     "chord in a chain": (lambda: chain(add.s(1, 1), group(add.s(n) for n in range(3)), total.s(), add.s(1)), 10),
+    "chain that ends in a group in a header": (
+        lambda: chord([add.s(1, 1), chain(add.s(1, 1), group(add.s(n) for n in range(5)))], accumulate.s()),
+        [2, [2, 3, 4, 5, 6]],
+    ),
     "chains in a header": (lambda: chord([chain(add.s(n, n), add.s(1)) for n in range(3)], total.s()), 9),
     "chords in a header": (lambda: chord([chord(doubles(3), total.s()) for _ in range(3)], total.s()), 18),
     "group in a header": (lambda: chord([group(doubles(2)), add.s(3, 3)], total.s()), 8),
