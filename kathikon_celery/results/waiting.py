@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from math import inf
 from random import getrandbits
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -98,7 +98,7 @@ class Wait:
         Raises the database's error when no query has succeeded by then, or when it has been away for `GIVE_UP` seconds.
         """
         until = monotonic() + timeout
-        desk = self._join()
+        desk = self._join(until)
         if not self._is_known:
             desk.look([self])
         while True:
@@ -111,15 +111,22 @@ class Wait:
                     raise self.database.explain(desk.loss)
                 return []
             desk.wait(self, until)
-            desk = self._join()
+            desk = self._join(until)
 
-    def _join(self) -> Desk:
+    def _join(self, until: float) -> Desk:
         """Join, and return, the desk of this process. After a fork that is a new desk."""
         desk = _desk_of(self.database)
-        if desk is not self._desk:
+        while desk is not self._desk:
+            try:
+                desk.join(self)
+            except Exception as error:
+                desk.bear(error)
+                if (left := until - monotonic()) <= 0:
+                    raise self.database.explain(error) from error
+                sleep(min(PAUSE, left))
+                continue
             self._desk, self._is_known, self._all_due = desk, False, 0.0
             self._doubts = list(DOUBTS) if self.database.dialect.enters_waits else []
-            desk.join(self)
         return desk
 
     @property
@@ -319,7 +326,7 @@ class Desk:
                     wait.lost()
             if not isinstance(error, Exception):
                 raise
-            self._bear(error)
+            self.bear(error)
             return
         if self.loss:
             logger.warning("Kathikon: the database %r is back", self.database)
@@ -337,7 +344,8 @@ class Desk:
             if job.id in wait.open and wait.deliver(job.id, job):
                 self._forget(job.id, wait)
 
-    def _bear(self, error: Exception) -> None:
+    def bear(self, error: Exception) -> None:
+        """Note that the database is away; raise *error* if it is of another kind, or after `GIVE_UP` seconds."""
         if not is_lost(error):
             raise self.database.dialect.explain(error) from error
         now = monotonic()

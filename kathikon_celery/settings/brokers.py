@@ -13,7 +13,7 @@ _BY_SETTINGS = re.compile(r"kathikon:(//(localhost)?/*)?")
 def broker_urls(value: Any) -> list[str]:
     """Return the URLs in a broker setting: a text, several with ``;`` between them, or a list of them."""
     given = value.split(";") if isinstance(value, str) else list(value or ())
-    return [str(url) for url in given]
+    return [str(url) for url in given if url]
 
 
 def is_kathikon(value: Any) -> bool:
@@ -45,12 +45,12 @@ def databases_of(value: Any, setting: str = "broker_url") -> tuple[str, ...]:
     ('sqlite:///jobs.db',)
     """
     given = broker_urls(value)
-    found = list(dict.fromkeys(database for url in given if (database := _database(url, setting)) is not None))
-    if len(given) > 1 and not (found and all(map(_is_named, given))):
+    if len(given) > 1 and any(map(is_kathikon, given)) and not all(map(_is_named, given)):
         raise SettingError(
             f"{setting} = {[mask(url) for url in given]!r}: allowed is a list in which each broker is Kathikon's"
-            " and names its database"
+            " and names its database, as in kathikon+postgresql://user:password@host/database"
         )
+    found = list(dict.fromkeys(database for url in given if (database := _database(url, setting)) is not None))
     if len(found) > 1 and not all(url.startswith("postgresql") for url in found):
         raise SettingError(
             f"{setting} = {[mask(url) for url in given]!r}: allowed are several servers of PostgreSQL, which have the"

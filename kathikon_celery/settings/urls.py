@@ -53,7 +53,8 @@ def parse_url(value: str | URL) -> URL:
         raise ValueError(_URLS) from None
     dialect, _, driver = url.drivername.partition("+")
     dialect = {"postgres": "postgresql"}.get(dialect, dialect)
-    if dialect != "sqlite" and "@" in (url.database or "") and "%40" not in str(value):
+    is_cut_short = "@" in (url.host or "") or ("@" in (url.database or "") and "%40" not in str(value))
+    if dialect != "sqlite" and is_cut_short:
         raise ValueError(_URLS)  # the end of a raw password
     if dialect not in DRIVERS:
         raise ValueError(f"a URL that begins with one of {', '.join(f'{name}://' for name in DRIVERS)}")

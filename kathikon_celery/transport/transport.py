@@ -115,7 +115,9 @@ class Transport(virtual.Transport):
             app = self._app
             settings = Settings.load(app.conf if app is not None else None)
             given = [url for url in self.client.alt or [self.client.hostname] if url is not None]
-            urls = [url if url.startswith(("kathikon:", "kathikon+")) else f"kathikon+{url}" for url in given]
+            # Kombu has cut the scheme off the first one. Where the class is named by itself, no URL has one.
+            cut = given[:1] if any(map(is_kathikon, given[1:])) else given
+            urls = [f"kathikon+{url}" if url in cut and not is_kathikon(url) else url for url in given]
             self._storage = Storage.shared(databases_of(urls), settings, self.client.connect_timeout)
         return self._storage
 

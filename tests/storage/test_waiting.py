@@ -282,6 +282,27 @@ class TestLostConnections:
         end("job")
         assert waiter.result(60) == ["job"]
 
+    def test_the_first_wait_of_a_process_whose_connections_were_cut(self, own: Storage) -> None:
+        end = publish(own, "job")
+        with own.database.read() as one, own.database.read() as other:  # both stay in the pool
+            assert one is not other
+        self.terminate(own, listener_only=False)
+        end("job")
+        assert wait_for(own, "job") == ["job"]
+
+    def test_the_first_wait_while_the_server_is_away(
+        self, own_postgresql_server: Any, pool: ThreadPoolExecutor
+    ) -> None:
+        with closing(Storage(own_postgresql_server.url, Settings())) as storage:
+            storage.setup()
+            end = publish(storage, "job")
+            end("job")
+            own_postgresql_server.stop()
+            waiter = pool.submit(wait_for, storage, "job")
+            wait_until(lambda: desk(storage).loss is not None)
+            own_postgresql_server.start()
+            assert waiter.result(60) == ["job"]
+
     def test_a_server_that_was_away(self, own_postgresql_server: Any, pool: ThreadPoolExecutor) -> None:
         with closing(Storage(own_postgresql_server.url, Settings())) as storage:
             storage.setup()

@@ -25,6 +25,7 @@ FILE = "kathikon+sqlite:///jobs.db"
         (FILE, ("sqlite:///jobs.db",)),
         ([FILE], ("sqlite:///jobs.db",)),
         (f"{FILE};{FILE}", ("sqlite:///jobs.db",)),
+        (f"{FILE};", ("sqlite:///jobs.db",)),
         (A, ("postgresql+psycopg://app:secret@a/jobs",)),
         (
             (A, B),
@@ -45,6 +46,8 @@ def test_databases(value: Any, databases: tuple[str, ...]) -> None:
         ([A, "kathikon://"], "a list in which each broker is Kathikon's and names its database"),
         ([FILE, "kathikon+sqlite:///other.db"], "several servers of PostgreSQL, which have the same data"),
         ([A, FILE], "several servers of PostgreSQL, which have the same data"),
+        ([A, "redis://:secret@h/0"], "a list in which each broker is Kathikon's"),
+        ([A, "postgresql://app:secret@b/jobs"], "a list in which each broker is Kathikon's"),
         ([A, "kathikon+oracle://b/jobs"], "a URL that begins with one of"),
     ],
 )

@@ -439,6 +439,7 @@ SECRET = "hush-hush"
         f"postgresql://app:{SECRET}",
         f"postgresql://app:{SECRET}/with/slash@h:x/d",
         f"postgresql://app:a@{SECRET}@h:x/d",
+        f"postgresql://app:a@{SECRET}@h:1/d",
         f"postgresql+psycopg2://h/d?password={SECRET}&sslmode=require",
         f"postgresql+psycopg2://h/d?sslmode=require&sslpassword={SECRET}",
         f"postgresql://app:{SECRET}@h:port/d",

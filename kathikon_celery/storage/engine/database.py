@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from kathikon_celery.settings import shown
@@ -177,16 +178,21 @@ class Database:
     def _relaxed(self) -> Engine:
         return self._make_engine(durable=False)
 
-    def _make_engine(self, durable: bool) -> Engine:
+    @cached_property
+    def _own(self) -> Engine:
+        """Makes each connection anew: what a pool keeps may have been lost, and nobody would notice."""
+        return self._make_engine(durable=False, poolclass=NullPool)
+
+    def _make_engine(self, durable: bool, **options: Any) -> Engine:
         on_disk = self._on_disk[durable]
+        options = options or {"pool_recycle": 1800, "max_overflow": 50}
         engine = create_engine(
             self.url,
             isolation_level="AUTOCOMMIT",  # BEGIN and COMMIT are sent by `write`; a single statement needs neither
             hide_parameters=True,  # no payloads in error messages
             connect_args=self.dialect.connect_args(self.connect_timeout, on_disk, publishes=durable),
             pool_reset_on_return=None,  # see `_Use`
-            pool_recycle=1800,
-            max_overflow=50,
+            **options,
         )
         event.listen(engine, "do_connect", self._do_connect)
         event.listen(engine, "connect", lambda connection, _: self._on_connect(connection, on_disk))
@@ -325,7 +331,7 @@ class Database:
 
     def detached(self) -> Any:
         """Return a connection of the driver that belongs to the caller."""
-        connection = self._relaxed.connect()  # unlike raw_connection(), it fails with an error of SQLAlchemy's
+        connection = self._own.connect()  # unlike raw_connection(), it fails with an error of SQLAlchemy's
         driver_connection = connection.connection.driver_connection
         connection.detach()
         return driver_connection
@@ -345,7 +351,7 @@ class Database:
 
     def _dispose(self) -> None:
         self._give_back()
-        for name in ("_durable", "_relaxed"):
+        for name in ("_durable", "_relaxed", "_own"):
             engine: Engine | None = self.__dict__.pop(name, None)
             if engine is not None:
                 engine.dispose()
@@ -363,7 +369,7 @@ class Database:
     def _after_fork_in_child(self) -> None:
         _inherited.extend(self._idle.values())
         self._idle = {True: [], False: []}
-        for name in ("_durable", "_relaxed"):
+        for name in ("_durable", "_relaxed", "_own"):
             engine: Engine | None = self.__dict__.pop(name, None)
             if engine is not None:
                 _inherited.append(engine.pool)
