@@ -111,11 +111,11 @@ class Watch:
             orphans = nodes.orphans(connection)
         for node_id in orphans:
             if node_id != self.own_node.id:
-                nodes.remove(self.storage.database, node_id)
+                self.storage.backend.remove_node(node_id)
 
     def _rescue(self, node: Node, why: str) -> None:
         self._unlocked.pop(node.id, None)
-        returned = nodes.remove(self.storage.database, node, unless_renewed=why == "its lease has run out")
+        returned = self.storage.backend.remove_node(node.id, unless_renewed=why == "its lease has run out")
         if returned is not None:
             level = logging.WARNING if returned else logging.INFO
             logger.log(level, "Kathikon: node %s (%s) is dead, %s; it held %d jobs", node.id, node.name, why, returned)

@@ -102,7 +102,7 @@ class OwnNode:
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout=5)
         with suppress(Exception):  # other nodes give it back when the lease has run out
-            nodes.remove(self.storage.database, self.id)
+            self.storage.backend.remove_node(self.id)
 
     @staticmethod
     def leave_all() -> None:

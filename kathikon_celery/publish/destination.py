@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kathikon_celery.job import Job
 from kathikon_celery.publish import outbox, republishing
-from kathikon_celery.storage import Storage, insert
+from kathikon_celery.storage import Storage
 
 
 def publish(storage: Storage, job: Job) -> None:
@@ -12,7 +12,7 @@ def publish(storage: Storage, job: Job) -> None:
     hold = republishing.hold_on(job.id)
     if hold is None:
         publish_new(storage, job)
-    elif not insert.insert(storage.database, job, hold, soon=_is_soon(storage, job)):
+    elif not storage.backend.insert(job, hold, soon=_is_soon(storage, job)):
         republishing.refused(job.id)
 
 
@@ -23,7 +23,7 @@ def publish_new(storage: Storage, job: Job) -> None:
     elif (chunks := outbox.scope().chunks) is not None:
         chunks.add(storage, job)
     else:
-        insert.insert(storage.database, job, soon=_is_soon(storage, job))
+        storage.backend.insert(job, soon=_is_soon(storage, job))
 
 
 def _is_soon(storage: Storage, job: Job) -> bool:

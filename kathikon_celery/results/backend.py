@@ -111,7 +111,7 @@ class KathikonBackend(CanvasBackend):
     ) -> Any:
         meta = self._get_result_meta(result, state, traceback, request)
         rest = {name: meta[name] for name in meta if name not in ("status", "result", "traceback")}
-        database = self.storage.database
+        storage, database = self.storage.backend, self.storage.database
         if state == states.SUCCESS and self.storage.settings.result == "discard":
             result = None
         written: dict[str, Any] = {"status": state, "result": self._text(result), "traceback": traceback}
@@ -124,7 +124,7 @@ class KathikonBackend(CanvasBackend):
                 outbox.change(refused=None)
             else:
                 del written["status"]
-                results.store_retry(database, hold, **written, reason="Retry" if result is None else _reason(result))
+                storage.store_retry(hold, **written, reason="Retry" if result is None else _reason(result))
             return result
         reason = cause = None
         if state in states.EXCEPTION_STATES:
@@ -137,9 +137,9 @@ class KathikonBackend(CanvasBackend):
             why: dict[str, Any] = {"reason": reason, "cause": cause, "unreported": unreported}
             ending.ends.append(JobEnd(task_id=task_id, hold=hold, state=becomes, written=written, **why))
         elif hold is None:
-            results.store_alone(database, task_id, becomes, reason=reason, cause=cause, **written)
+            storage.store_alone(task_id, becomes, reason=reason, cause=cause, **written)
         else:  # update_state() from a running task, even 'SUCCESS', is progress: the real end follows
-            results.store(database, hold, State.RUNNING if becomes is State.RUNNING else None, **written)
+            storage.store(hold, State.RUNNING if becomes is State.RUNNING else None, **written)
         return result
 
     def _text(self, value: Any) -> str:
@@ -282,7 +282,7 @@ class KathikonBackend(CanvasBackend):
                 yield member.meta()
 
     def _forget(self, task_id: str) -> None:
-        results.forget(self.storage.database, task_id)
+        self.storage.backend.forget(task_id)
 
     # --- groups
 

@@ -24,7 +24,7 @@ from kathikon_celery.publish import outbox
 from kathikon_celery.results.carrier import carry, written
 from kathikon_celery.storage import chords
 from kathikon_celery.storage.chords import Header, Part
-from kathikon_celery.storage.settle import Incomplete, JobEnd, TaskEnd, settle
+from kathikon_celery.storage.settle import Incomplete, JobEnd, TaskEnd
 
 if TYPE_CHECKING:
     from kathikon_celery.storage import Storage
@@ -112,7 +112,7 @@ class CanvasBackend(Backend):
         prepared: dict[str, TaskEnd] = {}
         while True:
             try:
-                is_ours = settle(database, ending, prepared, on_disk)
+                is_ours = self.storage.backend.settle(ending, prepared, on_disk)
                 if is_ours:
                     written(ending)
                 for one in (ending, *prepared.values()) if is_ours else ():

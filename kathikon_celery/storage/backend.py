@@ -1,70 +1,231 @@
-"""The life of a job as a storage backend must provide it, one method a step.
+"""The life of a job, one method a step: every publication, claim, report and result of every process passes here.
 
 A backend is chosen by the setting ``kathikon_storage_backend``; `kathikon_celery.storage.sql.SQLBackend` is the one
-that ships.
+that ships. Derive from that one, and override the steps that you want to see or to change:
+
+>>> class AuditedBackend(SQLBackend):
+...     def insert(self, job, hold=None, soon=True):
+...         published = super().insert(job, hold, soon)
+...         if published:
+...             audit.info("published %s %s", job.task, job.id)
+...         return published
+
+Methods that take a *connection* are parts of a transaction that the caller commits.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
-from kathikon_celery.job import Job, State
+from sqlalchemy import Connection
+
+from kathikon_celery.job import Cause, Hold, Job, State
+from kathikon_celery.storage.claim import Waiting
+from kathikon_celery.storage.engine.database import Database
+from kathikon_celery.storage.scan_start import ScanStart
+from kathikon_celery.storage.settle import TaskEnd
 
 
-class StorageBackend(Protocol):
-    """Kathikon's storage behaviour: what the facade, the promoter and the pruner need."""
+class StorageBackend(ABC):
+    """Kathikon's storage behaviour.
 
+    Arguments:
+        database: the connections to the database.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    @abstractmethod
     def setup(self) -> None:
         """Make the tables where there are none, and upgrade them where they are older than the code."""
 
-    def insert(self, job: Job, fence: int | None = None, soon: bool = True) -> bool:
-        """Publish a job, or make the one of the same id wait again."""
+    @abstractmethod
+    def close(self) -> None:
+        """Give up the connections."""
 
+    # --- published
+
+    @abstractmethod
+    def insert(self, job: Job, hold: Hold | None = None, soon: bool = True) -> bool:
+        """Publish *job*, or make the job with the same id wait again: see `kathikon_celery.storage.insert.insert`."""
+
+    @abstractmethod
     def insert_many(self, jobs: Sequence[Job]) -> None:
-        """Publish many jobs in one transaction."""
+        """Publish *jobs* in one transaction."""
 
-    def update(self, job: Job) -> None:
-        """Write a job back, through the state machine."""
+    # --- claimed
 
-    def fetch(self, job_id: str) -> Job | None:
-        """The job of that id."""
-
+    @abstractmethod
     def claim(self, queue: str, limit: int, node_id: int | None) -> list[Job]:
-        """Take up to *limit* ready jobs of a queue."""
+        """Claim up to *limit* ready jobs of *queue*, in a transaction of its own; the jobs with all columns."""
 
+    @abstractmethod
+    def claim_jobs(
+        self,
+        connection: Connection,
+        queue: str,
+        limit: int,
+        node_id: int,
+        front: ScanStart | None = None,
+        waiting: Waiting | None = None,
+    ) -> list[Job]:
+        """Claim up to *limit* ready jobs of the queue with the key *queue*: see `kathikon_celery.storage.claim`."""
+
+    @abstractmethod
+    def claim_told(self, connection: Connection, queue: str, seq: int, node_id: int, waiting: Waiting) -> list[Job]:
+        """Claim the job with the number *seq*, if it is still ready."""
+
+    @abstractmethod
+    def complete_and_claim(
+        self,
+        connection: Connection,
+        holds: Sequence[Hold],
+        queue: str,
+        limit: int,
+        node_id: int,
+        front: ScanStart | None = None,
+        waiting: Waiting | None = None,
+    ) -> tuple[int, list[Job]]:
+        """Do what `completed` and `claim_jobs` do, at once; the number of completed jobs, and the claimed ones."""
+
+    @abstractmethod
+    def claim_again(self, connection: Connection, holds: Sequence[Hold], node_id: int) -> int:
+        """Repeat claims that a crashed server may have forgotten; the number of rows that it had."""
+
+    # --- reported by the worker that holds the jobs
+
+    @abstractmethod
+    def started(self, connection: Connection, holds: Sequence[Hold], acked: bool = False) -> int:
+        """The pool has accepted the jobs. *acked*: they are acknowledged with that, and never run again."""
+
+    @abstractmethod
+    def completed(self, connection: Connection, holds: Sequence[Hold]) -> int:
+        """The tasks have returned; the number of jobs that were held so."""
+
+    @abstractmethod
+    def completed_with(self, connection: Connection, ends: Mapping[Hold, Mapping[str, str | None]]) -> int:
+        """The tasks have returned with these results; the number of jobs that were held so."""
+
+    @abstractmethod
+    def ended(
+        self,
+        connection: Connection,
+        hold: Hold,
+        state: State,
+        cause: Cause | None,
+        reason: str,
+        traceback: str | None = None,
+        status: str | None = None,
+    ) -> int:
+        """The job is dead, cancelled or discarded (*state*); 0 when it is held by another node now."""
+
+    @abstractmethod
+    def given_back(self, connection: Connection, holds: Sequence[Hold], crashed: bool = False) -> int:
+        """The jobs are ready again. *crashed*: the process that ran them was lost."""
+
+    @abstractmethod
+    def replaced(self, connection: Connection, holds: Sequence[Hold]) -> int:
+        """The tasks have handed their work to others."""
+
+    @abstractmethod
+    def remove_node(self, node_id: int, unless_renewed: bool = False) -> int | None:
+        """Remove a node, and make ready again what it held; the number of jobs, `None` if its lease was renewed."""
+
+    # --- results
+
+    @abstractmethod
+    def settle(self, ending: TaskEnd, bodies: Mapping[str, TaskEnd], on_disk: bool = False) -> bool:
+        """Write the end of a task and all that follows from it: see `kathikon_celery.storage.settle`."""
+
+    @abstractmethod
+    def store(
+        self,
+        hold: Hold,
+        state: State | None,
+        *,
+        status: str,
+        result: str | None,
+        traceback: str | None,
+        meta: str | None,
+    ) -> bool:
+        """Write what a running task says of itself."""
+
+    @abstractmethod
+    def store_retry(self, hold: Hold, *, reason: str, **written: str | None) -> None:
+        """Write the failure for which a task has published its own job again."""
+
+    @abstractmethod
+    def store_alone(
+        self,
+        task_id: str,
+        state: State | None,
+        *,
+        reason: str | None = None,
+        cause: Cause | None = None,
+        **written: str | None,
+    ) -> None:
+        """Write a result under an id, whichever process ran the task."""
+
+    @abstractmethod
+    def forget(self, task_id: str) -> None:
+        """Delete the result; the job stays until it is pruned."""
+
+    # --- in time
+
+    @abstractmethod
     def promote_scheduled(self, limit: int) -> int:
         """Make due jobs ready."""
 
+    @abstractmethod
     def next_due(self) -> float | None:
         """Seconds until the next promotion."""
 
+    @abstractmethod
     def discard_expired(self) -> int:
         """Discard the jobs that expired while they waited."""
 
+    @abstractmethod
     def prunable_jobs(self, retention: Mapping[State, float | None], limit: int) -> list[str]:
         """Ids of jobs that ended long enough ago."""
 
+    @abstractmethod
     def prune(self, retention: Mapping[State, float | None], limit: int) -> int:
         """Delete up to *limit* of those jobs, but none that was published again meanwhile."""
 
+    # --- by hand
+
+    @abstractmethod
+    def update(self, job: Job) -> None:
+        """Write a job back, through the state machine."""
+
+    @abstractmethod
     def delete(self, ids: Sequence[str]) -> int:
         """Delete jobs."""
 
-    def all(self, queue: str | None, state: State | None) -> list[Job]:
-        """List jobs."""
-
-    def workflow(self, job_id: str) -> list[Job]:
-        """List the jobs of the workflow to which a job, or a group of jobs, of that id belongs."""
-
-    def counts(self) -> dict[tuple[str, str], int]:
-        """Number of jobs by queue and state."""
-
+    @abstractmethod
     def clear_jobs(self) -> None:
         """Delete all jobs (for tests)."""
 
+    @abstractmethod
     def reset(self) -> None:
         """Delete everything (for tests)."""
 
-    def close(self) -> None:
-        """Give up the connections."""
+    # --- read
+
+    @abstractmethod
+    def fetch(self, job_id: str) -> Job | None:
+        """The job of that id."""
+
+    @abstractmethod
+    def all(self, queue: str | None, state: State | None) -> list[Job]:
+        """List jobs."""
+
+    @abstractmethod
+    def workflow(self, job_id: str) -> list[Job]:
+        """List the jobs of the workflow to which a job, or a group of jobs, of that id belongs."""
+
+    @abstractmethod
+    def counts(self) -> dict[tuple[str, str], int]:
+        """Number of jobs by queue and state."""

@@ -6,11 +6,11 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from kathikon_celery.job import Job, State
 from kathikon_celery.settings import SettingError, Settings, shown
@@ -202,15 +202,21 @@ def _database_of(urls: Sequence[str], settings: Settings) -> Database:
     )
 
 
-def _backend_class(path: str) -> Callable[[Database], StorageBackend]:
+def _backend_class(path: str) -> type[StorageBackend]:
     module, _, name = path.partition(":")
     try:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise SettingError(f"kathikon_storage_backend = {path!r} cannot be imported: {error}") from error
-    if not callable(found):
-        raise SettingError(f"kathikon_storage_backend = {path!r} is no class but {found!r}")
-    return cast("Callable[[Database], StorageBackend]", found)
+    if not (isinstance(found, type) and issubclass(found, StorageBackend)):
+        raise SettingError(
+            f"kathikon_storage_backend = {path!r} is no class but {found!r}"
+            if not isinstance(found, type)
+            else f"kathikon_storage_backend = {path!r} is no subclass of kathikon_celery.storage.sql:SQLBackend"
+        )
+    if missing := getattr(found, "__abstractmethods__", ()):
+        raise SettingError(f"kathikon_storage_backend = {path!r} has no {', '.join(sorted(missing))}")
+    return found
 
 
 @cache

@@ -6,18 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import Table, delete
+from sqlalchemy import Connection, Table, delete
 
-from kathikon_celery.job import Job, State
-from kathikon_celery.storage import claim, insert, promote, prune, reading, schema, update
+from kathikon_celery.job import Cause, Hold, Job, State
+from kathikon_celery.storage import claim, finish, insert, nodes, promote, prune, reading, results, schema, update
+from kathikon_celery.storage.backend import StorageBackend
+from kathikon_celery.storage.claim import Waiting
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.names import key
+from kathikon_celery.storage.scan_start import ScanStart
+from kathikon_celery.storage.settle import TaskEnd, settle
 from kathikon_celery.storage.tables import jobs, metadata
 
 T = TypeVar("T")
 
 
-class SQLBackend:
+class SQLBackend(StorageBackend):
     """Jobs in a SQL database.
 
     Arguments:
@@ -25,7 +29,7 @@ class SQLBackend:
     """
 
     def __init__(self, database: Database) -> None:
-        self.database = database
+        super().__init__(database)
         self._pruned: dict[State, datetime] = {}
 
     def _tried(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -42,8 +46,8 @@ class SQLBackend:
     def setup(self) -> None:
         schema.setup(self.database)
 
-    def insert(self, job: Job) -> None:
-        insert.insert(self.database, job)
+    def insert(self, job: Job, hold: Hold | None = None, soon: bool = True) -> bool:
+        return insert.insert(self.database, job, hold, soon)
 
     def insert_many(self, jobs: Sequence[Job]) -> None:
         insert.insert_many(self.database, jobs)
@@ -58,6 +62,97 @@ class SQLBackend:
         with self.database.write() as connection:
             claimed = claim.claim(self.database, connection, key(queue), limit, node_id)
             return [job for one in claimed if (job := reading.fetch(connection, one.id)) is not None]
+
+    def claim_jobs(
+        self,
+        connection: Connection,
+        queue: str,
+        limit: int,
+        node_id: int,
+        front: ScanStart | None = None,
+        waiting: Waiting | None = None,
+    ) -> list[Job]:
+        return claim.claim(self.database, connection, queue, limit, node_id, front, waiting)
+
+    def claim_told(self, connection: Connection, queue: str, seq: int, node_id: int, waiting: Waiting) -> list[Job]:
+        return claim.claim_told(self.database, connection, queue, seq, node_id, waiting)
+
+    def complete_and_claim(
+        self,
+        connection: Connection,
+        holds: Sequence[Hold],
+        queue: str,
+        limit: int,
+        node_id: int,
+        front: ScanStart | None = None,
+        waiting: Waiting | None = None,
+    ) -> tuple[int, list[Job]]:
+        return claim.complete_and_claim(self.database, connection, holds, queue, limit, node_id, front, waiting)
+
+    def claim_again(self, connection: Connection, holds: Sequence[Hold], node_id: int) -> int:
+        return claim.claim_again(self.database, connection, holds, node_id)
+
+    def started(self, connection: Connection, holds: Sequence[Hold], acked: bool = False) -> int:
+        return finish.started(self.database, connection, holds, acked)
+
+    def completed(self, connection: Connection, holds: Sequence[Hold]) -> int:
+        return finish.completed(self.database, connection, holds)
+
+    def completed_with(self, connection: Connection, ends: Mapping[Hold, Mapping[str, str | None]]) -> int:
+        return results.end_many(self.database, connection, ends)
+
+    def ended(
+        self,
+        connection: Connection,
+        hold: Hold,
+        state: State,
+        cause: Cause | None,
+        reason: str,
+        traceback: str | None = None,
+        status: str | None = None,
+    ) -> int:
+        return finish.ended(connection, hold, state, cause, reason, traceback, status)
+
+    def given_back(self, connection: Connection, holds: Sequence[Hold], crashed: bool = False) -> int:
+        return finish.given_back(self.database, connection, holds, crashed)
+
+    def replaced(self, connection: Connection, holds: Sequence[Hold]) -> int:
+        return finish.replaced(self.database, connection, holds)
+
+    def remove_node(self, node_id: int, unless_renewed: bool = False) -> int | None:
+        return nodes.remove(self.database, node_id, unless_renewed)
+
+    def settle(self, ending: TaskEnd, bodies: Mapping[str, TaskEnd], on_disk: bool = False) -> bool:
+        return settle(self.database, ending, bodies, on_disk)
+
+    def store(
+        self,
+        hold: Hold,
+        state: State | None,
+        *,
+        status: str,
+        result: str | None,
+        traceback: str | None,
+        meta: str | None,
+    ) -> bool:
+        return results.store(self.database, hold, state, status=status, result=result, traceback=traceback, meta=meta)
+
+    def store_retry(self, hold: Hold, *, reason: str, **written: str | None) -> None:
+        results.store_retry(self.database, hold, reason=reason, **written)
+
+    def store_alone(
+        self,
+        task_id: str,
+        state: State | None,
+        *,
+        reason: str | None = None,
+        cause: Cause | None = None,
+        **written: str | None,
+    ) -> None:
+        results.store_alone(self.database, task_id, state, reason=reason, cause=cause, **written)
+
+    def forget(self, task_id: str) -> None:
+        results.forget(self.database, task_id)
 
     def promote_scheduled(self, limit: int) -> int:
         return self._tried(promote.promote, self.database, limit)

@@ -13,7 +13,7 @@ from kathikon_celery.publish import outbox
 from kathikon_celery.results.backend import KathikonBackend
 from kathikon_celery.results.carrier import CARRIED, Carried, Carrier
 from kathikon_celery.storage import Storage
-from kathikon_celery.storage.settle import TaskEnd, settle
+from kathikon_celery.storage.settle import TaskEnd
 
 
 def collect_successors(task: Any, storage: Storage) -> None:
@@ -58,7 +58,7 @@ def carry_results(task: Any, storage: Storage) -> None:
                 traced = trace(uuid, args, kwargs, request)
             except BaseException:
                 if carrier.end is not None:  # the main process does not get it
-                    settle(storage.database, TaskEnd(ends=[carrier.end]), {})
+                    storage.backend.settle(TaskEnd(ends=[carrier.end]), {})
                 raise
         if carrier.end is None and not carrier.is_written:
             return traced
