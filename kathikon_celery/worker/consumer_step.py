@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection
 from functools import cache, partial
 from threading import current_thread, main_thread
@@ -16,13 +15,13 @@ from kombu.utils.imports import symbol_by_name
 from kathikon_celery.consume.delivery import DONE, Delivery, Outcome, Verdict
 from kathikon_celery.consume.subscriptions import UNLIMITED
 from kathikon_celery.job import Cause, Job, State
-from kathikon_celery.settings import SettingError, mask
-from kathikon_celery.storage import StorageError
+from kathikon_celery.settings import mask
 from kathikon_celery.storage.sql import SQLBackend
 from kathikon_celery.transport.transport import Transport
 from kathikon_celery.worker.prefork.ahead import request_of
 from kathikon_celery.worker.prefork.pool import FastPool, TaskPool
 from kathikon_celery.worker.request import Request, is_early
+from kathikon_celery.worker.services.registry import services_of
 from kathikon_celery.worker.tracing import carry_results
 
 #: Celery acknowledges, or rejects, what it cannot make a request of.
@@ -66,12 +65,16 @@ class ConsumerStep(bootsteps.StartStopStep):
         earlier = tuple(state.active_requests)  # what runs for a connection that was lost
         intake.subscriptions.slots = lambda: _slots(c, earlier)
         intake.is_pool_full = lambda: len(state.active_requests) >= _processes(c)
-        promoter = getattr(c.controller, "kathikon_promoter", None)
-        if promoter is not None:
-            intake.on_call = promoter.nudge
-        services = [getattr(c.controller, f"kathikon_{name}", None) for name in ("promoter", "lifeline", "pruner")]
+        services = services_of(c.controller)
+
+        def on_call() -> None:
+            for service in services:
+                if service.heeds_calls:
+                    service.nudge()
+
+        intake.on_call = on_call
         if type(intake.storage.backend) is SQLBackend:  # another one is asked by its methods
-            intake.askers = [service for service in services if service is not None]
+            intake.askers = services
 
     def stop(self, c: Any) -> None:
         """Give back at once what was claimed and not begun; the pool goes on with what it has."""
@@ -161,19 +164,3 @@ def withdraw(pool: Any, delivery: Delivery) -> bool:
     if not isinstance(request, Request) or request._delivery is not delivery:
         return False
     return request.withdraw() or (isinstance(pool, TaskPool) and pool.give_back(request))
-
-
-class InWords(logging.Filter):
-    """Leaves out the traceback of an error that ends the worker and says by itself what is wrong."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], SettingError | StorageError):
-            record.exc_info = None
-        return True
-
-
-class NotForUs(logging.Filter):
-    """Drops Celery's word that ``worker_disable_prefetch`` is for Redis only: the intake heeds it."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "worker_disable_prefetch is only supported" not in str(record.msg)

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from celery import bootsteps, signals
+from celery import signals
 from celery.concurrency import prefork
 from kombu.utils.imports import symbol_by_name
 
 from kathikon_celery.backports import mark_what_is_revoked
 from kathikon_celery.internals import LIBPQ, PARTS, PREFORK, REQUESTS, is_usable
 from kathikon_celery.nodes.own import OwnNode
-from kathikon_celery.results.unattended import tell
 from kathikon_celery.routing import configure, declare_queues
 from kathikon_celery.settings.brokers import is_kathikon
 from kathikon_celery.storage import Storage
-from kathikon_celery.worker.consumer_step import ConsumerStep, InWords, NotForUs, SentJobs
+from kathikon_celery.worker.consumer_step import ConsumerStep, SentJobs
+from kathikon_celery.worker.log_filters import add_filters
 from kathikon_celery.worker.request import Request, acknowledge_at_the_end, joined
 from kathikon_celery.worker.retrying import retry_failed
-from kathikon_celery.worker.services.lifeline import Lifeline
-from kathikon_celery.worker.services.promoter import Promoter
-from kathikon_celery.worker.services.pruner import Pruner
-from kathikon_celery.worker.services.service import Service
+from kathikon_celery.worker.services.registry import STEPS
 from kathikon_celery.worker.tracing import carry_results, collect_successors
 
 if TYPE_CHECKING:
@@ -32,58 +27,6 @@ if TYPE_CHECKING:
 
 #: Seconds for which a task that publishes, or stores its result, waits for a database that is away.
 PATIENCE = 3600.0
-
-_IN_WORDS, _NOT_FOR_US = InWords(), NotForUs()
-
-
-def _promoter(app: Celery, storage: Storage) -> Promoter:
-    return Promoter(storage=storage, interval=storage.settings.scheduler_interval)
-
-
-def _pruner(app: Celery, storage: Storage) -> Pruner:
-    return Pruner(storage=storage, interval=storage.settings.prune_interval)
-
-
-def _lifeline(app: Celery, storage: Storage) -> Lifeline:
-    return Lifeline(storage=storage, tell=partial(tell, app, storage))
-
-
-class _ServiceStep(bootsteps.StartStopStep):
-    """Runs a service for the life of the worker."""
-
-    abstract = True
-    make: Callable[[Celery, Storage], Service]
-    attribute: str
-
-    def __init__(self, parent: Any, **kwargs: Any) -> None:
-        super().__init__(parent, **kwargs)
-        setattr(parent, self.attribute, None)
-
-    def create(self, parent: Any) -> Service:
-        service = type(self).make(parent.app, Storage.for_app(parent.app, setup=False))
-        setattr(parent, self.attribute, service)
-        return service
-
-
-class PromoterStep(_ServiceStep):
-    """Runs the promoter."""
-
-    requires = ("celery.worker.components:Pool",)
-    make, attribute = staticmethod(_promoter), "kathikon_promoter"
-
-
-class PrunerStep(_ServiceStep):
-    """Runs the pruner."""
-
-    requires = ("celery.worker.components:Pool",)
-    make, attribute = staticmethod(_pruner), "kathikon_pruner"
-
-
-class LifelineStep(_ServiceStep):
-    """Runs the lifeline."""
-
-    requires = ("celery.worker.components:Pool",)
-    make, attribute = staticmethod(_lifeline), "kathikon_lifeline"
 
 
 def _in_child(app: Celery, storage: Storage, **kwargs: Any) -> None:
@@ -100,7 +43,7 @@ def install(sender: Any, **kwargs: Any) -> None:
     configure(app)
     declare_queues(app)
     mark_what_is_revoked()
-    app.steps["worker"].update({PromoterStep, PrunerStep, LifelineStep, SentJobs})
+    app.steps["worker"].update([*STEPS, SentJobs])
     app.steps["consumer"].add(ConsumerStep)
     has_requests = is_usable(REQUESTS)
     if has_requests and app.Task.Request == "celery.worker.request:Request":
@@ -123,5 +66,4 @@ def install(sender: Any, **kwargs: Any) -> None:
     if sender.pool_cls in ("prefork", "processes", prefork.TaskPool) and has_requests and is_usable(PREFORK):
         sender.pool_cls = "kathikon_celery.worker.prefork.pool:TaskPool"
     OwnNode.of(storage).name = sender.hostname
-    logging.getLogger("celery.worker").addFilter(_IN_WORDS)
-    logging.getLogger("celery.worker.consumer.tasks").addFilter(_NOT_FOR_US)
+    add_filters()

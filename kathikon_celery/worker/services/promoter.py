@@ -19,6 +19,7 @@ TICK = 0.001
 class Promoter(Service):
     """Sleeps until the next job is due, at most ``kathikon_scheduler_interval`` seconds. Every worker has one."""
 
+    heeds_calls = True
     _last, _rests = 0.0, False
 
     def questions(self) -> Questions:

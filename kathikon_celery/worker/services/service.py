@@ -28,6 +28,8 @@ class Service(ABC):
 
     #: Seconds after which a step that failed is tried again.
     retry = 0.5
+    #: Whether the next step is taken at once when another process calls all nodes: perhaps a job is due soon.
+    heeds_calls = False
 
     def __init__(self, *, storage: Storage, interval: float) -> None:
         if not interval > 0:
