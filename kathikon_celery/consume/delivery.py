@@ -47,7 +47,13 @@ WRITTEN = Outcome(Verdict.WRITTEN)
 
 @dataclass(slots=True, eq=False)
 class Delivery:
-    """One claimed row."""
+    """One claimed row.
+
+    Threads: there is no lock of its own, as each attribute has one writer at a time. The intake's thread writes all of
+    them before the delivery is handed out. Then the worker's threads, which handle the request and hear of the pool,
+    write `accepted`, `stored` and `outcome`, until they report the end; the intake's thread writes `marked` and
+    `running`. After the report only the intake's thread reads them.
+    """
 
     item: Job | Message
     #: Key of the queue it came from.

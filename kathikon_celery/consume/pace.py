@@ -11,6 +11,11 @@ MEMORY = 0.3
 CALM = 1.0
 #: Seconds that a beginning lasts at least, however quickly jobs follow one another.
 BEGINNING = 0.05
+#: Jobs a second from which on there is much to do, so that transactions are shared.
+BUSY = 150.0
+#: The same while the pool has a free slot. It is higher: a caller that sends its next task when it has the result of
+#: the last one makes many jobs a second, and waits for each.
+RUSH = 600.0
 
 
 class Pace:

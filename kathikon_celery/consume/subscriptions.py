@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from kathikon_celery.consume.delivery import Delivery
 from kathikon_celery.consume.pace import Pace
+from kathikon_celery.consume.pool import NoPool, Pool
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.scan_start import ScanStart
 
@@ -53,12 +54,10 @@ class Subscriptions:
     """
 
     def __init__(self, horizon: float) -> None:
-        #: Who changes anything here holds it.
+        #: Who changes anything here holds it. It is the lock of the `Ledger` too.
         self.lock = threading.RLock()
-        #: How many jobs the worker's pool can run at once; `None` where there is no pool.
-        self.slots: Callable[[], int] | None = None
-        #: Whether jobs are claimed before a slot is free for them.
-        self.claims_ahead = True
+        #: What runs the jobs.
+        self.pool: Pool = NoPool()
         self._horizon = horizon
         self._by_key: dict[str, Subscription] = {}
         self._first = 0  # the queue that is served first this time
@@ -101,16 +100,16 @@ class Subscriptions:
         subscription.are_jobs, limits = subscription.waiting[0].is_job, [UNLIMITED]
         if subscription.concurrency is not None:
             limits.append(subscription.concurrency - subscription.in_hand)
-        limit, slots = subscription.prefetch(), 0
-        if self.slots is not None and subscription.are_jobs:
-            slots = self.slots()
+        limit = subscription.prefetch()
+        slots = self.pool.slots() if subscription.are_jobs else None
+        if slots is not None:
             if slots <= 0:
                 return False
             limit = min(limit or UNLIMITED, slots + self._ahead(slots))
         if limit:
             limits.append(limit - self._in_hand_beside(subscription))
             if limits[-1] <= 0:
-                subscription.refill = max(slots, limit // 2, limit - HANDFUL)
+                subscription.refill = max(slots or 0, limit // 2, limit - HANDFUL)
         subscription.allowed = min(limits)
         return subscription.allowed > 0
 
@@ -135,7 +134,8 @@ class Subscriptions:
 
     def has_room(self) -> bool:
         """Whether one more job could start at once."""
-        return self.outstanding() < (self.slots() if self.slots is not None else 1)
+        slots = self.pool.slots()
+        return self.outstanding() < (1 if slots is None else slots)
 
     def rate(self) -> float:
         """Jobs that end in a second."""
@@ -143,19 +143,19 @@ class Subscriptions:
 
     def wanted(self) -> list[tuple[Subscription, int]]:
         """How many jobs to claim for which queue, in the order of this turn."""
-        every = [one for one in self.every() if self.slots is None or not one.no_ack]
+        slots = self.pool.slots()
+        every = [one for one in self.every() if slots is None or not one.no_ack]
         if not every:
             return []
         self._first = (self._first + 1) % len(every)
         every = every[self._first :] + every[: self._first]
-        if self.slots is None:
+        if slots is None:
             # No pool: as much as each channel may have in hand.
             free = [(one, (one.prefetch() or UNLIMITED) - one.outstanding) for one in every]
             return [(one, limit) for one, limit in free if limit > 0]
-        horizon = self._reach()
-        slots = self.slots()
         if slots <= 0:
             return []
+        horizon = self._reach()
         outstanding = sum(one.outstanding for one in every)
         target = slots + self._ahead(slots)
         if outstanding >= slots and outstanding > target // 2:
@@ -169,7 +169,7 @@ class Subscriptions:
         return wanted
 
     def _reach(self) -> float:
-        return self._horizon if self.claims_ahead else 0.0
+        return self._horizon if self.pool.claims_ahead else 0.0
 
     def _ahead(self, slots: int) -> int:
         """How many jobs may be in hand beside those of the *slots*."""

@@ -435,6 +435,6 @@ class Channel(virtual.Channel):
             self.basic_cancel(tag)
         for tag in self.unacknowledged:
             delivery = self._intake.delivery(tag)
-            if delivery is not None and not self._intake.is_in_pool(delivery):
+            if delivery is not None and not self._intake.pool.has(delivery):
                 self._intake.finish(tag, BACK)
         transport.close_channel(self)

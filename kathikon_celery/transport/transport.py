@@ -127,8 +127,7 @@ class Transport(virtual.Transport):
         if self._intake is None:
             queues = self.storage.settings.queues if "queues" in self.storage.settings.sources else {}
             limits = {name: queue.concurrency for name, queue in queues.items()}
-            self._intake = Intake(self.storage, limits.get)
-            self._intake.on_ready = self.ring
+            self._intake = Intake(self.storage, limits.get, self.ring)
         return self._intake
 
     def driver_version(self) -> str:

@@ -14,9 +14,11 @@ import pytest
 from celery import Celery
 from sqlalchemy import Connection, select
 
-from kathikon_celery.consume import intake as module
+from kathikon_celery.consume import claiming, idle_state, ledger, loop, recovery, transaction
+from kathikon_celery.consume import intake as intake_module
 from kathikon_celery.consume.delivery import Delivery
 from kathikon_celery.consume.intake import Intake
+from kathikon_celery.consume.pool import NoPool
 from kathikon_celery.job import State
 from kathikon_celery.storage import claim
 from kathikon_celery.storage.engine import prepared
@@ -44,15 +46,29 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(module, "monotonic", clock)
+    for module in (claiming, idle_state, intake_module, ledger, loop, recovery, transaction):
+        monkeypatch.setattr(module, "monotonic", clock)
     return clock
+
+
+class FakePool(NoPool):
+    """A pool of which a test says how many slots it has, and whether all are in use."""
+
+    def __init__(self, slots: int, full: bool = True) -> None:
+        self.number, self.full = slots, full
+
+    def slots(self) -> int:
+        return self.number
+
+    def is_full(self) -> bool:
+        return self.full
 
 
 @pytest.fixture
 def intake(client: Celery, jobs: Jobs, clock: Clock) -> Iterator[Intake]:
     """The intake of a worker that has one slot."""
     intake = Intake(jobs.storage)
-    intake.subscriptions.slots = lambda: 1
+    intake.pool = FakePool(slots=1)
     yield intake
     intake.stop()
 
@@ -60,7 +76,7 @@ def intake(client: Celery, jobs: Jobs, clock: Clock) -> Iterator[Intake]:
 def until_looked(intake: Intake, clock: Clock) -> None:
     began = clock()
     intake.look()
-    wait_until(lambda: intake.last_success > began)
+    wait_until(lambda: intake._loop.last_success > began)
 
 
 def test_a_claim_whose_commit_takes_long_is_handed_out(
@@ -91,7 +107,7 @@ def test_a_claim_whose_commit_takes_long_is_handed_out(
 def test_what_waits_for_long_is_given_back_when_the_pool_is_full(
     client: Celery, jobs: Jobs, intake: Intake, clock: Clock, full: bool
 ) -> None:
-    intake.is_pool_full = lambda: full
+    intake.pool = FakePool(slots=1, full=full)
     result = apps.add.delay(1, 1)
     intake.subscribe("default", False, lambda delivery: None, lambda: 1)
     assert intake.wait(60)  # and nobody pumps: the consumer is busy
@@ -126,7 +142,7 @@ def test_a_job_before_the_front_is_found(client: Celery, jobs: Jobs, intake: Int
     got: list[Delivery] = []
     intake.subscribe("default", False, got.append, lambda: 10)
     (subscription,) = intake.subscriptions.every()
-    wait_until(lambda: intake._waits)
+    wait_until(lambda: intake._idle.will_be_woken)
     ahead = datetime.now(timezone.utc) + timedelta(hours=1)
     subscription.front.looked([(0, ahead)], True, 1e6)
     apps.add.delay(1, 1)
@@ -140,14 +156,14 @@ def test_a_worker_with_a_slot_to_spare_is_called_while_it_works(client: Celery, 
     if not database.dialect.wakes_by_name:
         pytest.skip("SQLite calls whoever sleeps")
     got: list[Delivery] = []
-    intake.subscriptions.slots = lambda: 2
+    intake.pool = FakePool(slots=2)
     intake.subscribe("default", False, got.append, lambda: 10)
 
     def waiting() -> object:
         with database.read() as connection:
             return connection.execute(select(nodes.c.waiting).where(nodes.c.id == intake.own_node.id)).scalar_one()
 
-    wait_until(lambda: intake._waits)
+    wait_until(lambda: intake._idle.will_be_woken)
     for number, waits_for in enumerate([["default"], None], 1):
         apps.add.delay(1, 1)
         wait_until(lambda number=number: intake.pump() or len(got) == number)
@@ -163,10 +179,10 @@ def test_an_idle_worker_compiles_what_its_first_jobs_ask_for(
 ) -> None:
     """That takes longer than to run a job."""
     got: list[Delivery] = []
-    intake.is_pool_full = lambda: False  # else what this test is slow to take is given back, by a statement of its own
-    intake.subscriptions.slots = lambda: 2
+    # Not full: else what this test is slow to take is given back, by a statement of its own.
+    intake.pool = FakePool(slots=2, full=False)
     intake.subscribe("default", False, got.append, lambda: 10)
-    wait_until(lambda: getgeneratorstate(intake._unprepared) == GEN_CLOSED)
+    wait_until(lambda: getgeneratorstate(intake._loop._unprepared) == GEN_CLOSED)
     compiled: list[str] = []
     compile_it = prepared._Prepared.__init__
     repeat = claim._claim_again(jobs.storage.database.dialect)  # after a new connection, as this test may open one
@@ -188,7 +204,7 @@ def test_an_idle_worker_compiles_what_its_first_jobs_ask_for(
 
 def test_who_is_rung_finds_the_intake_free(client: Celery, jobs: Jobs, intake: Intake) -> None:
     """To ring lets other threads run: those that report the end of a task must not wait for it."""
-    intake.subscriptions.slots = lambda: 3
+    intake.pool = FakePool(slots=3)
     for _ in range(3):
         apps.add.delay(1, 1)
     got: list[Delivery] = []
@@ -203,6 +219,6 @@ def test_who_is_rung_finds_the_intake_free(client: Celery, jobs: Jobs, intake: I
         free.append(not other.is_alive())
 
     wait_until(lambda: intake.subscriptions.get("default").waiting)
-    intake.on_ready = ring
+    intake._ledger.on_ready = ring
     intake.finish(got[0].tag)
     assert free[0]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kathikon_celery.worker import consumer_step
+from kathikon_celery.worker import celery_pool
 from kathikon_celery.worker.prefork import pool as prefork
 
 
@@ -104,4 +104,4 @@ def test_an_error_keeps_no_message_from_being_told(pipe: tuple[int, int]) -> Non
 def test_a_pool_that_has_ended_runs_nothing() -> None:
     """The intake may ask as the worker ends."""
     pool = prefork.TaskPool(2)  # as before its start, it has no processes
-    assert consumer_step._processes(SimpleNamespace(controller=SimpleNamespace(autoscaler=None), pool=pool)) == 0
+    assert celery_pool.processes(SimpleNamespace(controller=SimpleNamespace(autoscaler=None), pool=pool)) == 0

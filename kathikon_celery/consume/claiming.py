@@ -1,0 +1,162 @@
+"""Claims jobs and messages, and announces that this node is idle when there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from time import monotonic
+
+from sqlalchemy import Connection
+
+from kathikon_celery.consume.delivery import Delivery
+from kathikon_celery.consume.idle_state import IdleState
+from kathikon_celery.consume.ledger import Claimed
+from kathikon_celery.consume.pace import BUSY, RUSH
+from kathikon_celery.consume.recovery import Recovery
+from kathikon_celery.consume.subscriptions import UNLIMITED, Subscription, Subscriptions
+from kathikon_celery.job import Job
+from kathikon_celery.nodes.own import OwnNode
+from kathikon_celery.storage import Storage, claim, idle_query, messages, nodes
+from kathikon_celery.storage.errors import is_lost
+from kathikon_celery.storage.names import key
+from kathikon_celery.storage.scan_start import cooldown
+
+
+class Claiming:
+    """Claims for the subscriptions of one connection. Only the intake's thread uses it."""
+
+    def __init__(
+        self, storage: Storage, own_node: OwnNode, subscriptions: Subscriptions, idle: IdleState, recovery: Recovery
+    ) -> None:
+        self._database = storage.database
+        self._poll_interval = storage.settings.poll_interval
+        self._own_node = own_node
+        self._subscriptions = subscriptions
+        self._idle = idle
+        self._recovery = recovery
+
+    def is_worth_while(self, names: list[str], with_messages: bool) -> bool:
+        """Whether there is something to claim in the queues with these keys, or to announce that the node is idle."""
+        idle = self._idle
+        if not idle.will_be_woken:
+            return True
+        began = monotonic()
+        there = self._look(names, with_messages)
+        idle.cooldown = cooldown(monotonic() - began)
+        if there:  # perhaps before the front: where that was found, the claim shall look as well
+            self._subscriptions.forget_fronts()
+        idle.will_be_woken = not there
+        if not there:
+            idle.recheck()
+        return there
+
+    def _look(self, names: list[str], with_messages: bool) -> bool:
+        """Whether there is work. The statement also renews the lease, or asks what the services would ask soon."""
+        soon = 2 * self._poll_interval
+        if self._own_node.is_due(min(soon, self._own_node.lease / 8)):
+            return bool(self._own_node.renew_by(partial(idle_query.renew, self._database, names, with_messages)))
+        asked = [(one, questions) for one in self._subscriptions.pool.askers if (questions := one.asks(soon))]
+        with self._database.read() as connection:
+            try:
+                return idle_query.look(self._database, connection, names, with_messages, asked)
+            except Exception as error:
+                if not asked or is_lost(error):
+                    raise
+                # A question failed. Its asker will ask the database by itself, and say so; the look goes on without.
+                return idle_query.look(self._database, connection, names, with_messages)
+
+    def take_messages(self, connection: Connection, filled: list[str]) -> Claimed:
+        """Take messages, which are no jobs, from the queues with these keys, which have some."""
+        taken = []
+        for name in filled:
+            if (one := self._subscriptions.get(name)) is None:
+                continue
+            limit = (one.prefetch() or UNLIMITED) - one.outstanding
+            if limit > 0:
+                batch = messages.take(self._database, connection, name, limit, self._own_node.id, not one.no_ack)
+                taken += [(one, Delivery(message, name, monotonic())) for message in batch]
+                if len(batch) == limit:
+                    self._idle.is_called = True
+        return taken
+
+    def claim_jobs(
+        self,
+        connection: Connection,
+        wanted: list[tuple[Subscription, int]],
+        names: list[str],
+        done: Sequence[Delivery] = (),
+    ) -> Claimed:
+        """Claim jobs, or announce that the node is idle. The first claim also reports that *done* are completed."""
+        subscriptions, idle, pool = self._subscriptions, self._idle, self._subscriptions.pool
+        slots = pool.slots()
+        if slots is None:
+            slots = UNLIMITED
+        # The first claim also announces that the node is idle, unless the claim fills all slots.
+        free = slots - subscriptions.outstanding()
+        by_name = self._database.dialect.wakes_by_name
+        announces = by_name and not idle.will_be_woken and free > 0 and subscriptions.rate() <= RUSH
+        notified, idle.notified = idle.notified, {}
+        claimed: Claimed = []
+        room, hungry = max((limit for _, limit in wanted), default=0), False
+        for subscription, most in wanted:
+            if (limit := min(most, room)) <= 0:
+                break
+            waiting = claim.Waiting(names, min(limit, free)) if announces else None
+            name = key(subscription.queue)
+            jobs = self._claim_from(connection, subscription, limit, waiting, done, notified.get(name))
+            if waiting is not None and len(jobs) < waiting.room:
+                idle.announced()
+            announces, done = False, ()
+            now = monotonic()
+            for job in jobs:
+                early, outcome = pool.is_early(job.task), pool.outcome_of(job.task)
+                carried = not early and len(jobs) > slots
+                claimed.append((subscription, Delivery(job, name, now, early, carried=carried, outcome=outcome)))
+            room -= len(jobs)
+            hungry = hungry or len(jobs) < limit
+        if wanted:
+            self._announce_or_look_again(connection, names, hungry, len(claimed), slots)
+        return claimed
+
+    def _claim_from(
+        self,
+        connection: Connection,
+        subscription: Subscription,
+        limit: int,
+        waiting: claim.Waiting | None,
+        done: Sequence[Delivery],
+        seq: int | None,
+    ) -> list[Job]:
+        """Claim jobs of one queue by one statement: the job *seq* of which the node was notified, or up to *limit*."""
+        database, name, node = self._database, key(subscription.queue), self._own_node.id
+        if done:
+            holds = [one.hold for one in done]
+            completed, jobs = claim.complete_and_claim(
+                database, connection, holds, name, limit, node, subscription.front, waiting
+            )
+            if completed != len(done):
+                self._recovery.complain(connection, list(done))
+            return jobs
+        # With one slot the other claim is worth more: it takes what comes behind as well.
+        if waiting and waiting.room > 1 and seq is not None:
+            jobs = claim.claim_told(database, connection, name, seq, node, waiting)
+            if jobs:
+                return jobs
+        return claim.claim(database, connection, name, limit, node, subscription.front, waiting)
+
+    def _announce_or_look_again(
+        self, connection: Connection, names: list[str], hungry: bool, claimed: int, slots: int
+    ) -> None:
+        """After claims that got *claimed* jobs; *hungry* if one got fewer than it asked for: what tells of the next."""
+        idle, subscriptions = self._idle, self._subscriptions
+        by_name = self._database.dialect.wakes_by_name
+        has_room = subscriptions.outstanding() + claimed < slots
+        busy = (claimed and not has_room) or subscriptions.rate() > (RUSH if has_room else BUSY)
+        is_idle = hungry and not (by_name and busy)  # while there is much to do, to look again costs less
+        if is_idle != idle.will_be_woken and by_name:
+            nodes.wait_for(connection, self._own_node.id, names if is_idle else None)
+            if is_idle:
+                idle.announced()
+        idle.will_be_woken = is_idle
+        if hungry and not is_idle:
+            idle.look_again()

@@ -1,0 +1,56 @@
+"""What an intake asks of the pool that runs its jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from kathikon_celery.consume.delivery import DONE, Delivery, Outcome
+from kathikon_celery.storage.idle_query import Asker
+
+
+class Pool(Protocol):
+    """The pool that runs what an intake claims; where a method says nothing else, it answers as if there were none.
+
+    The intake calls these methods in its own thread, in the consumer's thread, and in the thread that closes the
+    connection; often while it holds its lock. No method may wait for another thread or use the database.
+    """
+
+    #: Whether jobs are claimed before a slot is free for them.
+    claims_ahead: bool = True
+    #: What asks the database together with the intake's look for work, while there is nothing else to do.
+    askers: Sequence[Asker] = ()
+
+    def slots(self) -> int | None:
+        """How many jobs the pool can run at once; `None` where there is no pool."""
+        return None
+
+    def is_full(self) -> bool:
+        """Whether all slots are in use, so that the next job waits until another one ends."""
+        return False
+
+    def has(self, delivery: Delivery) -> bool:
+        """Whether the pool runs *delivery* or has it in its own queue: then the intake must not give it back."""
+        return False
+
+    def withdraw(self, delivery: Delivery) -> bool:
+        """Take *delivery* out of the pool's queue; false when the pool keeps it, for example as it runs already."""
+        return False
+
+    def is_early(self, task: str) -> bool:
+        """Whether a message of *task* is acknowledged before the task runs (``acks_late=False``)."""
+        return False
+
+    def outcome_of(self, task: str) -> Outcome:
+        """What an acknowledgement of *task* means, unless the consumer sets `Delivery.outcome` to something else."""
+        return DONE
+
+    def on_call(self) -> None:
+        """Another process has called all nodes: perhaps a job is due soon. Only the intake's thread calls this."""
+
+
+class NoPool(Pool):
+    """That of a plain kombu consumer, which runs by itself what it gets."""
+
+    def on_call(self) -> None:
+        pass

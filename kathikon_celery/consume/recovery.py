@@ -1,0 +1,100 @@
+"""Does again what a lost connection or a crashed server may have forgotten, and gives up what is other nodes' now."""
+
+from __future__ import annotations
+
+from functools import partial
+from time import monotonic
+
+from sqlalchemy import Connection
+
+from kathikon_celery.consume import reporting
+from kathikon_celery.consume.delivery import Delivery
+from kathikon_celery.consume.idle_state import IdleState
+from kathikon_celery.consume.ledger import Ledger
+from kathikon_celery.nodes.own import OwnNode
+from kathikon_celery.storage import Storage, claim, finish
+
+#: Longest pause between two attempts to reach a database that is away, in seconds.
+PAUSE = 0.5
+
+
+class Recovery:
+    """Whether this process and the database may differ in what this node holds, and how they come to agree again.
+
+    Threads: the intake's thread owns all attributes. Only `reborn` is called by another thread, that of the lease; it
+    changes what it changes under the ledger's lock. A transaction that is under way then still ends as it would have.
+    """
+
+    def __init__(self, storage: Storage, own_node: OwnNode, ledger: Ledger, idle: IdleState) -> None:
+        #: A commit may have happened without an answer, or a commit that was answered may be forgotten.
+        self.is_unsure = True
+        self._database = storage.database
+        self._own_node = own_node
+        self._ledger = ledger
+        self._idle = idle
+        self._recent = reporting.RecentReports()
+        self._server: object = None  # which life of the server is known
+        self._opened = 0  # how many connections had been made when that was last asked
+        self._claims_from = 0.0  # monotonic time; until then all nodes of a restarted server claim anew what they hold
+
+    def check(self) -> None:
+        """Be unsure when new connections were made: another thread may have been the first to meet a lost server."""
+        if self._server is not None and self._opened != self._database.opened:
+            self.is_unsure = True
+
+    def lost(self) -> None:
+        """A transaction has failed."""
+        self.is_unsure = True
+
+    def written(self, now: float, reports: reporting.Reports) -> None:
+        """A transaction that wrote *reports*, at the monotonic time *now*, has ended well."""
+        self.is_unsure = False
+        self._recent.add(now, reports)
+
+    def may_claim(self) -> bool:
+        """Whether the other nodes of a restarted server have had the time to claim anew what they hold."""
+        return monotonic() >= self._claims_from
+
+    def report(self, connection: Connection, reports: reporting.Reports) -> None:
+        """Write *reports*."""
+        returned = reporting.write(self._database, connection, reports, partial(self.complain, connection))
+        self._ledger.subscriptions.forget_fronts(returned)
+
+    def complain(self, connection: Connection, deliveries: list[Delivery]) -> None:
+        """Log which of *deliveries* were other nodes' when they were reported; unless the report is a repetition."""
+        if not self.is_unsure:
+            reporting.complain(connection, deliveries)
+
+    def say_again(self, connection: Connection) -> None:
+        """Repeat the claims and reports that a crashed server has forgotten, since they were not yet on its disk."""
+        with self._ledger.lock:
+            held = [*self._ledger.in_hand.values(), *(one for one, _ in self._recent.reports())]
+            held += self._ledger.waiting()
+        holds = [one.hold for one in held if one.is_job]
+        if holds:
+            claim.claim_again(self._database, connection, holds, self._own_node.id)
+        self.report(connection, self._recent.reports())
+        self._opened = self._database.opened
+        server, self._server = self._server, self._database.dialect.incarnation(connection)
+        if server not in (None, self._server):
+            self._claims_from = monotonic() + PAUSE * 2
+
+    def reconcile(self, connection: Connection, reports: reporting.Reports) -> None:
+        """Give back what this process holds, as the table says, and knows nothing of: a claim's answer was lost."""
+        known = {one.hold for one, _ in reports}.union(*(holds() for holds in list(self._own_node.holds)))
+        forgotten = [hold for hold in finish.held_by(connection, self._own_node.id) if hold not in known]
+        if forgotten:
+            finish.given_back(self._database, connection, forgotten)
+
+    def reborn(self, old: int, new: int) -> None:
+        """The other nodes took this one, *old*, for dead: what it has claimed and not begun is theirs now."""
+        ledger = self._ledger
+        with ledger.lock:
+            for subscription in ledger.subscriptions.every():
+                subscription.waiting.clear()
+            if ledger.wakeup is not None and not ledger.is_closed:
+                old_wakeup, ledger.wakeup = ledger.wakeup, self._database.wakeup(new)
+                old_wakeup.notify()
+            self.is_unsure = True
+            self._idle.forget()
+        ledger.notify()

@@ -1,0 +1,95 @@
+"""One transaction of an intake: writes how deliveries started and ended, and claims the next ones."""
+
+from __future__ import annotations
+
+from time import monotonic
+
+from kathikon_celery.consume.claiming import Claiming
+from kathikon_celery.consume.delivery import DONE, PASSED_ON, WRITTEN, Delivery
+from kathikon_celery.consume.idle_state import IdleState
+from kathikon_celery.consume.ledger import Batch, Claimed, Ledger
+from kathikon_celery.consume.recovery import Recovery
+from kathikon_celery.consume.subscriptions import Subscription
+from kathikon_celery.storage import Storage, finish, messages
+
+
+class Transaction:
+    """What the intake's thread does with the database at once. Only that thread uses it."""
+
+    def __init__(
+        self, storage: Storage, ledger: Ledger, idle: IdleState, recovery: Recovery, claiming: Claiming
+    ) -> None:
+        self._database = storage.database
+        self._ledger = ledger
+        self._idle = idle
+        self._recovery = recovery
+        self._claiming = claiming
+
+    def run(self) -> bool:
+        """Write what is to be written, and claim what is wanted. True when there may be something to hand out."""
+        ledger, subscriptions = self._ledger, self._ledger.subscriptions
+        with ledger.lock:
+            now = monotonic()
+            batch = ledger.take(now)
+            for_jobs, for_messages = self._idle.take(batch.reports)
+            names = subscriptions.names()
+        must_write = batch.started or any(outcome not in (WRITTEN, PASSED_ON) for _, outcome in batch.reports)
+        claimed: Claimed = []
+        try:
+            if batch.to_mark:
+                self._mark(batch.to_mark)
+            wanted = subscriptions.wanted() if for_jobs else []
+            if (
+                must_write
+                or self._recovery.is_unsure
+                or (for_jobs and names and self._claiming.is_worth_while(names, for_messages))
+            ):
+                claimed = self._write(batch, wanted, names, for_messages)
+        except BaseException:
+            ledger.put_back(batch)
+            self._idle.is_called = True
+            raise
+        self._recovery.written(now, batch.reports)
+        ledger.written(batch.started, claimed)
+        return bool(claimed or batch.to_mark or batch.reports)
+
+    def _write(
+        self, batch: Batch, wanted: list[tuple[Subscription, int]], names: list[str], for_messages: bool
+    ) -> Claimed:
+        recovery, claiming = self._recovery, self._claiming
+        with self._database.once() as connection:
+            recovery.check()
+            filled = messages.there(connection, names) if for_messages else []
+            if self._is_one_statement(batch, wanted, filled):
+                if not wanted:
+                    recovery.report(connection, batch.reports)
+                done = [one for one, outcome in batch.reports if outcome is DONE]
+                return claiming.claim_jobs(connection, wanted, names, done)
+            with self._database.transaction(connection):
+                if recovery.is_unsure:
+                    recovery.say_again(connection)
+                if not recovery.may_claim():
+                    wanted = []
+                recovery.report(connection, batch.reports)
+                if batch.started:
+                    finish.started(self._database, connection, [one.hold for one in batch.started])
+                if recovery.is_unsure:
+                    recovery.reconcile(connection, batch.reports)
+                taken = claiming.take_messages(connection, filled)
+                return taken + claiming.claim_jobs(connection, wanted, names)
+
+    def _is_one_statement(self, batch: Batch, wanted: list[tuple[Subscription, int]], filled: list[str]) -> bool:
+        """Whether one statement does it all, so that it needs no transaction around it."""
+        if filled or batch.started or self._recovery.is_unsure or not self._recovery.may_claim():
+            return False
+        if any(not one.is_job or outcome not in (DONE, WRITTEN, PASSED_ON) for one, outcome in batch.reports):
+            return False
+        done = any(outcome is DONE for _, outcome in batch.reports)
+        at_once = done and bool(wanted) and self._database.dialect.changes_in_ctes
+        return done + len(wanted) - at_once == 1
+
+    def _mark(self, deliveries: list[Delivery]) -> None:
+        """Write, on disk, that at-most-once tasks start: only then they are handed out."""
+        with self._database.write(durable=True) as connection:
+            finish.started(self._database, connection, [one.hold for one in deliveries], acked=True)
+        self._ledger.marked(deliveries)

@@ -1,0 +1,111 @@
+"""The pool of a Celery worker as the intake sees it: its slots, and which deliveries are in its hands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from celery.worker import state
+from kombu.utils.imports import symbol_by_name
+
+from kathikon_celery.consume.delivery import DONE, Delivery, Outcome, Verdict
+from kathikon_celery.consume.pool import Pool
+from kathikon_celery.consume.subscriptions import UNLIMITED
+from kathikon_celery.job import Cause, Job, State
+from kathikon_celery.storage import Storage
+from kathikon_celery.storage.idle_query import Asker
+from kathikon_celery.storage.sql import SQLBackend
+from kathikon_celery.worker.prefork.pool import TaskPool
+from kathikon_celery.worker.request import Request, is_early
+from kathikon_celery.worker.services.registry import services_of
+
+#: Celery acknowledges, or rejects, what it cannot make a request of.
+UNREADABLE = Outcome(
+    Verdict.ENDED, State.DEAD, Cause.UNREADABLE, "the worker could not read the message; its log says why"
+)
+
+
+class CeleryPool(Pool):
+    """The pool of one worker, for one connection of its consumer.
+
+    Threads: all attributes stay as they are made, but for `has_ended`, which the worker's thread sets once, and the
+    cache of outcomes, in which two threads may write the same value. Celery's own books, such as
+    ``state.active_requests``, are the worker's; other threads only read them.
+
+    Arguments:
+        consumer: Celery's, with its app, its controller (the worker) and its pool.
+        storage: the database of the connection.
+    """
+
+    def __init__(self, consumer: Any, storage: Storage) -> None:
+        self.claims_ahead = not consumer.app.conf.get("worker_disable_prefetch")
+        #: Nothing is in the pool's hands any more.
+        self.has_ended = False
+        self._consumer = consumer
+        self._tasks = consumer.app.tasks
+        self._services = services_of(consumer.controller)
+        # A storage backend of another class is asked by its methods.
+        self.askers: Sequence[Asker] = self._services if type(storage.backend) is SQLBackend else ()
+        self._earlier = tuple(state.active_requests)  # what runs for a connection that was lost
+        self._outcomes: dict[str, Outcome] = {}
+
+    def slots(self) -> int:
+        """How many jobs the consumer may have from this connection. Those of an earlier one that still run have theirs.
+
+        What waits for its rate limit needs no slot yet. As with any broker, the prefetch count limits how much that is.
+        """
+        consumer = self._consumer
+        slots = processes(consumer) - sum(request in state.active_requests for request in self._earlier)
+        limited = sum(len(bucket.contents) for bucket in list(consumer.task_buckets.values()) if bucket is not None)
+        return max(slots, min(slots + limited, consumer.qos.value or UNLIMITED)) if limited else slots
+
+    def is_full(self) -> bool:
+        return len(state.active_requests) >= processes(self._consumer)
+
+    def has(self, delivery: Delivery) -> bool:
+        if self.has_ended or not isinstance(delivery.item, Job):
+            return False
+        request = state.requests.get(delivery.item.id)
+        if request is None or getattr(request, "_delivery", None) is not delivery:
+            return False
+        return request in state.active_requests or request._apply_result is not None
+
+    def withdraw(self, delivery: Delivery) -> bool:
+        """Take a job back that nothing has begun; false if it runs, or if it waits for its rate limit."""
+        request = state.requests.get(delivery.item.id) if isinstance(delivery.item, Job) else None
+        if not isinstance(request, Request) or request._delivery is not delivery:
+            return False
+        pool = self._consumer.pool
+        return request.withdraw() or (isinstance(pool, TaskPool) and pool.give_back(request))
+
+    def is_early(self, task: str) -> bool:
+        found = self._tasks.get(task)
+        return found is not None and is_early(found)
+
+    def outcome_of(self, task: str) -> Outcome:
+        outcome = self._outcomes.get(task)
+        if outcome is None:
+            outcome = self._outcomes[task] = self._found_outcome(task)
+        return outcome
+
+    def _found_outcome(self, name: str) -> Outcome:
+        task = self._tasks.get(name)
+        if task is None:
+            return Outcome(Verdict.ENDED, State.DEAD, Cause.UNREGISTERED, f"NotRegistered({name!r})")
+        return UNREADABLE if issubclass(symbol_by_name(task.Request), Request) else DONE
+
+    def on_call(self) -> None:
+        for service in self._services:
+            if service.heeds_calls:
+                service.nudge()
+
+
+def processes(consumer: Any) -> int:
+    """How many jobs the pool can run at once, when it has grown as far as it may."""
+    autoscaler, pool = getattr(consumer.controller, "autoscaler", None), consumer.pool
+    # The autoscaler grows the pool for what was delivered and finds no process.
+    if autoscaler is not None:
+        return int(autoscaler.max_concurrency)
+    if getattr(pool, "is_green", False):  # below Celery 5.7, num_processes is how many greenlets are at work
+        return int(getattr(pool._pool, "size", pool.limit)) if pool._pool is not None else 0
+    return int(getattr(pool, "num_processes", 0))  # a pool that has ended has no such number
