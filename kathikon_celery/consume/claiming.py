@@ -43,7 +43,7 @@ class Claiming:
         began = monotonic()
         there = self._look(names, with_messages)
         idle.cooldown = cooldown(monotonic() - began)
-        if there:  # perhaps before the front: where that was found, the claim shall look as well
+        if there:  # perhaps before the front of its queue: the claim must look there as well
             self._subscriptions.forget_fronts()
         idle.will_be_woken = not there
         if not there:

@@ -66,7 +66,7 @@ class Intake:
 
     @property
     def pool(self) -> Pool:
-        """What runs the jobs. A worker sets it before it subscribes to anything."""
+        """What runs the jobs. A worker sets it before it consumes jobs."""
         return self.subscriptions.pool
 
     @pool.setter

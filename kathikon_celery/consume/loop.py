@@ -90,7 +90,7 @@ class Loop:
                     logger.warning("Kathikon: the database %r is back", self._database)
                     pause = 0.0
             except Exception as error:
-                self._recovery.lost()
+                self._recovery.is_unsure = True
                 idle.forget()
                 if not is_lost(error) and not isinstance(error, StorageError):
                     logger.exception("Kathikon: unexpected error while claiming")

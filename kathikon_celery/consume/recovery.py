@@ -26,7 +26,8 @@ class Recovery:
     """
 
     def __init__(self, storage: Storage, own_node: OwnNode, ledger: Ledger, idle: IdleState) -> None:
-        #: A commit may have happened without an answer, or a commit that was answered may be forgotten.
+        #: A commit may have happened without an answer, or a commit that was answered may be forgotten. The next
+        #: transaction that ends well makes sure of both.
         self.is_unsure = True
         self._database = storage.database
         self._own_node = own_node
@@ -41,10 +42,6 @@ class Recovery:
         """Be unsure when new connections were made: another thread may have been the first to meet a lost server."""
         if self._server is not None and self._opened != self._database.opened:
             self.is_unsure = True
-
-    def lost(self) -> None:
-        """A transaction has failed."""
-        self.is_unsure = True
 
     def written(self, now: float, reports: reporting.Reports) -> None:
         """A transaction that wrote *reports*, at the monotonic time *now*, has ended well."""

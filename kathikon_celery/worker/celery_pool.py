@@ -44,8 +44,9 @@ class CeleryPool(Pool):
         self._consumer = consumer
         self._tasks = consumer.app.tasks
         self._services = services_of(consumer.controller)
-        # A storage backend of another class is asked by its methods.
-        self.askers: Sequence[Asker] = self._services if type(storage.backend) is SQLBackend else ()
+        backend: object = storage.backend
+        # A service asks a backend of any other class by its methods.
+        self.askers: Sequence[Asker] = self._services if type(backend) is SQLBackend else ()
         self._earlier = tuple(state.active_requests)  # what runs for a connection that was lost
         self._outcomes: dict[str, Outcome] = {}
 
