@@ -28,7 +28,7 @@ class Claiming:
     def __init__(
         self, storage: Storage, own_node: OwnNode, subscriptions: Subscriptions, idle: IdleState, recovery: Recovery
     ) -> None:
-        self._database = storage.database
+        self._database, self._backend = storage.database, storage.backend
         self._poll_interval = storage.settings.poll_interval
         self._own_node = own_node
         self._subscriptions = subscriptions
@@ -111,7 +111,10 @@ class Claiming:
             for job in jobs:
                 early, outcome = pool.is_early(job.task), pool.outcome_of(job.task)
                 carried = not early and len(jobs) > slots
-                claimed.append((subscription, Delivery(job, name, now, early, carried=carried, outcome=outcome)))
+                delivery = Delivery(job, name, now, early, carried=carried, outcome=outcome)
+                if early:
+                    delivery.is_silent = pool.is_silent(job.task)
+                claimed.append((subscription, delivery))
             room -= len(jobs)
             hungry = hungry or len(jobs) < limit
         if wanted:
@@ -128,21 +131,21 @@ class Claiming:
         seq: int | None,
     ) -> list[Job]:
         """Claim jobs of one queue by one statement: the job *seq* of which the node was notified, or up to *limit*."""
-        database, name, node = self._database, key(subscription.queue), self._own_node.id
+        backend, name, node = self._backend, key(subscription.queue), self._own_node.id
         if done:
             holds = [one.hold for one in done]
-            completed, jobs = claim.complete_and_claim(
-                database, connection, holds, name, limit, node, subscription.front, waiting
+            completed, jobs = backend.complete_and_claim(
+                connection, holds, name, limit, node, subscription.front, waiting
             )
             if completed != len(done):
                 self._recovery.complain(connection, list(done))
             return jobs
         # With one slot the other claim is worth more: it takes what comes behind as well.
         if waiting and waiting.room > 1 and seq is not None:
-            jobs = claim.claim_told(database, connection, name, seq, node, waiting)
+            jobs = backend.claim_told(connection, name, seq, node, waiting)
             if jobs:
                 return jobs
-        return claim.claim(database, connection, name, limit, node, subscription.front, waiting)
+        return backend.claim_jobs(connection, name, limit, node, subscription.front, waiting)
 
     def _announce_or_look_again(
         self, connection: Connection, names: list[str], hungry: bool, claimed: int, slots: int

@@ -8,6 +8,7 @@ from enum import Enum, auto
 
 from kathikon_celery.job import Cause, Hold, Job, State
 from kathikon_celery.storage.messages import Message
+from kathikon_celery.storage.transitions import LOST_AT_MOST_ONCE
 
 
 class Verdict(Enum):
@@ -43,6 +44,8 @@ CRASHED = Outcome(Verdict.CRASHED)
 REPLACED = Outcome(Verdict.REPLACED)
 PASSED_ON = Outcome(Verdict.PASSED_ON)
 WRITTEN = Outcome(Verdict.WRITTEN)
+#: A task that must not run twice was cut short.
+LOST = Outcome(Verdict.ENDED, State.DEAD, Cause.LOST_ONCE, LOST_AT_MOST_ONCE)
 
 
 @dataclass(slots=True, eq=False)
@@ -66,6 +69,8 @@ class Delivery:
     marked: bool = False
     #: Monotonic time at which the pool accepted it.
     accepted: float | None = None
+    #: The request of an `early` task does not say that the pool accepted it: it counts as accepted when handed out.
+    is_silent: bool = False
     #: The row says that it runs.
     running: bool = False
     #: The pool child writes result and state by itself, so a row that has moved on is no news.
@@ -82,6 +87,11 @@ class Delivery:
         item = self.item
         self.is_job = isinstance(item, Job)
         self.tag = item.hold.tag if isinstance(item, Job) else f"message.{item.seq}.{item.fence}.{item.node_id}"
+
+    @property
+    def when_left(self) -> Outcome:
+        """What becomes of it when its consumer goes: others get it, unless it has begun and must not run twice."""
+        return LOST if self.early and self.accepted is not None else BACK
 
     @property
     def hold(self) -> Hold:

@@ -12,7 +12,7 @@ from time import monotonic
 from typing import Any
 
 from kathikon_celery.consume.claiming import Claiming
-from kathikon_celery.consume.delivery import BACK, Delivery, Outcome, Verdict
+from kathikon_celery.consume.delivery import BACK, Delivery, Outcome
 from kathikon_celery.consume.idle_state import IdleState
 from kathikon_celery.consume.ledger import Ledger
 from kathikon_celery.consume.loop import Loop
@@ -20,14 +20,10 @@ from kathikon_celery.consume.pool import Pool
 from kathikon_celery.consume.recovery import Recovery
 from kathikon_celery.consume.subscriptions import Subscription, Subscriptions
 from kathikon_celery.consume.transaction import Transaction
-from kathikon_celery.job import Cause, State
 from kathikon_celery.nodes.own import OwnNode
-from kathikon_celery.storage import Storage, claim, messages, transitions
+from kathikon_celery.storage import Storage, messages
 from kathikon_celery.storage.errors import Unavailable
 from kathikon_celery.storage.names import key
-
-#: A task that must not run twice was cut short.
-LOST = Outcome(Verdict.ENDED, State.DEAD, Cause.LOST_ONCE, transitions.LOST_AT_MOST_ONCE)
 
 
 class Intake:
@@ -131,7 +127,7 @@ class Intake:
         name = key(queue)
         with self.own_node.claiming:
             with self._database.write() as connection:
-                items: list[Any] = list(claim.claim(self._database, connection, name, 1, self.own_node.id))
+                items: list[Any] = list(self.storage.backend.claim_jobs(connection, name, 1, self.own_node.id))
                 if not items:
                     items = list(messages.take(self._database, connection, name, 1, self.own_node.id, keep=not no_ack))
             if not items:
@@ -172,7 +168,7 @@ class Intake:
         """Return the deliveries in hand that *which* names."""
         for delivery in self.in_hand():
             if which(delivery):
-                self.finish(delivery.tag, BACK)
+                self.finish(delivery.tag, delivery.when_left)
 
     # --- the thread
 
@@ -212,8 +208,7 @@ class Intake:
             for delivery in self.in_hand():
                 if self.pool.has(delivery) and not self.pool.withdraw(delivery):
                     continue
-                cut_short = delivery.early and delivery.accepted
-                self.finish(delivery.tag, LOST if cut_short else BACK)
+                self.finish(delivery.tag, delivery.when_left)
             ledger.is_closed = True
             remains = bool(ledger.in_hand)
         ledger.notify()

@@ -159,6 +159,8 @@ class Ledger:
         with self.lock:
             for delivery in deliveries:
                 delivery.marked = delivery.running = True
+                if delivery.is_silent:
+                    delivery.accepted = monotonic()
                 self.in_hand.pop(delivery.tag, None)
                 subscription = self.subscriptions.get(delivery.queue)
                 if subscription is None:

@@ -41,6 +41,10 @@ class Pool(Protocol):
         """Whether a message of *task* is acknowledged before the task runs (``acks_late=False``)."""
         return False
 
+    def is_silent(self, task: str) -> bool:
+        """Whether nothing tells the intake when the pool accepts an early *task*: its requests are not Kathikon's."""
+        return False
+
     def outcome_of(self, task: str) -> Outcome:
         """What an acknowledgement of *task* means, unless the consumer sets `Delivery.outcome` to something else."""
         return DONE

@@ -12,7 +12,7 @@ from kathikon_celery.consume.delivery import Delivery
 from kathikon_celery.consume.idle_state import IdleState
 from kathikon_celery.consume.ledger import Ledger
 from kathikon_celery.nodes.own import OwnNode
-from kathikon_celery.storage import Storage, claim, finish
+from kathikon_celery.storage import Storage, finish
 
 #: Longest pause between two attempts to reach a database that is away, in seconds.
 PAUSE = 0.5
@@ -29,7 +29,7 @@ class Recovery:
         #: A commit may have happened without an answer, or a commit that was answered may be forgotten. The next
         #: transaction that ends well makes sure of both.
         self.is_unsure = True
-        self._database = storage.database
+        self._database, self._backend = storage.database, storage.backend
         self._own_node = own_node
         self._ledger = ledger
         self._idle = idle
@@ -54,7 +54,7 @@ class Recovery:
 
     def report(self, connection: Connection, reports: reporting.Reports) -> None:
         """Write *reports*."""
-        returned = reporting.write(self._database, connection, reports, partial(self.complain, connection))
+        returned = reporting.write(self._backend, connection, reports, partial(self.complain, connection))
         self._ledger.subscriptions.forget_fronts(returned)
 
     def complain(self, connection: Connection, deliveries: list[Delivery]) -> None:
@@ -69,7 +69,7 @@ class Recovery:
             held += self._ledger.waiting()
         holds = [one.hold for one in held if one.is_job]
         if holds:
-            claim.claim_again(self._database, connection, holds, self._own_node.id)
+            self._backend.claim_again(connection, holds, self._own_node.id)
         self.report(connection, self._recent.reports())
         self._opened = self._database.opened
         server, self._server = self._server, self._database.dialect.incarnation(connection)
@@ -81,7 +81,7 @@ class Recovery:
         known = {one.hold for one, _ in reports}.union(*(holds() for holds in list(self._own_node.holds)))
         forgotten = [hold for hold in finish.held_by(connection, self._own_node.id) if hold not in known]
         if forgotten:
-            finish.given_back(self._database, connection, forgotten)
+            self._backend.given_back(connection, forgotten)
 
     def reborn(self, old: int, new: int) -> None:
         """The other nodes took this one, *old*, for dead: what it has claimed and not begun is theirs now."""

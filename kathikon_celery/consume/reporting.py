@@ -10,8 +10,8 @@ from sqlalchemy import Connection
 
 from kathikon_celery.consume.delivery import Delivery, Outcome, Verdict
 from kathikon_celery.job import Hold
-from kathikon_celery.storage import finish, messages, results
-from kathikon_celery.storage.engine.database import Database
+from kathikon_celery.storage import finish, messages
+from kathikon_celery.storage.backend import StorageBackend
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ Reports = Sequence[tuple[Delivery, Outcome]]
 
 
 def write(
-    database: Database, connection: Connection, reports: Reports, complain: Callable[[list[Delivery]], None]
+    backend: StorageBackend, connection: Connection, reports: Reports, complain: Callable[[list[Delivery]], None]
 ) -> set[str]:
     """Write *reports*; the keys of the queues to which jobs were returned.
 
@@ -41,7 +41,7 @@ def write(
             ends[delivery.hold] = outcome.written
         elif outcome.state is None:
             jobs[outcome.verdict].append(delivery)
-        elif not finish.ended(
+        elif not backend.ended(
             connection,
             delivery.hold,
             outcome.state,
@@ -51,24 +51,24 @@ def write(
             outcome.status,
         ):
             complain([delivery])
-    if (done := jobs[Verdict.DONE]) and finish.completed(database, connection, _holds(done)) != len(done):
+    if (done := jobs[Verdict.DONE]) and backend.completed(connection, _holds(done)) != len(done):
         complain(done)
-    if ends and results.end_many(database, connection, ends) != len(ends):
+    if ends and backend.completed_with(connection, ends) != len(ends):
         complain([one for one, outcome in reports if outcome.written is not None])
     if back := jobs[Verdict.BACK]:
-        finish.given_back(database, connection, _holds(back))
+        backend.given_back(connection, _holds(back))
     crashed = jobs[Verdict.CRASHED]
-    if crashed and finish.given_back(database, connection, _holds(crashed), True) != len(crashed):
+    if crashed and backend.given_back(connection, _holds(crashed), True) != len(crashed):
         complain(crashed)
     if replaced := jobs[Verdict.REPLACED]:
-        finish.replaced(database, connection, _holds(replaced))
+        backend.replaced(connection, _holds(replaced))
     queues = {one.queue for one in back + crashed}
     if queues:
-        database.dialect.wake(connection, queues, len(back) + len(crashed))
+        backend.database.dialect.wake(connection, queues, len(back) + len(crashed))
     if gone:
-        messages.acknowledge(database, connection, gone)
+        messages.acknowledge(backend.database, connection, gone)
     if returned:
-        messages.give_back(database, connection, returned)
+        messages.give_back(backend.database, connection, returned)
     return queues
 
 

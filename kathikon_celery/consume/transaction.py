@@ -10,7 +10,7 @@ from kathikon_celery.consume.idle_state import IdleState
 from kathikon_celery.consume.ledger import Batch, Claimed, Ledger
 from kathikon_celery.consume.recovery import Recovery
 from kathikon_celery.consume.subscriptions import Subscription
-from kathikon_celery.storage import Storage, finish, messages
+from kathikon_celery.storage import Storage, messages
 
 
 class Transaction:
@@ -19,7 +19,7 @@ class Transaction:
     def __init__(
         self, storage: Storage, ledger: Ledger, idle: IdleState, recovery: Recovery, claiming: Claiming
     ) -> None:
-        self._database = storage.database
+        self._database, self._backend = storage.database, storage.backend
         self._ledger = ledger
         self._idle = idle
         self._recovery = recovery
@@ -72,7 +72,7 @@ class Transaction:
                     wanted = []
                 recovery.report(connection, batch.reports)
                 if batch.started:
-                    finish.started(self._database, connection, [one.hold for one in batch.started])
+                    self._backend.started(connection, [one.hold for one in batch.started])
                 if recovery.is_unsure:
                     recovery.reconcile(connection, batch.reports)
                 taken = claiming.take_messages(connection, filled)
@@ -91,5 +91,5 @@ class Transaction:
     def _mark(self, deliveries: list[Delivery]) -> None:
         """Write, on disk, that at-most-once tasks start: only then they are handed out."""
         with self._database.write(durable=True) as connection:
-            finish.started(self._database, connection, [one.hold for one in deliveries], acked=True)
+            self._backend.started(connection, [one.hold for one in deliveries], acked=True)
         self._ledger.marked(deliveries)

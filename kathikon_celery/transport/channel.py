@@ -407,7 +407,9 @@ class Channel(virtual.Channel):
         delivery = intake.delivery(delivery_tag)
         if delivery is not None:
             decided = delivery.outcome
-            if decided.verdict is Verdict.DONE or (requeue and decided.verdict is Verdict.ENDED):
+            if requeue and delivery.is_silent and delivery.accepted is not None:
+                pass  # as with any broker: it was acknowledged before it ran
+            elif decided.verdict is Verdict.DONE or (requeue and decided.verdict is Verdict.ENDED):
                 decided = BACK if requeue else REJECTED
             intake.finish(delivery_tag, decided)
 
@@ -436,5 +438,5 @@ class Channel(virtual.Channel):
         for tag in self.unacknowledged:
             delivery = self._intake.delivery(tag)
             if delivery is not None and not self._intake.pool.has(delivery):
-                self._intake.finish(tag, BACK)
+                self._intake.finish(tag, delivery.when_left)
         transport.close_channel(self)

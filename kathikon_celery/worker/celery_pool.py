@@ -67,9 +67,14 @@ class CeleryPool(Pool):
         if self.has_ended or not isinstance(delivery.item, Job):
             return False
         request = state.requests.get(delivery.item.id)
-        if request is None or getattr(request, "_delivery", None) is not delivery:
-            return False
-        return request in state.active_requests or request._apply_result is not None
+        if isinstance(request, Request):
+            return request._delivery is delivery and (
+                request in state.active_requests or request._apply_result is not None
+            )
+        message = getattr(request, "_message", None)  # of Celery's own request less is known
+        return getattr(message, "delivery_tag", None) == delivery.tag and (
+            request in state.active_requests or getattr(request, "_apply_result", True) is not None
+        )
 
     def withdraw(self, delivery: Delivery) -> bool:
         """Take a job back that nothing has begun; false if it runs, or if it waits for its rate limit."""
@@ -82,6 +87,10 @@ class CeleryPool(Pool):
     def is_early(self, task: str) -> bool:
         found = self._tasks.get(task)
         return found is not None and is_early(found)
+
+    def is_silent(self, task: str) -> bool:
+        found = self._tasks.get(task)
+        return found is not None and not issubclass(symbol_by_name(found.Request), Request)
 
     def outcome_of(self, task: str) -> Outcome:
         outcome = self._outcomes.get(task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -61,3 +62,32 @@ def test_a_client(database_url: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("the short way of delay()") == 1
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "gevent"])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGQUIT], ids=["warm", "cold"])
+def test_a_shutdown_runs_no_early_task_twice(
+    client: Celery, jobs: Jobs, start_worker: Start, journal: Journal, pool: str, how: signal.Signals
+) -> None:
+    """Celery's request tells neither that a task has begun nor, if it acknowledges early, that it has ended."""
+    options = {"app": "tests.support.unknown_celery", "pool": pool, "concurrency": CONCURRENCY}
+    worker = start_worker(**options)
+    sent = [apps.append_early.delay(journal.path, f"{n}", 1.0) for n in range(3 * CONCURRENCY)]
+    journal.wait(CONCURRENCY)
+    worker.process.send_signal(how)
+    worker.wait(60)
+    start_worker(**options, name="next")
+    for one in sent:
+        jobs.wait(one, State.COMPLETED, State.DEAD)
+    assert len(journal.lines) == len(set(journal.lines))
+    if how is signal.SIGTERM:
+        assert sorted(journal.lines) == sorted(f"{n}" for n in range(len(sent)))
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_an_early_task_cannot_have_its_message_requeued(
+    client: Celery, jobs: Jobs, start_worker: Start, pool: str
+) -> None:
+    start_worker(app="tests.support.unknown_celery", pool=pool)
+    job = jobs.wait(apps.reject_early.delay(), State.COMPLETED, State.DEAD)
+    assert (job.state, job.attempts) == (State.COMPLETED, 1)

@@ -277,6 +277,11 @@ def reject(requeue: bool = False) -> NoReturn:
     raise Reject("as asked", requeue=requeue)
 
 
+@shared_task(acks_late=False)
+def reject_early() -> NoReturn:
+    raise Reject("as asked", requeue=True)
+
+
 @shared_task(acks_late=True)
 def reject_until_third_start(path: str, line: str) -> int:
     """Go back to the queue twice, then return the number of starts."""
