@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from kathikon_celery.job import Job
-from kathikon_celery.publish import outbox, republishing
+import logging
+from datetime import datetime, timezone
+
+from celery._state import get_current_task
+
+from kathikon_celery.job import Hold, Job
+from kathikon_celery.publish import outbox
 from kathikon_celery.storage import Storage
+
+logger = logging.getLogger(__name__)
 
 
 def publish(storage: Storage, job: Job) -> None:
-    """Publish *job*. It is on disk when this returns, unless it is collected for a task's end or a `bulk`."""
-    hold = republishing.hold_on(job.id)
+    """Publish *job*. It is on disk when this returns, unless it is collected for a task's end or a `bulk`.
+
+    A task that publishes its own job again (a retry, ``self.replace``) may do so only while the job is its own.
+    """
+    hold = _hold_on(job.id)
     if hold is None:
         publish_new(storage, job)
     elif not storage.backend.insert(job, hold, soon=_is_soon(storage, job)):
-        republishing.refused(job.id)
+        outbox.change(refused=job.id)
+        logger.warning(
+            "Kathikon: job %s was cancelled or given to another worker; its retry from here was ignored", job.id
+        )
 
 
 def publish_new(storage: Storage, job: Job) -> None:
@@ -26,5 +39,18 @@ def publish_new(storage: Storage, job: Job) -> None:
         storage.backend.insert(job, soon=_is_soon(storage, job))
 
 
+def _hold_on(job_id: str) -> Hold | None:
+    """Return the running task's claim of its job; `None` when *job_id* is not the id of that job."""
+    task = get_current_task()
+    request = task.request if task is not None else None
+    if request is None or request.id != job_id or request.called_directly or request.is_eager:
+        return None
+    return Hold.of_tag((request.properties or {}).get("delivery_tag"))
+
+
 def _is_soon(storage: Storage, job: Job) -> bool:
-    return job.scheduled_at is None or republishing.is_soon(job, storage.settings.scheduler_interval)
+    """Whether *job* may be due before the promoters look again by themselves (plus 1 second for unequal clocks)."""
+    if job.scheduled_at is None:
+        return True
+    wait = (job.scheduled_at - datetime.now(timezone.utc)).total_seconds()
+    return wait < storage.settings.scheduler_interval + 1.0
