@@ -1,15 +1,15 @@
-"""How fast a queue's jobs are finished, as seen in the last moments."""
+"""How fast a queue's jobs end, estimated from the last fractions of a second."""
 
 from __future__ import annotations
 
 from math import exp
 from time import monotonic
 
-#: Seconds after which what happened counts for a third.
+#: Seconds after which a job that has ended counts for about a third (1/e) in the rate.
 MEMORY = 0.3
-#: Jobs a second below which the next one is a new beginning.
+#: Jobs a second: below this rate, the next job that ends is a new beginning.
 CALM = 1.0
-#: Seconds that a beginning lasts at least, however quickly jobs follow one another.
+#: Shortest length of a beginning, in seconds.
 BEGINNING = 0.05
 #: Jobs a second from which on there is much to do, so that transactions are shared.
 BUSY = 150.0
@@ -19,14 +19,14 @@ RUSH = 600.0
 
 
 class Pace:
-    """A rate that forgets."""
+    """A rate in which older jobs count for less and less."""
 
     def __init__(self) -> None:
         self._rate = 0.0
         self._at = self._began = monotonic()
 
     def count(self) -> None:
-        """One more is finished."""
+        """One more job has ended."""
         rate = self.rate()
         if rate < CALM:
             self._began = self._at
@@ -40,10 +40,10 @@ class Pace:
         return self._rate
 
     def ahead(self, horizon: float, slots: int) -> float:
-        """How many jobs will be finished within *horizon* seconds, beside those that the *slots* hold now.
+        """How many jobs will end within *horizon* seconds, beside those that the *slots* hold now.
 
-        Soon after a beginning that is told by what was finished since then, when `rate` does not know it yet: less one
-        job for each slot, as tasks that took long may end together.
+        Soon after a beginning `rate` is still too low. Then the jobs that have ended since the beginning give a better
+        estimate. One job for each slot is subtracted from it, because tasks that took long may end at one time.
         """
         rate = self.rate()
         since = rate / (1 - exp(-max(BEGINNING, self._at - self._began) / MEMORY))

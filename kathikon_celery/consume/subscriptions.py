@@ -1,4 +1,4 @@
-"""The queues that one connection consumes: what of them is in hand, and how much more may be claimed and handed out."""
+"""The queues that one connection consumes, and how many of their jobs may be claimed and handed out now."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from kathikon_celery.consume.pool import NoPool, Pool
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.scan_start import ScanStart
 
-#: Deliveries that a consumer without prefetch limit has in hand at most.
+#: Most deliveries that a consumer without a prefetch limit has in hand.
 UNLIMITED = 200
-#: Deliveries that are handed out together when what was handed out ahead becomes less.
+#: Deliveries that are handed out together, when so many fewer are in hand than the limit allows.
 HANDFUL = 8
 
 
 @dataclass(slots=True)
 class Subscription:
-    """A queue that is consumed."""
+    """A queue that is consumed.
+
+    Threads: `waiting` and `in_hand` change under the lock of the `Subscriptions`. The consumer's thread alone writes
+    `allowed`, `are_jobs` and `refill`; the intake's thread alone uses `front`. Any thread that ends a delivery counts
+    it in `pace`, under the lock; the intake's thread reads `pace` without it. So a count may be lost; the rate is an
+    estimate, and forgets this within a second.
+    """
 
     queue: str
     no_ack: bool
@@ -34,11 +40,11 @@ class Subscription:
     front: ScanStart = field(default_factory=ScanStart)
     waiting: deque[Delivery] = field(default_factory=deque)
     in_hand: int = 0
-    #: How many more may be handed out before that is to be reckoned anew.
+    #: How many more may be handed out before `Subscriptions.may_hand_out` must compute that again.
     allowed: int = 0
-    #: Whether that holds for jobs, which need slots, or for messages.
+    #: Whether `allowed` is for jobs, which need slots, or for messages.
     are_jobs: bool = True
-    #: How many may be in hand when the next are handed out: a handful at once costs less than one by one.
+    #: The next are handed out when no more than so many are in hand: several at once cost less than one by one.
     refill: int = UNLIMITED
 
     @property
@@ -47,14 +53,14 @@ class Subscription:
 
 
 class Subscriptions:
-    """Those of one connection, by the keys of their queues.
+    """All subscriptions of one connection, by the keys of their queues.
 
     Arguments:
         horizon: seconds for which jobs are claimed ahead, see ``kathikon_claim_horizon``.
     """
 
     def __init__(self, horizon: float) -> None:
-        #: Who changes anything here holds it. It is the lock of the `Ledger` too.
+        #: A thread that changes anything here holds this lock. It is also the lock of the `Ledger`.
         self.lock = threading.RLock()
         #: What runs the jobs.
         self.pool: Pool = NoPool()
@@ -68,7 +74,7 @@ class Subscriptions:
             self._by_key[key(subscription.queue)] = subscription
 
     def pop(self, queue: str) -> Subscription | None:
-        """Consume *queue* no longer."""
+        """Consume *queue* no longer; return its subscription, if there was one."""
         with self.lock:
             return self._by_key.pop(key(queue), None)
 
@@ -82,12 +88,12 @@ class Subscriptions:
             return list(self._by_key)
 
     def every(self) -> list[Subscription]:
-        """All of them."""
+        """All subscriptions."""
         with self.lock:
             return list(self._by_key.values())
 
     def forget_fronts(self, names: Iterable[str] | None = None) -> None:
-        """Have the next claims look everywhere in the queues with these keys, or in all."""
+        """Have the next claims search the whole queues with these keys, or all queues, from their beginning."""
         with self.lock:
             for name in self._by_key if names is None else names:
                 if (one := self._by_key.get(name)) is not None:

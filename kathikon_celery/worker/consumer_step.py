@@ -18,14 +18,14 @@ from kathikon_celery.worker.tracing import carry_results
 
 
 class ConsumerStep(bootsteps.StartStopStep):
-    """A step of the consumer, started for each connection."""
+    """A step of the consumer, which starts once for each connection."""
 
     requires = (Tasks,)
     #: The pool, as the present connection's intake sees it.
     pool: CeleryPool | None = None
 
     def start(self, c: Any) -> None:
-        """Tell the intake of the pool."""
+        """Give the connection's intake its view of the pool."""
         transport = c.connection.transport
         transport.is_worker = True
         Transport.on_unreachable = staticmethod(_end_if_asked)
@@ -36,7 +36,7 @@ class ConsumerStep(bootsteps.StartStopStep):
         self.pool = intake.pool = CeleryPool(c, intake.storage)
 
     def stop(self, c: Any) -> None:
-        """Give back at once what was claimed and not begun; the pool goes on with what it has."""
+        """Give back at once the jobs that were claimed and have not begun; the pool goes on with those that it has."""
         if c.connection is not None:
             intake = c.connection.transport.intake
             intake.give_back(lambda delivery: delivery.is_job and not intake.pool.has(delivery))
@@ -51,34 +51,35 @@ class ConsumerStep(bootsteps.StartStopStep):
         return {"broker": broker | shown}
 
     def shutdown(self, c: Any) -> None:
-        """The pool has ended: what is left is nobody's."""
+        """The pool has ended, so it has no delivery any more: closing the connection gives back all that is left."""
         if self.pool is not None:
             self.pool.has_ended = True
 
 
 def _end_if_asked() -> None:
-    """End the worker if it was asked to end, as Celery does where it waits for the broker.
+    """End the worker if it was asked to end.
 
-    It also tries to send each event, such as its heartbeat, until the broker is back; then it does not look by itself.
+    While the broker is away, Celery tries without an end to send an event, such as a heartbeat. Celery does not check
+    for shutdown signals there; this function does.
     """
-    if current_thread() is main_thread():  # which hears the signals
+    if current_thread() is main_thread():  # only this thread handles signals
         state.maybe_shutdown()
 
 
 class SentJobs(bootsteps.StartStopStep):
-    """At a warm shutdown, keeps the jobs that pool children were sent and have not yet told to have begun.
+    """At a warm shutdown, keeps the jobs that pool processes have got and have not yet reported to have begun.
 
-    They run. Celery would forget them, and their results.
+    These jobs run. Celery would forget them, and their results.
     """
 
     requires = ("celery.worker.components:Pool",)
 
     def close(self, w: Any) -> None:
-        """Called before the consumer has the pool forget all that was not accepted."""
+        """Called before the consumer makes the pool forget all jobs that no process has accepted."""
         pool = getattr(w.pool, "_pool", None)
-        if not isinstance(pool, FastPool):  # only the processes of prefork are sent anything
+        if not isinstance(pool, FastPool):  # other pools send nothing ahead
             return
-        pool.maintain_pool()  # what was sent to a process that is gone waits again
+        pool.maintain_pool()  # a job that was sent to a process that has died waits again
         for job in list(pool._cache.values()):
             request, writer = request_of(job), getattr(job, "_writer", None)
             if request is None:

@@ -1,4 +1,4 @@
-"""The lifeline takes back the jobs of nodes that are dead."""
+"""The lifeline returns the jobs of dead nodes, and writes the end of jobs that ended without a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kathikon_celery.worker.services.service import Service
 
 
 class Lifeline(Service):
-    """Looks after the other nodes every second. Every worker has one."""
+    """Checks the other nodes every second. Every worker has one."""
 
     def __init__(
         self,
@@ -24,7 +24,7 @@ class Lifeline(Service):
         tell: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(storage=storage, interval=interval)
-        #: Tells of the jobs that have ended without a run.
+        #: Writes what follows the jobs that have ended without a run, such as their errbacks.
         self.tell = tell
         self.own_node = presence or OwnNode.of(storage)
         self._watch = Watch(storage, self.own_node)

@@ -10,9 +10,9 @@ from kathikon_celery.storage.idle_query import Questions
 from kathikon_celery.storage.promote import CHUNK
 from kathikon_celery.worker.services.service import Service
 
-#: Seconds between two looks at the table when one call, or one promotion, follows another.
+#: Shortest time between two steps, in seconds, when one call or one promotion follows another.
 GAP = 0.005
-#: The clock of a database may count in milliseconds: a job that is due within one is waited for.
+#: Shortest pause before a due job, in seconds: the clock of a database may count in milliseconds.
 TICK = 0.001
 
 
@@ -31,7 +31,7 @@ class Promoter(Service):
 
     def step(self) -> float:
         earliest = self._last + GAP
-        if not self._rests:  # when the next job is due, all the same
+        if not self._rests:  # but not later than the next job is due
             earliest = min(earliest, self._due)
         too_early = earliest - monotonic()
         if too_early > 0:
@@ -43,7 +43,7 @@ class Promoter(Service):
             if promoted == CHUNK:
                 return 0.0
             due = self.storage.next_due()
-        # What was due, and not promoted, is so in a moment; or somebody has locked it, if it is overdue for longer.
+        # If a due job was not promoted, it is promoted in a moment; if it is overdue, another process has locked it.
         self._rests = promoted > 0 or (due is not None and due < -GAP)
         self._last = monotonic()
         return self.interval if due is None else min(self.interval, max(due, TICK))

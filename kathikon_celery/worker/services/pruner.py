@@ -1,4 +1,4 @@
-"""The pruner deletes what ended long ago, and what nobody will ask for again."""
+"""The pruner deletes jobs that ended long ago, and other rows that no process needs any more."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from kathikon_celery.storage import chords, prune, result_listeners
 from kathikon_celery.storage.idle_query import Questions
 from kathikon_celery.worker.services.service import Service
 
-#: Seconds for which a chord may wait for a part that is not sent yet, as the last task of a chain is not, while none of
-#: its parts waits or runs.
+#: Seconds for which a chord is kept at least, although none of its parts waits or runs: a part may not be sent yet, as
+#: the last task of a chain is not.
 LONGEST_CHORD = 30 * 86400.0
 
 
 class Pruner(Service):
-    """Deletes in chunks every ``kathikon_prune_interval`` seconds. Every worker has one, each at its own beat."""
+    """Deletes in chunks every ``kathikon_prune_interval`` seconds. Every worker has one, each at its own times."""
 
     def questions(self) -> Questions:
         retention = self.storage.settings.retention_period

@@ -1,4 +1,4 @@
-"""A thread that does one step again and again, and survives whatever a step meets."""
+"""A thread that takes one step again and again, and goes on after an error."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Service(ABC):
     """One background process of a worker.
 
     Arguments:
-        storage: where it works.
-        interval: seconds between two steps, if a step does not say otherwise.
+        storage: the database.
+        interval: seconds between two steps, unless a step returns another number of seconds.
     """
 
     #: Seconds after which a step that failed is tried again.
@@ -46,27 +46,27 @@ class Service(ABC):
 
     @abstractmethod
     def step(self) -> float:
-        """Do what is to be done now; the seconds until the next step."""
+        """Do what is to be done now; return the seconds until the next step."""
 
     def questions(self) -> Questions:
-        """What a step asks the database first."""
+        """What a step asks the database first, for the idle query to ask it instead."""
         return {}
 
     def spare(self, answers: Mapping[str, Any]) -> float:
-        """Seconds for which, by the *answers* to `questions`, there is nothing to do; 0 when a step must be taken."""
+        """Seconds for which there is nothing to do, given the *answers* to `questions`; 0 when a step must be taken."""
         return 0.0
 
     def asks(self, within: float) -> Questions:
-        """`questions`, when the next step is due within so many seconds and nobody has answered them."""
+        """`questions`, if the next step is due in *within* seconds and there is no answer yet; otherwise nothing."""
         is_near = monotonic() + min(within, self.interval / 2) >= self._due
         return self.questions() if is_near and self._answers is None else {}
 
     def hear(self, answers: Mapping[str, Any]) -> None:
-        """Take the answers to `questions`: perhaps they spare the next step."""
+        """Take the answers to `questions`. They may make the next step unnecessary."""
         self._answers = monotonic(), answers
 
     def _spare(self) -> float:
-        """Seconds for which no step must be taken, by what was heard."""
+        """Seconds for which no step must be taken, given the answers that were heard."""
         answers, self._answers = self._answers, None
         return self.spare(answers[1]) - (monotonic() - answers[0]) if answers is not None else 0.0
 
@@ -93,7 +93,7 @@ class Service(ABC):
         failing = False
         while not self._stopping:
             try:
-                self.storage.setup()  # no more than a look at a flag once the tables are there
+                self.storage.setup()  # once the tables exist, this only reads a flag
                 pause = self._spare()
                 if pause <= 0:
                     pause = self.step()
@@ -102,7 +102,7 @@ class Service(ABC):
             except Exception as error:
                 pause = self.retry
                 if isinstance(error, SchemaError):
-                    pass  # the worker's own connection meets it as well, and ends the worker
+                    pass  # the worker's own connection has this error too, and ends the worker
                 elif not is_lost(error) and not isinstance(error, StorageError):
                     logger.exception("Kathikon: %s failed, trying again", type(self).__name__)
                 elif not failing:
