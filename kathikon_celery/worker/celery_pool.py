@@ -44,9 +44,8 @@ class CeleryPool(Pool):
         self._consumer = consumer
         self._tasks = consumer.app.tasks
         self._services = services_of(consumer.controller)
-        backend: object = storage.backend
-        # A service asks a backend of any other class by its methods.
-        self.askers: Sequence[Asker] = self._services if type(backend) is SQLBackend else ()
+        # A backend that is no SQLBackend is asked by its methods, by each service.
+        self.askers: Sequence[Asker] = self._services if isinstance(storage.backend, SQLBackend) else ()
         self._earlier = tuple(state.active_requests)  # what runs for a connection that was lost
         self._outcomes: dict[str, Outcome] = {}
 
