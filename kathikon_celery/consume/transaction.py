@@ -85,7 +85,7 @@ class Transaction:
         if any(not one.is_job or outcome not in (DONE, WRITTEN, PASSED_ON) for one, outcome in batch.reports):
             return False
         done = any(outcome is DONE for _, outcome in batch.reports)
-        at_once = done and bool(wanted) and self._database.dialect.changes_in_ctes
+        at_once = done and bool(wanted) and self._database.dialect.completes_and_claims
         return done + len(wanted) - at_once == 1
 
     def _mark(self, deliveries: list[Delivery]) -> None:

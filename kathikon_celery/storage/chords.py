@@ -25,7 +25,7 @@ from sqlalchemy import (
 
 from kathikon_celery.job import TERMINAL
 from kathikon_celery.storage.clock import now, seconds
-from kathikon_celery.storage.dialects import Dialect
+from kathikon_celery.storage.dialects.parameters import Change, NewRow, Upsert
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.names import key, printable
 from kathikon_celery.storage.tables import chord_parts, chords, jobs, state_in
@@ -73,15 +73,20 @@ def open(database: Database, chord: str, parts: Sequence[tuple[str, int]], struc
     database.patiently(write)
 
 
+_SIZE = bindparam("new_size", type_=Integer())
+_SIZED = Upsert(
+    chords,
+    (chords.c.id,),
+    {"id": bindparam("chord"), "size": _SIZE, "ended": 0, "added": 0, "inserted_at": now()},
+    # Below 5.7, Celery says it again, of the group alone, when a chain of the header comes to the group that ends it.
+    lambda new: {"size": case((func.coalesce(chords.c.size, 0) < new["size"], new["size"]), else_=chords.c.size)},
+)
+
+
 def set_size(database: Database, chord: str, size: int) -> None:
     """Set the number of parts, before the last one is sent."""
-    row = {"id": key(chord), "size": size, "ended": 0, "added": 0, "inserted_at": now()}
-    statement = database.dialect.insert_or_update(chords).values(row)
-    # Below 5.7, Celery says it again, of the group alone, when a chain of the header comes to the group that ends it.
-    larger = case((func.coalesce(chords.c.size, 0) < size, size), else_=chords.c.size)
-    statement = statement.on_conflict_do_update(index_elements=[chords.c.id], set_={"size": larger})
     with database.once() as connection:
-        connection.execute(statement)
+        database.dialect.upsert(connection, _SIZED, {"chord": key(chord), "new_size": size})
 
 
 def add_part(database: Database, chord: str) -> None:
@@ -91,33 +96,31 @@ def add_part(database: Database, chord: str) -> None:
 
 
 _LOCKED = select(chords.c.id).where(chords.c.id == bindparam("chord")).with_for_update()
-_COUNTED = (
-    update(chords)
-    .where(chords.c.id == bindparam("chord"))
-    .values(ended=chords.c.ended + 1)
-    .returning((chords.c.ended == chords.c.size + chords.c.added).label("is_last"))
-)
+_COUNTED = Change(chords, {"ended": chords.c.ended + 1}, (chords.c.id == bindparam("chord"),))
+_IS_LAST = ((chords.c.ended == chords.c.size + chords.c.added).label("is_last"),)
 
 
-def _ended(dialect: Dialect) -> Any:
-    columns = {
-        "chord": bindparam("chord"),
+def _changes(new: NewRow) -> dict[str, Any]:
+    # Celery 5.5 gives the members of a group that replaces a part the position of that part.
+    position = func.coalesce(chord_parts.c.position, new["position"])
+    return {"position": position, **{name: new[name] for name in ("ended", "succeeded", "result")}}
+
+
+_ENDED = Upsert(
+    chord_parts,
+    (chord_parts.c.chord, chord_parts.c.task_id),
+    {
+        "chord": bindparam("of_chord"),
         "task_id": bindparam("task"),
         "label": bindparam("name", type_=Text()),
         "position": bindparam("at", type_=Integer()),
         "ended": true(),
         "succeeded": bindparam("well", type_=Boolean()),
         "result": bindparam("text", type_=Text()),
-    }
-    statement = dialect.insert_or_update(chord_parts).values(columns)
-    changed = {name: statement.excluded[name] for name in ("ended", "succeeded", "result")}
-    # Celery 5.5 gives the members of a group that replaces a part the position of that part.
-    changed["position"] = func.coalesce(chord_parts.c.position, statement.excluded.position)
-    return statement.on_conflict_do_update(
-        index_elements=[chord_parts.c.chord, chord_parts.c.task_id],
-        set_=changed,
-        where=chord_parts.c.ended == false(),
-    ).returning(chord_parts.c.task_id)
+    },
+    _changes,
+    lambda new: chord_parts.c.ended == false(),
+)
 
 
 def count(database: Database, connection: Connection, part: Part) -> bool:
@@ -126,16 +129,17 @@ def count(database: Database, connection: Connection, part: Part) -> bool:
     if connection.execute(_LOCKED, {"chord": chord}).first() is None:
         return False  # its body was sent
     values = {
-        "chord": chord,
+        "of_chord": chord,
         "task": key(part.task_id),
         "name": part.task_id,
         "at": part.position,
         "well": part.succeeded,
         "text": printable(part.result),
     }
-    if connection.execute(_ended(database.dialect), values).first() is None:
+    if not database.dialect.upsert(connection, _ENDED, values):
         return False
-    return bool(connection.execute(_COUNTED, {"chord": chord}).scalar())
+    counted = database.dialect.change_and_read(connection, _COUNTED, _IS_LAST, {"chord": chord})
+    return counted is not None and bool(counted[0])
 
 
 _PARTS = (

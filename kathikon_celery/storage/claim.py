@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
-from itertools import product
+from itertools import islice
 from operator import itemgetter
 from time import monotonic
 from typing import Any, NamedTuple
@@ -17,12 +17,9 @@ from sqlalchemy import (
     desc,
     exists,
     false,
-    func,
     or_,
     select,
-    true,
     type_coerce,
-    update,
 )
 from sqlalchemy.sql.expression import ColumnElement
 from sqlalchemy.types import NullType
@@ -30,13 +27,11 @@ from sqlalchemy.types import NullType
 from kathikon_celery.job import Hold, Job, State
 from kathikon_celery.storage import messages
 from kathikon_celery.storage.clock import Instant
-from kathikon_celery.storage.dialects import Dialect
-from kathikon_celery.storage.engine import prepared
+from kathikon_celery.storage.dialects.parameters import Claim, Pick
 from kathikon_celery.storage.engine.database import Database
-from kathikon_celery.storage.finish import completing
-from kathikon_celery.storage.nodes import WAIT
+from kathikon_celery.storage.finish import COMPLETED
 from kathikon_celery.storage.scan_start import ScanStart
-from kathikon_celery.storage.tables import READY, jobs, nodes
+from kathikon_celery.storage.tables import READY, jobs, nodes, ready_in
 from kathikon_celery.storage.transitions import claimed
 
 #: What a worker must know of a job in order to run it. Nothing of it is converted: a corrupt row spoils no batch.
@@ -57,7 +52,7 @@ _IS_ALIVE = or_(
 class Waiting(NamedTuple):
     """With a claim it is said that the node waits for *queues*, if it finds fewer jobs than *room*.
 
-    See `nodes.wait_for`. Only where the dialect ``changes_in_ctes``.
+    See `nodes.wait_for`. Only where the dialect ``wakes_by_name``.
     """
 
     queues: list[str]
@@ -78,31 +73,17 @@ def _parts(marks: int) -> list[list[ColumnElement[bool]]]:
     return [*parts, below]
 
 
-def _with_waiting(claimed: Any, rows: Any) -> Any:
-    """The *rows*; with them it is said that the node waits, if fewer are *claimed* than it has room for."""
-    number = select(func.count()).select_from(claimed).scalar_subquery()
-    return rows.add_cte(WAIT.where(number < bindparam("room", type_=Integer())).cte("waits"))
-
-
-@lru_cache(maxsize=64)
-def _claim(dialect: Dialect, marks: int, waits: bool) -> Any:
-    claim = _claiming(dialect, marks)
-    return _with_waiting(rows := claim.cte("claimed"), select(rows)) if waits else claim
-
-
-def _claiming(dialect: Dialect, marks: int) -> Any:
+@lru_cache(maxsize=16)
+def _claim(marks: int) -> Claim:
+    """A claim from a queue so many priorities of which have a mark."""
     ready = (
         select(jobs.c.seq)
-        .where(jobs.c.queue == bindparam("from_queue"), READY, _IS_ALIVE)
+        .where(ready_in(bindparam("from_queue", type_=jobs.c.queue.type)), _IS_ALIVE)
         .order_by(desc(jobs.c.priority), jobs.c.available_at, jobs.c.seq)
         .limit(bindparam("at_most", type_=Integer()))
     )
-    picked = (
-        dialect.picked_in_turn([ready.where(*part) for part in _parts(marks)], jobs)
-        if marks
-        else dialect.picked(ready, jobs)
-    )
-    return claimed(update(jobs).where(picked)).returning(*_DELIVERY, _SINCE)
+    rows = tuple(ready.where(*part) for part in _parts(marks)) if marks else (ready,)
+    return Claim(claimed(), (*_DELIVERY, _SINCE), Pick(jobs, rows, "kathikon_jobs_ready"))
 
 
 def is_anything_there(queues: int, with_messages: bool) -> ColumnElement[bool]:
@@ -110,8 +91,8 @@ def is_anything_there(queues: int, with_messages: bool) -> ColumnElement[bool]:
     # In the order of the index: see `messages.first`.
     first = []
     for number in range(queues):
-        queue: Any = bindparam(f"queue_{number}")
-        job = select(jobs.c.seq).where(jobs.c.queue == queue, READY)
+        queue: Any = bindparam(f"queue_{number}", type_=jobs.c.queue.type)
+        job = select(jobs.c.seq).where(ready_in(queue))
         first.append(job.order_by(desc(jobs.c.priority), jobs.c.available_at, jobs.c.seq))
         if with_messages:
             first.append(messages.first(queue))
@@ -134,25 +115,22 @@ def claim(
         waiting: what is said with it.
     """
     look = _Look(database, front)
-    values = look.parameters(queue, limit, node_id, waiting)
-    rows = prepared.rows(connection, _claim(database.dialect, len(look.marks), waiting is not None), values)
+    values = look.parameters(queue, limit, node_id)
+    rows = database.dialect.claim(connection, _claim(len(look.marks)), values, waiting)
     return look.found(rows, node_id)
 
 
-@lru_cache(maxsize=2)
-def _claim_told(dialect: Dialect) -> Any:
-    # The queue as an expression: else PostgreSQL, before its first statistics, reads all that is ready in it.
-    told = (jobs.c.seq == bindparam("told"), jobs.c.queue.concat("") == bindparam("from_queue"))
-    rows = claimed(update(jobs).where(*told, READY, _IS_ALIVE)).returning(*_DELIVERY).cte("claimed")
-    return _with_waiting(rows, select(rows))
+# The queue as an expression: else PostgreSQL, before its first statistics, reads all that is ready in it.
+_IS_TOLD = (jobs.c.seq == bindparam("told"), jobs.c.queue.concat("") == bindparam("from_queue"))
+_CLAIM_TOLD = Claim(claimed(*_IS_TOLD, READY, _IS_ALIVE), tuple(_DELIVERY))
 
 
 def claim_told(
     database: Database, connection: Connection, queue: str, seq: int, node_id: int, waiting: Waiting
 ) -> list[Job]:
     """`claim` of the one job that the node was called for, where it still waits: in half of the other's time."""
-    values = {"from_queue": queue, "told": seq, "by_node": node_id, "node": node_id, **waiting._asdict()}
-    rows = prepared.rows(connection, _claim_told(database.dialect), values)
+    values = {"from_queue": queue, "told": seq, "by_node": node_id}
+    rows = database.dialect.claim(connection, _CLAIM_TOLD, values, waiting)
     return [_job(row, node_id) for row in rows]
 
 
@@ -177,10 +155,9 @@ class _Look:
             self.values |= {f"priority_{number}": priority, f"since_{number}": since}
         self._started = monotonic()
 
-    def parameters(self, queue: str, limit: int, node_id: int | None, waiting: Waiting | None) -> dict[str, Any]:
+    def parameters(self, queue: str, limit: int, node_id: int | None) -> dict[str, Any]:
         """The parameters of `_claim`."""
-        values = {"from_queue": queue, "at_most": limit, "by_node": node_id, **self.values}
-        return {**values, "node": node_id, **waiting._asdict()} if waiting is not None else values
+        return {"from_queue": queue, "at_most": limit, "by_node": node_id, **self.values}
 
     def found(self, rows: Sequence[Any], node_id: int | None) -> list[Job]:
         """The jobs of *rows*, which have the columns of `_DELIVERY`, and then the moment since which they are ready."""
@@ -197,15 +174,6 @@ def _in_order(rows: Sequence[Any]) -> list[Any]:
         return sorted(rows, key=itemgetter(_SEQ))
 
 
-@lru_cache(maxsize=64)
-def _complete_and_claim(dialect: Dialect, marks: int, waits: bool) -> Any:
-    completed = completing(dialect).returning(jobs.c.seq).cte("completed")
-    found = _claiming(dialect, marks).cte("claimed")
-    number = select(func.count().label("completed")).select_from(completed).subquery()
-    rows = select(found, number.c.completed).select_from(number.outerjoin(found, true()))
-    return _with_waiting(found, rows) if waits else rows
-
-
 def complete_and_claim(
     database: Database,
     connection: Connection,
@@ -216,34 +184,29 @@ def complete_and_claim(
     front: ScanStart | None = None,
     waiting: Waiting | None = None,
 ) -> tuple[int, list[Job]]:
-    """`finish.completed` and `claim` in one statement, where the dialect ``changes_in_ctes``; what both return."""
+    """`finish.completed` and `claim` at once, where the dialect ``completes_and_claims``; what both return."""
     look = _Look(database, front)
-    values = look.parameters(queue, limit, node_id, waiting)
-    parameters = database.dialect.of_holds({hold: {} for hold in holds}, values)
-    rows = prepared.rows(
-        connection, _complete_and_claim(database.dialect, len(look.marks), waiting is not None), parameters
-    )
-    return rows[0][-1], look.found([row for row in rows if row[_SEQ] is not None], node_id)
+    values, claims = look.parameters(queue, limit, node_id), _claim(len(look.marks))
+    number, rows = database.dialect.complete_and_claim(connection, COMPLETED, holds, claims, values, waiting)
+    return number, look.found(rows, node_id)
 
 
 def preparations(database: Database) -> Iterator[Callable[[Connection], None]]:
     """What the first jobs would have to wait for, longer than they run, in steps; each takes a connection."""
     dialect = database.dialect
-    yield partial(prepared.ready, statement=completing(dialect))
+    claims = [_claim(marks) for marks in range(1 + dialect.keeps_old_rows)]
+    steps = dialect.preparations(COMPLETED, claims)
+    yield from islice(steps, 1)
     if dialect.wakes_by_name:
         yield partial(_rehearse, database)
-    for marks, waits in product(range(1 + dialect.keeps_old_rows), range(1 + dialect.changes_in_ctes)):
-        yield partial(prepared.ready, statement=_claim(dialect, marks, bool(waits)))
-        if dialect.changes_in_ctes:
-            yield partial(prepared.ready, statement=_complete_and_claim(dialect, marks, bool(waits)))
+    yield from steps
 
 
-@lru_cache(maxsize=8)
-def _claim_again(dialect: Dialect) -> Any:
-    return claimed(update(jobs).where(dialect.held(jobs, owned=False), READY))
+_CLAIMED_AGAIN = claimed(READY)
 
 
 def claim_again(database: Database, connection: Connection, holds: Sequence[Hold], node_id: int) -> int:
     """Repeat claims that gave *holds* and that the server has forgotten; the number of them."""
     before = [hold._replace(fence=hold.fence - 1) for hold in holds]
-    return database.dialect.for_holds(connection, _claim_again(database.dialect), before, {"by_node": node_id})
+    values = {"by_node": node_id}
+    return database.dialect.change_held(connection, _CLAIMED_AGAIN, before, values, owned=False)

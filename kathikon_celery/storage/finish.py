@@ -12,12 +12,10 @@ from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Boolean, Connection, Text, bindparam, select, update
-from sqlalchemy.sql.dml import Update
 
 from kathikon_celery.job import Cause, Hold, Job, State, in_brief
 from kathikon_celery.storage import transitions
 from kathikon_celery.storage.clock import now
-from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.names import printable
 from kathikon_celery.storage.reading import errors_of, jobs_of
@@ -28,39 +26,30 @@ from kathikon_celery.storage.transitions import IS_HELD
 LOST = "the process that ran it was lost"
 
 
-@lru_cache(maxsize=8)
-def _started(dialect: Dialect) -> Any:
-    return transitions.started(dialect.held(jobs), acked=bindparam("acked_early", type_=Boolean()))
-
-
-@lru_cache(maxsize=8)
-def completing(dialect: Dialect) -> Update:
-    """The statement of `completed`, for who makes it a part of a larger one."""
-    return transitions.ended(State.COMPLETED, dialect.held(jobs))
+_STARTED = transitions.started(acked=bindparam("acked_early", type_=Boolean()))
+#: The change of `completed`, for who makes it together with another one.
+COMPLETED = transitions.ended(State.COMPLETED)
+_REPLACED = transitions.replaced()
+_RETURNED = transitions.returned(crashed=transitions.has_crashed())
 
 
 @lru_cache(maxsize=8)
 def _ended(state: State) -> Any:
     texts = {name: bindparam(parameter, type_=Text()) for name, parameter in _TEXTS.items()}
-    return transitions.ended(state, held_as(jobs), IS_HELD, **texts)
+    return transitions.ended(state, held_as(jobs), IS_HELD, **texts).of()
 
 
 _TEXTS = {"reason": "why", "traceback": "trace", "status": "word", "cause": "because"}
 
 
-@lru_cache(maxsize=8)
-def _returned(dialect: Dialect) -> Any:
-    return transitions.returned(dialect.held(jobs), crashed=transitions.has_crashed())
-
-
 def started(database: Database, connection: Connection, holds: Sequence[Hold], acked: bool = False) -> int:
     """The pool has accepted the jobs. *acked*: their messages are acknowledged with it, they never run again."""
-    return database.dialect.for_holds(connection, _started(database.dialect), holds, {"acked_early": acked})
+    return database.dialect.change_held(connection, _STARTED, holds, {"acked_early": acked})
 
 
 def completed(database: Database, connection: Connection, holds: Sequence[Hold]) -> int:
     """The tasks have returned."""
-    return database.dialect.for_holds(connection, completing(database.dialect), holds, {})
+    return database.dialect.change_held(connection, COMPLETED, holds, {})
 
 
 def ended(
@@ -84,14 +73,9 @@ def ended(
     return changed
 
 
-@lru_cache(maxsize=8)
-def _replaced(dialect: Dialect) -> Any:
-    return transitions.replaced(dialect.held(jobs))
-
-
 def replaced(database: Database, connection: Connection, holds: Sequence[Hold]) -> int:
     """The tasks have handed their work to others, the last of which will be published under their ids."""
-    return database.dialect.for_holds(connection, _replaced(database.dialect), holds, {})
+    return database.dialect.change_held(connection, _REPLACED, holds, {})
 
 
 _UNREPORTED = select(jobs).where(UNREPORTED).order_by(jobs.c.ended_at).limit(100)
@@ -136,7 +120,7 @@ def add_error(connection: Connection, seq: int, reason: str, fence: int) -> None
 
 def given_back(database: Database, connection: Connection, holds: Sequence[Hold], crashed: bool = False) -> int:
     """The jobs are ready again for anybody. *crashed*: the process that ran them was lost."""
-    changed = database.dialect.for_holds(connection, _returned(database.dialect), holds, {"has_crashed": crashed})
+    changed = database.dialect.change_held(connection, _RETURNED, holds, {"has_crashed": crashed})
     if crashed and changed:
         note_crashes(connection, holds)
     return changed

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 from sqlalchemy import Connection, or_, select
+from sqlalchemy.sql.expression import ColumnElement
 
 from kathikon_celery.storage import claim, finish, nodes, promote, prune, topology
 from kathikon_celery.storage.dialects import Dialect
@@ -53,8 +54,8 @@ def _look(dialect: Dialect, queues: int, with_messages: bool, questions: tuple[s
 
 
 @lru_cache(maxsize=64)
-def _renew(queues: int, with_messages: bool) -> Any:
-    return nodes.RENEW.returning(claim.is_anything_there(queues, with_messages))
+def _there(queues: int, with_messages: bool) -> tuple[ColumnElement[bool]]:
+    return (claim.is_anything_there(queues, with_messages),)
 
 
 def look(
@@ -82,5 +83,6 @@ def renew(database: Database, queues: Sequence[str], with_messages: bool, node_i
     """`look` and renew the node's lease to *lease* seconds, in one statement; `None` if the node was taken for dead."""
     values = {**by_number(queues), "node": node_id, "lease": lease}
     with database.once() as connection:
-        found = prepared.rows(connection, _renew(len(queues), with_messages), values)
-    return bool(found[0][0]) if found else None
+        there = _there(len(queues), with_messages)
+        found = database.dialect.change_and_read(connection, nodes.RENEW, there, values)
+    return bool(found[0]) if found is not None else None

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Connection, Executable, bindparam, or_, select
+from sqlalchemy import Connection, bindparam, or_, select
 
 from kathikon_celery.job import Hold, Job, State
 from kathikon_celery.storage import transitions
-from kathikon_celery.storage.dialects import Dialect
+from kathikon_celery.storage.dialects.parameters import Upsert
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.names import key, printable
@@ -22,15 +22,10 @@ _BROUGHT = ("queue", "task", "priority", "publication", "max_attempts", "root_id
 _PAYLOAD = ("expires_at", "envelope", "body")
 
 
-@lru_cache(maxsize=64)
-def _statement(dialect: Dialect, later: bool, own: bool, again: bool, bare: bool) -> Any:
-    """The INSERT. *later*: it has a due time. *own*: it is known that the job holds still for it.
-
-    *again*: it may have been committed before. *bare*: without a wake-up.
-    """
-    columns: dict[str, Any] = {name: bindparam(f"new_{name}", type_=jobs.c[name].type) for name in _BROUGHT + _PAYLOAD}
-    insert = transitions.published(dialect, columns, later, own, again)
-    return insert if bare else dialect.publishing(insert, None if later else columns["queue"])
+@lru_cache(maxsize=8)
+def _published(later: bool, own: bool, again: bool) -> Upsert:
+    columns = {name: bindparam(f"new_{name}", type_=jobs.c[name].type) for name in _BROUGHT + _PAYLOAD}
+    return transitions.published(columns, later, own, again)
 
 
 _OWN = (
@@ -82,10 +77,6 @@ def _key(name: str | None) -> str | None:
     return None if name is None else key(name)
 
 
-def _make(database: Database, job: Job, own: bool, again: bool, bare: bool) -> Executable:
-    return _statement(database.dialect, job.scheduled_at is not None, own, again, bare)  # type: ignore[no-any-return]
-
-
 def insert(database: Database, job: Job, hold: Hold | None = None, soon: bool = True) -> bool:
     """Publish *job*; on disk when this returns.
 
@@ -98,21 +89,20 @@ def insert(database: Database, job: Job, hold: Hold | None = None, soon: bool = 
     """
     values = _values(job)
 
-    own = hold is not None
+    own, later = hold is not None, job.scheduled_at is not None
     claim = {"number": hold.seq, "held_fence": hold.fence, "holder": hold.node_id} if hold else {}
 
     def publish(again: bool) -> bool:
-        if own or (job.scheduled_at is not None and not soon):
+        if own or (later and not soon):
             with database.write(durable=True) as connection:
                 if own and not prepared.rows(connection, _OWN, claim):
                     return again
-                prepared.count(connection, _make(database, job, own, again, True), values)
+                database.dialect.upsert(connection, _published(later, own, again), values)
                 if soon:
                     _announce(database, connection, [job])
         else:
             with database.once(durable=True) as connection:
-                statement, later = _make(database, job, False, again, False), job.scheduled_at is not None
-                database.dialect.publish(connection, statement, values, later, again)
+                database.dialect.publish(connection, _published(later, False, again), values, later, again)
         return True
 
     return database.patiently(publish)
@@ -133,8 +123,8 @@ def publish(database: Database, connection: Connection, batch: Sequence[Job], ag
     for later in (False, True):
         chosen = [job for job in batch if (job.scheduled_at is not None) is later]
         if chosen:
-            statement = _make(database, chosen[0], False, again, True)
-            prepared.many(connection, statement, [_values(job) for job in chosen])
+            rows = [_values(job) for job in chosen]
+            database.dialect.upsert_many(connection, _published(later, False, again), rows)
     _announce(database, connection, batch)
 
 

@@ -20,16 +20,15 @@ from sqlalchemy import (
     null,
     select,
     true,
-    update,
 )
 
 from kathikon_celery.job import Hold
 from kathikon_celery.storage.clock import now, seconds
-from kathikon_celery.storage.dialects import Dialect
+from kathikon_celery.storage.dialects.parameters import Change, Pick
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.names import key
-from kathikon_celery.storage.tables import FREE, READY, jobs, messages, queues
+from kathikon_celery.storage.tables import FREE, jobs, messages, queues, ready_in
 
 
 @dataclass(slots=True, kw_only=True)
@@ -130,24 +129,21 @@ def there(connection: Connection, queues: Sequence[str]) -> list[str]:
     return [queue for queue, is_there in zip(queues, found, strict=True) if is_there]
 
 
-@lru_cache(maxsize=8)
-def _take(dialect: Dialect, keep: bool) -> Any:
-    ready = first(bindparam("from_queue")).where(_FRESH).limit(bindparam("at_most", type_=Integer()))
-    picked = dialect.picked(ready, messages)
-    if keep:
-        held = update(messages).where(picked).values(node_id=bindparam("by_node"), fence=messages.c.fence + 1)
-        return held.returning(*_TAKEN)
-    return delete(messages).where(picked).returning(*_TAKEN)
+_READY = first(bindparam("from_queue")).where(_FRESH).limit(bindparam("at_most", type_=Integer()))
+_PICK = Pick(messages, (_READY,), "kathikon_messages_ready")
+_KEPT = Change(messages, {"node_id": bindparam("by_node"), "fence": messages.c.fence + 1})
+_RETURNED = Change(messages, {"node_id": null(), "fence": messages.c.fence + 1})
 
 
 def take(
     database: Database, connection: Connection, queue: str, limit: int, node_id: int | None, keep: bool
 ) -> list[Message]:
     """Take up to *limit* messages of *queue* (a key). *keep*: hold them until acknowledged; otherwise delete them."""
-    values: dict[str, Any] = {"from_queue": queue, "at_most": limit}
+    dialect, values = database.dialect, {"from_queue": queue, "at_most": limit}
     if keep:
-        values["by_node"] = node_id
-    rows = prepared.rows(connection, _take(database.dialect, keep), values)
+        rows = dialect.pick_and_change(connection, _KEPT, _PICK, _TAKEN, {**values, "by_node": node_id}).rows
+    else:
+        rows = dialect.pick_and_delete(connection, _PICK, _TAKEN, values).rows
     names = [column.name for column in _TAKEN]
     taken = [Message(**dict(zip(names, row, strict=True)), node_id=node_id) for row in rows]
     with suppress(TypeError):  # one of them is corrupt; the others are delivered all the same
@@ -155,30 +151,20 @@ def take(
     return taken
 
 
-@lru_cache(maxsize=8)
-def _acknowledged(dialect: Dialect) -> Any:
-    return delete(messages).where(dialect.held(messages))
-
-
 def acknowledge(database: Database, connection: Connection, holds: Sequence[Hold]) -> int:
     """Delete the messages held under *holds*; return their number."""
-    return database.dialect.for_holds(connection, _acknowledged(database.dialect), holds, {})
-
-
-@lru_cache(maxsize=8)
-def _returned(dialect: Dialect) -> Any:
-    return update(messages).where(dialect.held(messages)).values(node_id=null(), fence=messages.c.fence + 1)
+    return database.dialect.delete_held(connection, messages, holds)
 
 
 def give_back(database: Database, connection: Connection, holds: Sequence[Hold]) -> int:
     """Free the messages held under *holds*; return their number."""
-    changed = database.dialect.for_holds(connection, _returned(database.dialect), holds, {})
+    changed = database.dialect.change_held(connection, _RETURNED, holds, {})
     database.dialect.ring(connection)
     return changed
 
 
 _COUNT = select(func.count()).where(messages.c.queue == bindparam("from_queue"), FREE, _FRESH)
-_COUNT_JOBS = select(func.count()).where(jobs.c.queue == bindparam("from_queue"), READY)
+_COUNT_JOBS = select(func.count()).where(ready_in(bindparam("from_queue", type_=jobs.c.queue.type)))
 _PURGE = delete(messages).where(messages.c.queue == bindparam("from_queue"), FREE)
 
 

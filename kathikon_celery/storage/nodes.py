@@ -28,8 +28,8 @@ from sqlalchemy.sql.expression import ColumnElement
 from kathikon_celery.job import Hold, State
 from kathikon_celery.storage import transitions
 from kathikon_celery.storage.clock import now, seconds, seconds_until
-from kathikon_celery.storage.dialects import Dialect
-from kathikon_celery.storage.engine import prepared
+from kathikon_celery.storage.dialects import Dialect, dialect_of
+from kathikon_celery.storage.dialects.parameters import Change
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.finish import note_crashes
 from kathikon_celery.storage.tables import HELD, jobs, messages, nodes, queues
@@ -59,13 +59,15 @@ def register(database: Database, name: str, machine: str, pid: int, pid_started:
         return int(row.inserted_primary_key[0])
 
 
-RENEW = update(nodes).where(nodes.c.id == bindparam("node")).values(lease_until=now(seconds("lease")))
+#: The lease of the ``node`` ends ``lease`` seconds from now.
+RENEW = Change(nodes, {"lease_until": now(seconds("lease"))}, (nodes.c.id == bindparam("node"),))
+_RENEW = RENEW.of()
 
 
 def renew(database: Database, node_id: int, lease: float) -> bool:
     """Make the lease last *lease* seconds from now; return false when the node was taken for dead."""
     with database.once() as connection:
-        return connection.execute(RENEW, {"node": node_id, "lease": lease}).rowcount > 0
+        return connection.execute(_RENEW, {"node": node_id, "lease": lease}).rowcount > 0
 
 
 class Holder:
@@ -144,21 +146,15 @@ def newest(connection: Connection) -> int:
     return int(connection.execute(select(func.coalesce(func.max(nodes.c.id), 0))).scalar_one())
 
 
-#: UPDATE: the ``node`` waits for the ``queues``.
-WAIT = (
-    update(nodes).where(nodes.c.id == bindparam("node")).values(waiting=bindparam("queues", type_=nodes.c.waiting.type))
-)
-
-
 def wait_for(connection: Connection, node_id: int, names: list[str] | None) -> None:
     """Note the queues (keys) that the idle node waits for, so that publications wake it; `None`: it is busy."""
-    prepared.count(connection, WAIT, {"node": node_id, "queues": names})
+    dialect_of(connection).wait_for(connection, node_id, names)
 
 
 @lru_cache(maxsize=1)
 def _rescued() -> Any:
     crashed = jobs.c.state == literal_column(f"'{State.RUNNING.value}'")
-    return transitions.returned(HELD, jobs.c.node_id == bindparam("node"), crashed=crashed)
+    return transitions.returned(HELD, jobs.c.node_id == bindparam("node"), crashed=crashed).of()
 
 
 _FREED = (

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
-
 from sqlalchemy import Connection, Integer, bindparam, select
 
 from kathikon_celery.storage import transitions
 from kathikon_celery.storage.clock import now, seconds_until
-from kathikon_celery.storage.dialects import Dialect
+from kathikon_celery.storage.dialects.parameters import Pick
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
-from kathikon_celery.storage.tables import DUE, EXPIRING, jobs
+from kathikon_celery.storage.tables import DUE, EXPIRING, due_at, jobs
 
 #: Rows a transaction promotes: enough for a burst, few enough to hold no lock for long.
 CHUNK = 1000
 
-NEXT_DUE = select(seconds_until(jobs.c.available_at)).where(DUE).order_by(jobs.c.available_at).limit(1)
+NEXT_DUE = select(seconds_until(due_at())).where(DUE).order_by(due_at()).limit(1)
 
 
-@lru_cache(maxsize=8)
-def _promote(dialect: Dialect) -> Any:
-    due = (
-        select(jobs.c.seq)
-        .where(DUE, jobs.c.available_at <= now())
-        .order_by(jobs.c.available_at)
-        .limit(bindparam("at_most", type_=Integer()))
-    )
-    return transitions.promoted(dialect.picked(due, jobs)).returning(jobs.c.queue)
+_DUE = select(jobs.c.seq).where(DUE, due_at() <= now()).order_by(due_at()).limit(bindparam("at_most", type_=Integer()))
+_PICK_DUE = Pick(jobs, (_DUE,), "kathikon_jobs_due")
+_PROMOTED = transitions.promoted()
+_EXPIRED = select(jobs.c.seq).where(EXPIRING, jobs.c.expires_at <= now()).order_by(jobs.c.expires_at).limit(CHUNK)
+_PICK_EXPIRED = Pick(jobs, (_EXPIRED,), "kathikon_jobs_expiring")
+_GIVEN_UP = transitions.expired()
 
 
 def next_due(connection: Connection) -> float | None:
@@ -41,19 +35,15 @@ def next_due(connection: Connection) -> float | None:
 def promote(database: Database, limit: int = CHUNK) -> int:
     """Make up to *limit* due jobs ready, and wake nodes for them; the number of them."""
     with database.write() as connection:
-        queues = [queue for (queue,) in prepared.rows(connection, _promote(database.dialect), {"at_most": limit})]
+        values = {"at_most": limit}
+        taken = database.dialect.pick_and_change(connection, _PROMOTED, _PICK_DUE, (jobs.c.queue,), values)
+        queues = [queue for (queue,) in taken.rows]
         if queues:
             database.dialect.wake(connection, {queue for queue in queues if queue}, len(queues))
     return len(queues)
 
 
-@lru_cache(maxsize=8)
-def _expire(dialect: Dialect) -> Any:
-    expired = select(jobs.c.seq).where(EXPIRING, jobs.c.expires_at <= now()).order_by(jobs.c.expires_at).limit(CHUNK)
-    return transitions.expired(dialect.picked(expired, jobs))
-
-
 def expire(database: Database) -> int:
     """Discard the jobs that expired while they waited; the number of them."""
     with database.write() as connection:
-        return connection.execute(_expire(database.dialect)).rowcount
+        return database.dialect.pick_and_change(connection, _GIVEN_UP, _PICK_EXPIRED, (), {}).number

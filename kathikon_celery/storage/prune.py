@@ -26,18 +26,18 @@ from sqlalchemy.types import NullType
 
 from kathikon_celery.job import TERMINAL, State
 from kathikon_celery.storage.clock import Instant, now, seconds
-from kathikon_celery.storage.dialects import Dialect
+from kathikon_celery.storage.dialects.parameters import Pick
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.tables import (
     DUE,
     ENDED,
     EXPIRING,
     FREE,
-    READY,
     chords,
     groups,
     jobs,
     messages,
+    ready_in,
     waits,
 )
 
@@ -61,12 +61,16 @@ def _old(column: Column[Any], state: State) -> Select[Any]:
 _PRUNABLE = {state: _old(jobs.c.id, state) for state in State}
 
 
+#: When a job ended, as it is stored.
+_ENDED_AT = (type_coerce(jobs.c.ended_at, NullType()),)
+
+
 @lru_cache(maxsize=64)
-def _prune(dialect: Dialect, state: State, from_front: bool) -> Any:
+def _pick(state: State, from_front: bool) -> Pick:
     old = _old(jobs.c.seq, state)
     if from_front:
         old = old.where(jobs.c.ended_at >= bindparam("front", type_=Instant()))
-    return delete(jobs).where(dialect.picked(old, jobs)).returning(type_coerce(jobs.c.ended_at, NullType()))
+    return Pick(jobs, (old,), "kathikon_jobs_ended")
 
 
 def prunable(connection: Connection, retention: Mapping[State, float | None], limit: int = CHUNK) -> list[str]:
@@ -99,17 +103,19 @@ def prune(
             front = fronts.pop(state, None) if fronts is not None else None
             values = {"minus_age": -age, "at_most": limit - pruned, **({"front": front} if front else {})}
             with database.once() as connection:
-                ended = connection.execute(_prune(database.dialect, state, front is not None), values).scalars().all()
-            pruned += len(ended)
+                pick = _pick(state, front is not None)
+                taken = database.dialect.pick_and_delete(connection, pick, _ENDED_AT, values)
+            pruned += taken.number
             if pruned < limit and front is None:
                 break
             if pruned >= limit and fronts is not None:
-                fronts[state] = max(ended)
+                fronts[state] = max(ended_at for (ended_at,) in taken.rows)
     return pruned
 
 
 _DELETE = delete(jobs).where(jobs.c.id.in_(bindparam("keys", expanding=True)))
-_PURGE = [delete(jobs).where(jobs.c.queue == bindparam("from_queue"), waiting) for waiting in (READY, DUE)]
+_FROM = bindparam("from_queue", type_=jobs.c.queue.type)
+_PURGE = [delete(jobs).where(ready_in(_FROM)), delete(jobs).where(jobs.c.queue == _FROM, DUE)]
 _OLD_GROUPS = delete(groups).where(groups.c.inserted_at < now(seconds("minus_age")))
 
 
@@ -160,16 +166,14 @@ def purge(connection: Connection, queue: str) -> int:
     return sum(connection.execute(statement, {"from_queue": queue}).rowcount for statement in _PURGE)
 
 
-@lru_cache(maxsize=8)
-def _expired_messages(dialect: Dialect) -> Any:
-    expired = select(messages.c.seq).where(messages.c.expires_at <= now(), FREE).limit(CHUNK)
-    return delete(messages).where(dialect.picked(expired, messages))
+_EXPIRED_MESSAGES = select(messages.c.seq).where(messages.c.expires_at <= now(), FREE).limit(CHUNK)
+_PICK_EXPIRED_MESSAGES = Pick(messages, (_EXPIRED_MESSAGES,), "kathikon_messages_expires")
 
 
 def expired_messages(database: Database) -> int:
     """Delete the messages whose time to live is over and that nobody holds; the number of them."""
     with database.once() as connection:
-        return connection.execute(_expired_messages(database.dialect)).rowcount
+        return database.dialect.pick_and_delete(connection, _PICK_EXPIRED_MESSAGES, (), {}).number
 
 
 def old_groups(database: Database, age: float) -> int:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
-from sqlalchemy import BigInteger, Connection, Integer, and_, bindparam, delete, literal_column, not_, or_, select
+from sqlalchemy import Connection, and_, bindparam, delete, literal_column, not_, or_, select
 
 from kathikon_celery.job import TERMINAL, Job, State
 from kathikon_celery.storage import reading
 from kathikon_celery.storage.clock import now, seconds
-from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.tables import OUTCOME, jobs, state_in, waits
@@ -44,33 +43,19 @@ def is_ready(job: Job) -> bool:
     return job.status in READY_WORDS or (job.status is None and job.state in TERMINAL)
 
 
-def tell(
-    database: Database,
-    connection: Connection,
-    statement: Any,
-    values: Any,
-    ended: bool = True,
-    fixed: bool = True,
-) -> int:
-    """Run *statement*, which changes jobs, and wake the processes that wait for them: see `Dialect.tell`."""
-    return database.dialect.tell(connection, statement, values, ended, fixed)
-
-
 def look(database: Database, keys: Sequence[str], ready: bool = True) -> list[Job]:
     """Return the ready jobs among *keys*, or all of them without *ready*. The id of each is its key."""
     found: list[Job] = []
     with database.read() as connection:
         for chunk in _chunks(keys):
-            if len(chunk) == 1:
-                found += _outcomes(connection, _READY_ONE if ready else _ONE, {"keys": chunk[0]}, chunk, ready)
-            else:
-                found += _outcomes(connection, _READY_ONES if ready else _ALL, {"keys": chunk}, chunk, ready)
+            found += _outcomes(connection, partial(_looked, connection, chunk, ready), chunk, ready)
     return found
 
 
-@lru_cache(maxsize=8)
-def _entering(dialect: Dialect, one: bool) -> Any:
-    return dialect.entering(_READY_ONE if one else _READY_ONES)
+def _looked(connection: Connection, keys: list[str], ready: bool) -> Sequence[Any]:
+    if len(keys) == 1:
+        return prepared.rows(connection, _READY_ONE if ready else _ONE, {"keys": keys[0]})
+    return connection.execute(_READY_ONES if ready else _ALL, {"keys": keys}).all()  # compiled anew for each list
 
 
 def enter(database: Database, keys: Sequence[str], listener: int) -> list[Job]:
@@ -80,19 +65,15 @@ def enter(database: Database, keys: Sequence[str], listener: int) -> list[Job]:
     found: list[Job] = []
     with database.once() as connection:
         for chunk in _chunks(keys):
-            one = len(chunk) == 1
-            values = {"keys": chunk[0] if one else chunk, "names": chunk, "listener": listener}
-            found += _outcomes(connection, _entering(database.dialect, one), values, chunk, True)
+            ready = _READY_ONE if len(chunk) == 1 else _READY_ONES
+            enters = partial(database.dialect.enter_waits, connection, ready, chunk, listener)
+            found += _outcomes(connection, enters, chunk, True)
     return found
 
 
 def _chunks(keys: Sequence[str]) -> Iterator[list[str]]:
     for start in range(0, len(keys), CHUNK):
         yield list(keys[start : start + CHUNK])
-
-
-def _executed(connection: Connection, query: Any, values: dict[str, Any]) -> Sequence[Any]:
-    return connection.execute(query, values).all()
 
 
 def told(outcome: str) -> Job:
@@ -108,24 +89,12 @@ def _outcome(row: Any) -> Job:
     return Job(**{**values, "state": State(values["state"]), "cause": reading.cause_of(values["cause"])})
 
 
-def _outcomes(
-    connection: Connection, query: Any, values: dict[str, Any], keys: Sequence[str], ready: bool
-) -> list[Job]:
+def _outcomes(connection: Connection, asks: Callable[[], Sequence[Any]], keys: Sequence[str], ready: bool) -> list[Job]:
     try:
-        # A statement with a list is compiled each time.
-        run = prepared.rows if len(keys) == 1 else _executed
-        return [_outcome(row) for row in run(connection, query, values)]
+        return [_outcome(row) for row in asks()]
     except (ValueError, TypeError, AttributeError):  # a corrupt row is among them
         found = [replace(job, id=name) for name in keys if (job := reading.fetch(connection, name)) is not None]
         return [job for job in found if not ready or is_ready(job)]
-
-
-@lru_cache(maxsize=8)
-def _leave(dialect: Dialect) -> Any:
-    own: Any = waits.c.listener == bindparam("listener", type_=BigInteger())
-    mine = select(waits.c.seq).where(waits.c.job.in_(bindparam("keys", expanding=True)), own)
-    # Rows that another transaction deletes just now are skipped, without waiting for it.
-    return delete(waits).where(dialect.picked(mine.limit(bindparam("at_most", type_=Integer())), waits))
 
 
 def leave(database: Database, keys: Sequence[str], listener: int) -> None:
@@ -134,8 +103,7 @@ def leave(database: Database, keys: Sequence[str], listener: int) -> None:
         return
     with database.once() as connection:
         for chunk in _chunks(keys):
-            values = {"keys": chunk, "listener": listener, "at_most": CHUNK}
-            connection.execute(_leave(database.dialect), values)
+            database.dialect.leave_waits(connection, chunk, listener)
 
 
 def prune(database: Database, age: float = LONGEST) -> int:

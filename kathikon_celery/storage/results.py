@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
 
 from sqlalchemy import Connection, Text, bindparam, case, delete, null, select, update
 
 from kathikon_celery.job import TERMINAL, Cause, Hold, State
 from kathikon_celery.storage import result_listeners, transitions
 from kathikon_celery.storage.clock import now
-from kathikon_celery.storage.dialects import Dialect
+from kathikon_celery.storage.dialects.parameters import Change, Upsert
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.finish import add_error
@@ -20,13 +19,14 @@ from kathikon_celery.storage.tables import UNREPORTED, groups, held_as, jobs, of
 from kathikon_celery.storage.transitions import WRITTEN, may_become
 
 #: UPDATE for a task's own `update_state()`: the row's state does not change.
-_NOTED = update(jobs).where(held_as(jobs), may_become(State.COMPLETED)).values(WRITTEN)
+_NOTED = Change(jobs, WRITTEN, (held_as(jobs), may_become(State.COMPLETED)))
 _WHY = {"reason": bindparam("why", type_=Text()), "cause": bindparam("because", type_=Text())}
 _ENDED = {
     state: transitions.ended(state, held_as(jobs), **WRITTEN, **_WHY)
     for state in (State.COMPLETED, State.DEAD, State.CANCELLED, State.DISCARDED)
 }
-_STARTED = transitions.started(held_as(jobs))
+_STARTED = transitions.started(held_as(jobs)).of()
+_RETURNED = transitions.ended(State.COMPLETED)
 _RETRIED = update(jobs).where(jobs.c.seq == bindparam("of_seq"), jobs.c.fence == bindparam("of_fence")).values(WRITTEN)
 
 
@@ -56,7 +56,7 @@ def store(
                 prepared.count(connection, _STARTED, of_hold(hold))
             values = {**of_hold(hold), **_new(texts)}
             is_ready = status in result_listeners.READY_WORDS
-            return bool(result_listeners.tell(database, connection, _NOTED, values, ended=is_ready)) or again
+            return database.dialect.change_and_tell(connection, _NOTED, values, is_ready) > 0 or again
 
     return database.patiently(write)
 
@@ -77,25 +77,17 @@ def end(
 ) -> bool:
     """The run that holds the job under *hold* has ended so; false when the job has moved on."""
     values = {**of_hold(hold), **_new(written), "why": printable(reason), "because": cause.value if cause else None}
-    if not result_listeners.tell(database, connection, _ENDED[state], values):
+    if not database.dialect.change_and_tell(connection, _ENDED[state], values, True):
         return False
     if state is State.DEAD:
         add_error(connection, hold.seq, reason or str(written["status"]), hold.fence)
     return True
 
 
-@lru_cache(maxsize=8)
-def _returned(dialect: Dialect) -> Any:
-    values: dict[str, Any] = {name: dialect.brought(f"new_{name}") for name in WRITTEN}
-    held = dialect.held(jobs, texts=[f"new_{name}" for name in WRITTEN])
-    return transitions.ended(State.COMPLETED, held, **values)
-
-
 def end_many(database: Database, connection: Connection, ends: Mapping[Hold, Mapping[str, str | None]]) -> int:
     """The runs that hold jobs under these holds have returned, and so it is written of them; the number of them."""
-    dialect = database.dialect
-    values = dialect.of_holds({hold: _new(written) for hold, written in ends.items()}, {})
-    return result_listeners.tell(database, connection, _returned(dialect), values)
+    texts = {hold: {name: printable(text) for name, text in written.items()} for hold, written in ends.items()}
+    return database.dialect.end_held(connection, _RETURNED, texts)
 
 
 def store_retry(database: Database, hold: Hold, *, reason: str, **written: str | None) -> None:
@@ -111,12 +103,18 @@ def store_retry(database: Database, hold: Hold, *, reason: str, **written: str |
     database.patiently(write)
 
 
-_TOLD = update(jobs).where(jobs.c.id == bindparam("job_id"), UNREPORTED).values(WRITTEN)
+_TOLD = Change(jobs, WRITTEN, (jobs.c.id == bindparam("job_id"), UNREPORTED))
 
 
 def tell(database: Database, connection: Connection, task_id: str, **written: str | None) -> bool:
     """Write the result of a job that has ended without a run; false when that was done."""
-    return bool(result_listeners.tell(database, connection, _TOLD, {"job_id": key(task_id), **_new(written)}))
+    values = {"job_id": key(task_id), **_new(written)}
+    return database.dialect.change_and_tell(connection, _TOLD, values, True) > 0
+
+
+@lru_cache(maxsize=8)
+def _alone(ended: State | None) -> Upsert:
+    return transitions.ended_from_afar(ended)
 
 
 def store_alone(
@@ -151,9 +149,9 @@ def end_alone(
 ) -> bool:
     """What `store_alone` does, as a part of a transaction; false when the job has ended otherwise."""
     ended = state if state in _ENDED else None
-    new = {name: printable(text) for name, text in written.items()}
-    statement = transitions.ended_from_afar(database.dialect, key(task_id), ended, printable(reason), cause, new)
-    return bool(result_listeners.tell(database, connection, statement, {}, ended=ended is not None, fixed=False))
+    why = {"why": printable(reason), "because": cause.value if cause else None}
+    values = {"of_id": key(task_id), **why, **_new(written)}
+    return database.dialect.change_and_tell(connection, _alone(ended), values, ended is not None) > 0
 
 
 #: The word for a job that has ended and whose result was forgotten. Without one it might be unreported once more.
@@ -175,11 +173,19 @@ def forget(database: Database, task_id: str) -> None:
         connection.execute(_FORGET, {"job_id": key(task_id)})
 
 
+_MEMBERS = bindparam("members", type_=Text())
+_SAVED = Upsert(
+    groups,
+    (groups.c.id,),
+    {"id": bindparam("group"), "result": _MEMBERS, "inserted_at": now()},
+    lambda new: {"result": _MEMBERS},
+)
+
+
 def save_group(database: Database, group_id: str, result: str) -> None:
     """Keep the members of a group under its id."""
-    insert = database.dialect.insert_or_update(groups).values(id=key(group_id), result=result, inserted_at=now())
     with database.once() as connection:
-        connection.execute(insert.on_conflict_do_update(index_elements=[groups.c.id], set_={"result": result}))
+        database.dialect.upsert(connection, _SAVED, {"group": key(group_id), "members": result})
 
 
 def restore_group(database: Database, group_id: str) -> str | None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
-from sqlalchemy import URL, Column, Connection, MetaData, String, Table, inspect, select
+from sqlalchemy import URL, Column, Connection, MetaData, String, Table, inspect, make_url, select
 
+from kathikon_celery.storage.dialects import dialect_class
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.errors import SchemaError, TablesInUse
 
@@ -74,7 +75,7 @@ def _upgrade(database: Database) -> None:
                 f"the tables of {database!r} have version {version!r}, this code knows versions up to {HEAD!r}:"
                 " they were made by a newer kathikon-celery; install that version or a newer one"
             )
-        _alembic(attributes={"connection": connection})
+        _alembic(attributes={"connection": connection, "dialect": database.dialect})
 
 
 def _is_newer_and_usable(version: str | None) -> bool:
@@ -90,7 +91,7 @@ def ddl(url: str | URL, since: str | None = None) -> str:
         known = ", ".join(sorted(_known()))
         raise SchemaError(f"the schema has no version {since!r}; known to this code: {known}")
     out = io.StringIO()
-    _alembic(attributes={"url": url}, out=out, since=since)
+    _alembic(attributes={"url": url, "dialect": dialect_class(make_url(url))}, out=out, since=since)
     return out.getvalue()
 
 

@@ -23,24 +23,15 @@ from sqlalchemy import (
     literal_column,
     text,
 )
-from sqlalchemy.dialects import mysql, postgresql
-from sqlalchemy.sql.expression import ColumnElement
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.expression import ColumnElement, FunctionElement
 
 from kathikon_celery.job import Hold, State
 from kathikon_celery.storage.clock import Instant
+from kathikon_celery.storage.column_types import Long, Name, Serial
 
 metadata = MetaData()
-
-#: A counter: SQLite numbers rows only in a column that it calls INTEGER.
-Serial = BigInteger().with_variant(Integer(), "sqlite")
-#: Names are compared byte by byte, whatever the database's collation.
-Name = (
-    String(200)
-    .with_variant(postgresql.TEXT(collation="C"), "postgresql")
-    .with_variant(mysql.VARCHAR(200, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb")
-)
-#: Payloads, which may have megabytes.
-Long = Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
 
 jobs = Table(
     "kathikon_jobs",
@@ -109,6 +100,55 @@ OF_A_ROOT = text("root_id IS NOT NULL")
 Index("kathikon_jobs_root", jobs.c.root_id, postgresql_where=OF_A_ROOT, sqlite_where=OF_A_ROOT)
 OF_A_GROUP = text("group_id IS NOT NULL")
 Index("kathikon_jobs_group", jobs.c.group_id, postgresql_where=OF_A_GROUP, sqlite_where=OF_A_GROUP)
+
+
+class ready_in(FunctionElement[bool]):  # noqa: N801 (reads as the SQL function that it might be)
+    """The condition that a job is ready in a queue, as ``kathikon_jobs_ready`` is searched; only for an AND.
+
+    A dialect whose database has no partial indexes registers other words for it, such as a column that is NULL unless
+    the job is ready.
+    """
+
+    inherit_cache = True
+    name = "ready_in"
+
+    def __init__(self, queue: ColumnElement[Any]) -> None:
+        super().__init__(jobs.c.queue, queue)
+
+
+class due_at(FunctionElement[Any]):  # noqa: N801
+    """The moment at which a waiting job is due, as ``kathikon_jobs_due`` is searched and sorted, together with `DUE`.
+
+    A dialect whose database has no partial indexes registers another column for it.
+    """
+
+    inherit_cache = True
+    name = "due_at"
+
+    def __init__(self) -> None:
+        super().__init__(jobs.c.available_at)
+
+
+@compiles(ready_in)
+def _(element: ready_in, compiler: Any, **options: Any) -> str:
+    column, queue = element.clauses
+    return f"{compiler.process(column == queue, **options)} AND {READY.text}"
+
+
+@compiles(due_at)
+def _(element: due_at, compiler: Any, **options: Any) -> str:
+    return str(compiler.process(element.clauses, **options))
+
+
+class first_fence(FunctionElement[int]):  # noqa: N801
+    """The fence of a new row: a random one, as its number may be that of a row that is gone, whose fence must not fit.
+
+    Each dialect registers its words for a random number from 0 to 2**30.
+    """
+
+    type = Integer()
+    inherit_cache = True
+    name = "first_fence"
 
 
 def state_in(states: Iterable[State]) -> ColumnElement[bool]:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import Connection, and_, bindparam, delete, exists, select, update
 
 from kathikon_celery.storage.clock import now
+from kathikon_celery.storage.dialects.parameters import Upsert
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.names import key, label, name_of
 from kathikon_celery.storage.tables import bindings, exchanges, messages, queues
 
 
+def _new(name: str, kind: Any) -> Any:
+    return bindparam(f"new_{name}", type_=kind)
+
+
+_EXCHANGE = Upsert(
+    exchanges, (exchanges.c.name,), {name: _new(name, exchanges.c[name].type) for name in ("name", "label", "type")}
+)
+
+
 def declare_exchange(database: Database, name: str, kind: str) -> str:
     """Create the exchange unless it exists; return its type, *kind* or that of the existing one."""
-    insert = database.dialect.insert_or_update(exchanges).values(name=key(name), label=label(name), type=kind)
+    values = {"new_name": key(name), "new_label": label(name), "new_type": kind}
     with database.once() as connection:
-        connection.execute(insert.on_conflict_do_nothing(index_elements=[exchanges.c.name]))
+        database.dialect.upsert(connection, _EXCHANGE, values)
         return str(connection.execute(select(exchanges.c.type).where(exchanges.c.name == key(name))).scalar_one())
 
 
@@ -30,6 +42,15 @@ def delete_exchange(database: Database, name: str) -> None:
         connection.execute(delete(exchanges).where(exchanges.c.name == key(name)))
 
 
+_SETTINGS = ("durable", "auto_delete", "expires", "message_ttl")
+_QUEUE = Upsert(
+    queues,
+    (queues.c.name,),
+    {**{name: _new(name, queues.c[name].type) for name in ("name", "label", *_SETTINGS)}, "used_at": now()},
+    lambda new: {"used_at": now()},
+)
+
+
 def declare_queue(
     database: Database,
     name: str,
@@ -40,12 +61,10 @@ def declare_queue(
     message_ttl: float | None = None,
 ) -> None:
     """Create the queue, or note that it is used. *expires* and *message_ttl* in seconds."""
-    values = {"durable": durable, "auto_delete": auto_delete, "expires": expires, "message_ttl": message_ttl}
-    insert = database.dialect.insert_or_update(queues).values(
-        name=key(name), label=label(name), used_at=now(), **values
-    )
+    settings = (durable, auto_delete, expires, message_ttl)
+    values = {f"new_{name}": value for name, value in zip(_SETTINGS, settings, strict=True)}
     with database.once() as connection:
-        connection.execute(insert.on_conflict_do_update(index_elements=[queues.c.name], set_={"used_at": now()}))
+        database.dialect.upsert(connection, _QUEUE, {"new_name": key(name), "new_label": label(name), **values})
 
 
 def own_queue(database: Database, name: str, node_id: int | None) -> None:
@@ -81,21 +100,23 @@ def delete_queue(connection: Connection, name_key: str) -> None:
     connection.execute(delete(queues).where(queues.c.name == name_key))
 
 
+_BINDING = Upsert(
+    bindings,
+    (bindings.c.exchange, bindings.c.queue, bindings.c.routing_key),
+    {column.name: _new(column.name, column.type) for column in bindings.c},
+)
+
+
 def bind(database: Database, queue: str, exchange: str, routing_key: str) -> None:
     """Bind the queue to the exchange, unless it is bound so."""
     values = {
-        "exchange": key(exchange),
-        "queue": key(queue),
-        "routing_key": key(routing_key),
-        "label": label(routing_key),
+        "new_exchange": key(exchange),
+        "new_queue": key(queue),
+        "new_routing_key": key(routing_key),
+        "new_label": label(routing_key),
     }
-    insert = database.dialect.insert_or_update(bindings).values(values)
     with database.once() as connection:
-        connection.execute(
-            insert.on_conflict_do_nothing(
-                index_elements=[bindings.c.exchange, bindings.c.queue, bindings.c.routing_key]
-            )
-        )
+        database.dialect.upsert(connection, _BINDING, values)
 
 
 def unbind(database: Database, queue: str, exchange: str, routing_key: str) -> None:

@@ -1,4 +1,7 @@
-"""What each state of a job brings with it: every statement that writes a state is made here.
+"""What each state of a job brings with it: every change that writes a state is made here.
+
+A `Change` says what rows become, and an `Upsert` what a row is that may be there; a dialect's verb makes statements of
+them and runs those.
 
 A job becomes
 
@@ -30,15 +33,13 @@ from sqlalchemy import (
     not_,
     null,
     or_,
-    update,
 )
-from sqlalchemy.sql.dml import Update
-from sqlalchemy.sql.expression import ColumnElement, TextClause
+from sqlalchemy.sql.expression import ColumnElement
 
 from kathikon_celery.job import HELD, TERMINAL, WAITING, Cause, Job, State, sources
 from kathikon_celery.storage.clock import Instant, now
-from kathikon_celery.storage.dialects import Dialect
-from kathikon_celery.storage.tables import jobs, state_in
+from kathikon_celery.storage.dialects.parameters import Change, Condition, NewRow, Upsert
+from kathikon_celery.storage.tables import first_fence, jobs, state_in
 
 #: The reason on the row of a job whose process was lost too often.
 LOST_TOO_OFTEN = "the process that ran it was lost, as often as max_attempts allows"
@@ -46,9 +47,6 @@ LOST_TOO_OFTEN = "the process that ran it was lost, as often as max_attempts all
 LOST_AT_MOST_ONCE = "the worker was lost while the task ran, and acks_late=False forbids to run it again"
 #: The reason on the row of a job that waited longer than its `expires`, in Celery's word.
 EXPIRED = "expired"
-
-#: What a WHERE takes.
-_Condition = ColumnElement[bool] | TextClause
 
 IS_HELD = state_in(HELD)
 
@@ -84,10 +82,9 @@ def may_become(state: State) -> ColumnElement[bool]:
     return state_in(sources(state))
 
 
-def _becomes(state: State, *where: _Condition, **more: Any) -> Update:
-    """The UPDATE by which the rows *where* that may, become *state*."""
-    values = {"state": state.value, **BRINGS[state], **more}
-    return update(jobs).where(*where, may_become(state)).values(values)
+def _becomes(state: State, *where: Condition, **more: Any) -> Change:
+    """The change by which the rows *where* that may, become *state*."""
+    return Change(jobs, {"state": state.value, **BRINGS[state], **more}, (*where, may_become(state)))
 
 
 # --- published
@@ -106,8 +103,8 @@ def _due(later: bool) -> dict[str, Any]:
     }
 
 
-def published(dialect: Dialect, brought: Mapping[str, Any], later: bool, own: bool, again: bool) -> Any:
-    """The INSERT of a job, which makes a row of the same id wait again.
+def published(brought: Mapping[str, Any], later: bool, own: bool, again: bool) -> Upsert:
+    """The row of a job; one of the same id waits again.
 
     Arguments:
         brought: the columns that the message brings, and their parameters.
@@ -116,54 +113,60 @@ def published(dialect: Dialect, brought: Mapping[str, Any], later: bool, own: bo
         again: it may have been committed before.
     """
     columns = {**brought, **_due(later)}
-    insert = dialect.insert_or_update(jobs).values(
-        id=bindparam("new_id", type_=jobs.c.id.type),
-        fence=dialect.first_fence,
-        attempts=0,
-        crashes=0,
-        acked=false(),
-        inserted_at=now(),
-        **columns,
-    )
-    new, has_ended = insert.excluded, state_in(TERMINAL)
-    changes: dict[str, Any] = {name: new[name] for name in columns}
-    changes |= {name: null() for name in OF_A_RUN}
-    changes |= {
-        "fence": jobs.c.fence + 1,
+    values = {
+        "id": bindparam("new_id", type_=jobs.c.id.type),
+        "fence": first_fence(),
+        "attempts": 0,
+        "crashes": 0,
         "acked": false(),
-        "attempts": case((has_ended, literal_column("0")), else_=jobs.c.attempts),
-        "crashes": case((has_ended, literal_column("0")), else_=jobs.c.crashes),
-        "inserted_at": case((has_ended, new.inserted_at), else_=jobs.c.inserted_at),
+        "inserted_at": now(),
+        **columns,
     }
-    other = jobs.c.publication != new.publication
-    condition = None if own else other if again else or_(other, has_ended)
-    return insert.on_conflict_do_update(index_elements=[jobs.c.id], set_=changes, where=condition)
+    has_ended = state_in(TERMINAL)
+
+    def changes(new: NewRow) -> dict[str, Any]:
+        return {
+            **{name: new[name] for name in columns},
+            **{name: null() for name in OF_A_RUN},
+            "fence": jobs.c.fence + 1,
+            "acked": false(),
+            "attempts": case((has_ended, literal_column("0")), else_=jobs.c.attempts),
+            "crashes": case((has_ended, literal_column("0")), else_=jobs.c.crashes),
+            "inserted_at": case((has_ended, new["inserted_at"]), else_=jobs.c.inserted_at),
+        }
+
+    def is_another(new: NewRow) -> ColumnElement[bool]:
+        other: ColumnElement[bool] = jobs.c.publication != new["publication"]
+        return other if again else or_(other, has_ended)
+
+    return Upsert(jobs, (jobs.c.id,), values, changes, None if own else is_another)
 
 
-def promoted(picked: ColumnElement[bool]) -> Update:
-    """The UPDATE by which the due rows that are *picked* become ready."""
-    return update(jobs).where(picked).values(state=State.AVAILABLE.value)
+def promoted() -> Change:
+    """Due rows become ready."""
+    return Change(jobs, {"state": State.AVAILABLE.value})
 
 
 # --- held
 
 
-def claimed(rows: Update) -> Update:
-    """*rows* of ready jobs, taken by the node ``by_node``."""
-    return rows.values(
-        state=State.CLAIMED.value,
-        node_id=bindparam("by_node", type_=BigInteger()),
-        status=null(),  # a new run, of which nothing is known yet
+def claimed(*where: Condition) -> Change:
+    """The rows of ready jobs *where*, taken by the node ``by_node``."""
+    values = {
+        "state": State.CLAIMED.value,
+        "node_id": bindparam("by_node", type_=BigInteger()),
+        "status": null(),  # a new run, of which nothing is known yet
         **BRINGS[State.CLAIMED],
-    )
+    }
+    return Change(jobs, values, where)
 
 
-def started(*where: _Condition, **more: Any) -> Update:
+def started(*where: Condition, **more: Any) -> Change:
     """The rows *where*, accepted by their worker's pool."""
     return _becomes(State.RUNNING, *where, **more)
 
 
-def returned(*where: _Condition, crashed: Any) -> Update:
+def returned(*where: Condition, crashed: Any) -> Change:
     """The held rows *where*, ready again; where *crashed* holds, a crash more is on their account.
 
     It makes those dead that must not run again, or have lost their process too often.
@@ -185,10 +188,10 @@ def returned(*where: _Condition, crashed: Any) -> Update:
         "started_at": case((lost, jobs.c.started_at), else_=null()),
         **dict.fromkeys(WRITTEN, null()),
     }
-    return update(jobs).where(*where, IS_HELD).values(values)
+    return Change(jobs, values, (*where, IS_HELD))
 
 
-def replaced(*where: _Condition) -> Update:
+def replaced(*where: Condition) -> Change:
     """The rows *where*, whose tasks have handed their work to others, which may have ended already.
 
     With those the job has ended as well: its state was left for this report.
@@ -197,60 +200,55 @@ def replaced(*where: _Condition) -> Update:
     open_ = State.WAITING_FOR_CHILDREN
     state = case({word: end.value for word, end in ends.items()}, value=jobs.c.status, else_=open_.value)
     ended_at = case(dict.fromkeys(ends, now()), value=jobs.c.status, else_=null())
-    return _becomes(open_, *where).values(state=state, ended_at=ended_at)
+    waits = _becomes(open_, *where)
+    return Change(jobs, {**waits.values, "state": state, "ended_at": ended_at}, waits.where)
 
 
 # --- ended
 
 
-def ended(state: State, *where: _Condition, **more: Any) -> Update:
+def ended(state: State, *where: Condition, **more: Any) -> Change:
     """The rows *where*, ended in the terminal *state*."""
     return _becomes(state, *where, **more)
 
 
-def expired(picked: ColumnElement[bool]) -> Update:
-    """The rows that are *picked* and wait, given up."""
+def expired() -> Change:
+    """Rows that wait are given up."""
     why = {"reason": EXPIRED, "cause": Cause.EXPIRED.value}
-    return update(jobs).where(picked).values(state=State.DISCARDED.value, status=null(), ended_at=now(), **why)
+    return Change(jobs, {"state": State.DISCARDED.value, "status": null(), "ended_at": now(), **why})
 
 
-def ended_from_afar(
-    dialect: Dialect,
-    task_id: str,
-    ended: State | None,
-    reason: str | None,
-    cause: Cause | None,
-    written: Mapping[str, str | None],
-) -> Any:
-    """The INSERT of a result of whoever ran it; a row that is there *ended* so, unless a worker holds it.
+def ended_from_afar(ended: State | None) -> Upsert:
+    """The row of a result of whoever ran it; a row that is there *ended* so, unless a worker holds it.
 
-    ``None`` for *ended*: it is news of a task that goes on. A success is never written over.
+    ``None`` for *ended*: it is news of a task that goes on. A success is never written over. The parameters are those
+    of `WRITTEN`, ``of_id``, ``why`` and ``because``.
     """
-    becomes, because = ended or State.COMPLETED, cause.value if cause else None
+    becomes = ended or State.COMPLETED
+    reason, cause = bindparam("why", type_=Text()), bindparam("because", type_=Text())
     row = dict(
-        id=task_id, task="", priority=0, publication=0, fence=dialect.first_fence,
+        id=bindparam("of_id", type_=jobs.c.id.type), task="", priority=0, publication=0, fence=first_fence(),
         attempts=0, crashes=0, max_attempts=0, acked=false(), state=becomes.value,
-        inserted_at=now(), available_at=now(), ended_at=now(), envelope="{}", body="", reason=reason, cause=because,
-        **written,
+        inserted_at=now(), available_at=now(), ended_at=now(), envelope="{}", body="", reason=reason, cause=cause,
+        **WRITTEN,
     )  # fmt: skip
-    changes: dict[str, Any] = dict(written)
-    if ended:
-        changes["state"] = case((IS_HELD, jobs.c.state), else_=ended.value)
-        changes["ended_at"] = case((IS_HELD, null()), else_=now())
-        changes["reason"] = case((IS_HELD, jobs.c.reason), else_=reason)
-        changes["cause"] = case((IS_HELD, jobs.c.cause), else_=because)
-    if ended is State.CANCELLED:  # by another process, which does not know what was to follow: the lifeline tells that
-        changes["status"] = case((or_(IS_HELD, jobs.c.queue.is_(None)), written["status"]), else_=null())
-    fits = or_(may_become(becomes), jobs.c.state == becomes.value) if ended else not_(state_in(TERMINAL))
-    return (
-        dialect.insert_or_update(jobs)
-        .values(row)
-        .on_conflict_do_update(
-            index_elements=[jobs.c.id],
-            set_=changes,
-            where=and_(func.coalesce(jobs.c.status, "") != "SUCCESS", or_(jobs.c.queue.is_(None), fits)),
-        )
-    )
+
+    def changes(new: NewRow) -> dict[str, Any]:
+        changed: dict[str, Any] = dict(WRITTEN)
+        if ended:
+            changed["state"] = case((IS_HELD, jobs.c.state), else_=ended.value)
+            changed["ended_at"] = case((IS_HELD, null()), else_=now())
+            changed["reason"] = case((IS_HELD, jobs.c.reason), else_=reason)
+            changed["cause"] = case((IS_HELD, jobs.c.cause), else_=cause)
+        if ended is State.CANCELLED:  # by another process, which does not know what was to follow: the lifeline tells
+            changed["status"] = case((or_(IS_HELD, jobs.c.queue.is_(None)), WRITTEN["status"]), else_=null())
+        return changed
+
+    def is_open(new: NewRow) -> ColumnElement[bool]:
+        fits = or_(may_become(becomes), jobs.c.state == becomes.value) if ended else not_(state_in(TERMINAL))
+        return and_(func.coalesce(jobs.c.status, "") != "SUCCESS", or_(jobs.c.queue.is_(None), fits))
+
+    return Upsert(jobs, (jobs.c.id,), row, changes, is_open)
 
 
 # --- by hand

@@ -21,6 +21,7 @@ from kathikon_celery.consume.intake import Intake
 from kathikon_celery.consume.pool import NoPool
 from kathikon_celery.job import State
 from kathikon_celery.storage import claim
+from kathikon_celery.storage.dialects.returning import changing_held
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.tables import messages, nodes
 from tests.integration.conftest import Jobs
@@ -185,7 +186,8 @@ def test_an_idle_worker_compiles_what_its_first_jobs_ask_for(
     wait_until(lambda: getgeneratorstate(intake._loop._unprepared) == GEN_CLOSED)
     compiled: list[str] = []
     compile_it = prepared._Prepared.__init__
-    repeat = claim._claim_again(jobs.storage.database.dialect)  # after a new connection, as this test may open one
+    # After a new connection, as this test may open one.
+    repeat = changing_held(jobs.storage.database.dialect, claim._CLAIMED_AGAIN, False, ())
 
     def compile_seen(self: prepared._Prepared, statement: Any, *args: Any) -> None:
         compile_it(self, statement, *args)

@@ -101,10 +101,8 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
     ),
     "claim what was told": (
         writing(
-            lambda plans, conn: (
-                claim.claim_told(plans.database, conn, "queue-1", 9, plans.worker.id, claim.Waiting(["queue-1"], 2))
-                if plans.database.dialect.changes_in_ctes
-                else finish.completed(plans.database, conn, HOLDS)
+            lambda plans, conn: claim.claim_told(
+                plans.database, conn, "queue-1", 9, plans.worker.id, claim.Waiting(["queue-1"], 2)
             )
         ),
         {BY_SEQ: ""},
@@ -178,12 +176,8 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
     ),
     "completed and claim": (
         writing(
-            lambda plans, conn: (
-                claim.complete_and_claim(
-                    plans.database, conn, HOLDS, "queue-1", 10, plans.worker.id, None, claim.Waiting(["queue-1"], 2)
-                )
-                if plans.database.dialect.changes_in_ctes
-                else claim.claim(plans.database, conn, "queue-1", 10, plans.worker.id)
+            lambda plans, conn: claim.complete_and_claim(
+                plans.database, conn, HOLDS, "queue-1", 10, plans.worker.id, None, claim.Waiting(["queue-1"], 2)
             )
         ),
         {READY: "queue", BY_SEQ: ""},

@@ -1,4 +1,4 @@
-"""Every statement that writes a state is made by one module, and asks the state machine."""
+"""Every change that writes a state is made by one module, and asks the state machine."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ import ast
 from pathlib import Path
 
 import pytest
-from sqlalchemy.dialects import sqlite
+from sqlalchemy import make_url
 
 import kathikon_celery.storage
 from kathikon_celery.job import TERMINAL, State, sources
 from kathikon_celery.storage import transitions
+from kathikon_celery.storage.dialects import dialect_for
 
 STORAGE = Path(kathikon_celery.storage.__file__).parent
 
 
 def writes_a_state(tree: ast.AST) -> bool:
-    """Whether ``state`` is given a value: in ``.values(…)``, in ``set_=…``, or in a dictionary for them."""
+    """Whether ``state`` is given a value: in ``.values(…)``, in ``.of(…)``, or in a dictionary for them."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Dict):
             named = [key.value for key in node.keys if isinstance(key, ast.Constant)]
             if "state" in named and None not in node.keys:
                 return True
-        is_values = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "values"
+        is_values = (
+            isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("values", "of")
+        )
         if is_values and any(keyword.arg == "state" for keyword in node.keywords):
             return True
         if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
@@ -49,7 +52,9 @@ def test_an_end_frees_the_row(state: State) -> None:
 
 @pytest.mark.parametrize("state", [State.RUNNING, State.COMPLETED, State.DEAD, State.CANCELLED, State.DISCARDED])
 def test_a_statement_asks_the_state_machine(state: State) -> None:
-    statement = transitions.started() if state is State.RUNNING else transitions.ended(state)
-    text = str(statement.compile(dialect=sqlite.dialect(), compile_kwargs={"literal_binds": True}))
+    change = transitions.started() if state is State.RUNNING else transitions.ended(state)
+    url = make_url("sqlite:///no-file")
+    assert dialect_for(url).name == url.get_dialect().name  # it says how a moment is written
+    text = str(change.of().compile(dialect=url.get_dialect()(), compile_kwargs={"literal_binds": True}))
     allowed = text.partition(" IN (")[2].partition(")")[0]
     assert {one.strip("' ") for one in allowed.split(",")} == {str(one) for one in sources(state)}

@@ -1,43 +1,58 @@
-"""The interface of a dialect."""
+"""The interface of a dialect: verbs, which run statements and return rows or facts.
+
+A verb may take several statements, and is atomic: if its caller has no transaction (a connection of `Database.once`),
+a dialect that needs several statements runs them in a transaction of its own.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, ClassVar
 
-from sqlalchemy import URL, Connection, Executable, Table, false
-from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
+from sqlalchemy import URL, Connection, Table, false
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.sql.expression import ColumnElement, Select
 
 from kathikon_celery.job import Hold
+from kathikon_celery.storage.dialects.parameters import Change, Changed, Claim, Pick, Taken, Upsert
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.wakeup import Wakeup
 from kathikon_celery.storage.errors import StorageError
 
 
 class Dialect(ABC):
-    """What one kind of database does differently from others."""
+    """What one kind of database does differently from others.
+
+    Several verbs take these arguments:
+
+    - *values*: the parameters of the statements.
+    - *which*: a list to which the verb adds the changed or deleted jobs, in any order. Without it they cost nothing.
+    """
 
     name: str
-    #: The statement that opens a transaction that writes.
-    begin = "BEGIN"
-    #: Whether a call reaches only nodes whose row says that they wait; otherwise all nodes hear it.
+    #: Whether a call reaches only nodes that wait (see `wait_for`); otherwise all nodes hear it.
     wakes_by_name = False
-    #: Whether a process that waits for a result has a row for that and is called by name; otherwise it hears all calls.
+    #: Whether a process that waits for a result has a row for that (see `enter_waits`) and is called by name; otherwise
+    #: it hears all calls.
     enters_waits = False
-    #: Whether old versions of rows stay in the indexes, and slow down reading, while a transaction may see them.
+    #: Whether old versions of rows stay in the indexes, and slow down reading, while a transaction may see them: then
+    #: a claim begins where earlier claims found the first jobs.
     keeps_old_rows = False
-    #: The fence of a new row: random, as its ``seq`` may be that of a deleted row, whose claims must not fit.
-    first_fence: ColumnElement[int]
-    #: Whether one statement can change several sets of rows, each in a common table expression.
-    changes_in_ctes = False
-
+    #: Whether `complete_and_claim` alone takes less time than `change_held` and `claim` in one transaction.
+    completes_and_claims = False
+    #: Whether no connection may be open while the process forks.
+    closes_before_fork = False
+    #: Statements that this kind of database runs after a migration, by its number, such as for indexes of its own.
+    after_migrations: ClassVar[Mapping[str, Sequence[str]]] = {}
     #: Arguments of the driver's connect() that refuse a server which cannot be written to.
     writable: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, url: URL) -> None:
         self.url = url
+
+    # --- connections
 
     @abstractmethod
     def connect_args(self, timeout: float, on_disk: bool, publishes: bool) -> dict[str, Any]:
@@ -57,16 +72,8 @@ class Dialect(ABC):
         """Whether the URL now means another database than the one that we are connected to."""
         return False
 
-    def writing(self) -> AbstractContextManager[None]:
-        """Return the context of a transaction that writes."""
-        return nullcontext()
-
-    def flush(self, kept: dict[Any, Any]) -> None:
-        """Wait until the last commit is on disk, if the commit itself does not. Raises `Unavailable`.
-
-        Arguments:
-            kept: what is kept for the connection while that is open.
-        """
+    def close(self) -> None:
+        """Close what is open beside connections."""
 
     def explain(self, error: Exception) -> Exception:
         """Return *error*, or a `StorageError` that says better what is wrong."""
@@ -75,47 +82,192 @@ class Dialect(ABC):
     def _explained(self, error: Exception) -> Exception:
         return error
 
-    @abstractmethod
-    def insert_or_update(self, table: Table) -> Any:
-        """Return an INSERT with the methods ``on_conflict_do_update`` and ``on_conflict_do_nothing``."""
+    def incarnation(self, connection: Connection) -> object:
+        """Return a value that changes when the server restarts: it may have forgotten what was not on disk."""
+        return None
+
+    # --- transactions
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Return the context of a transaction that writes, or of one writing verb."""
+        return nullcontext()
+
+    def begin(self, connection: Connection) -> None:
+        """Begin a transaction that writes."""
+        prepared.plain(connection, "BEGIN")
+
+    def commit(self, connection: Connection) -> None:
+        """Commit the transaction. Its verbs' calls are made now, or when `writing` ends."""
+        prepared.plain(connection, "COMMIT")
+
+    def roll_back(self, connection: Connection) -> None:
+        """Undo the transaction. Its verbs' calls are not made."""
+        prepared.plain(connection, "ROLLBACK")
+
+    @contextmanager
+    def transaction(self, connection: Connection) -> Iterator[None]:
+        """A transaction that writes; it is rolled back when an error is raised."""
+        try:
+            self.begin(connection)
+            yield
+            self.commit(connection)
+        except BaseException:
+            if not connection.invalidated:
+                with suppress(DBAPIError):  # after some errors SQLite has rolled back by itself
+                    self.roll_back(connection)
+            raise
+
+    def atomic(self, connection: Connection) -> AbstractContextManager[None]:
+        """Return the context of a verb that takes several statements: a transaction, unless its caller has one."""
+        is_alone = self.is_at_rest(connection.connection.driver_connection)
+        return self.transaction(connection) if is_alone else nullcontext()
+
+    def flush(self, kept: dict[Any, Any]) -> None:
+        """Wait until the last commit is on disk, if the commit itself does not. Raises `Unavailable`.
+
+        Arguments:
+            kept: what is kept for the connection while that is open.
+        """
+
+    # --- the schema
 
     @abstractmethod
-    def picked(self, select: Select[Any], table: Table) -> ColumnElement[bool]:
-        """Return the condition that *select* (of ``seq``) picks a row of *table* that no other transaction has."""
+    def migrating(self, connection: Connection) -> AbstractContextManager[None]:
+        """Return the context in which a process changes the schema, one at a time."""
 
-    def picked_in_turn(self, selects: Sequence[Select[Any]], table: Table) -> ColumnElement[bool]:
-        """As `picked`, for the first ``at_most`` rows of several *selects*, if the dialect ``keeps_old_rows``."""
-        raise NotImplementedError(f"{self.name} keeps no old rows")
+    # --- publishing
 
     @abstractmethod
-    def held(self, table: Table, owned: bool = True, texts: Sequence[str] = ()) -> ColumnElement[bool]:
-        """Return the condition that a row of *table* is held under one of the claims given to `of_holds`.
+    def upsert(self, connection: Connection, upsert: Upsert, values: Mapping[str, Any]) -> bool:
+        """Insert a row, or change the row with its key; return false when neither was done."""
+
+    @abstractmethod
+    def upsert_many(self, connection: Connection, upsert: Upsert, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Run `upsert` for each of *rows*, which are values."""
+
+    @abstractmethod
+    def publish(
+        self, connection: Connection, upsert: Upsert, values: Mapping[str, Any], later: bool, again: bool
+    ) -> None:
+        """Write a job, outside of a transaction, and wake one idle node for it. It is on disk when the connection is
+        given back.
+
+        Arguments:
+            upsert: of a job; its ``queue`` is a parameter.
+            later: the job has a due time, so that all nodes are called: each has to look when the next job is due.
+            again: an earlier try may have been committed.
+        """
+
+    # --- claiming and reporting
+
+    @abstractmethod
+    def claim(
+        self,
+        connection: Connection,
+        claim: Claim,
+        values: Mapping[str, Any],
+        waiting: tuple[list[str], int] | None = None,
+    ) -> Sequence[Any]:
+        """Claim jobs that no other transaction has; return rows that begin with *claim*'s columns, in any order.
+
+        Arguments:
+            waiting: queues (keys) and a number. If fewer jobs are found, and the dialect ``wakes_by_name``, the verb
+                notes as well that the node waits for the queues.
+        """
+
+    @abstractmethod
+    def complete_and_claim(
+        self,
+        connection: Connection,
+        change: Change,
+        holds: Sequence[Hold],
+        claim: Claim,
+        values: Mapping[str, Any],
+        waiting: tuple[list[str], int] | None = None,
+    ) -> tuple[int, Sequence[Any]]:
+        """Run `change_held` and `claim`; return the results of both."""
+
+    def preparations(self, change: Change, claims: Sequence[Claim]) -> Iterator[Callable[[Connection], None]]:
+        """Yield steps that compile and prepare `change_held` first, then `claim` and `complete_and_claim`."""
+        yield from ()
+
+    @abstractmethod
+    def change_held(
+        self,
+        connection: Connection,
+        change: Change,
+        holds: Sequence[Hold],
+        values: Mapping[str, Any],
+        *,
+        owned: bool = True,
+        which: list[Changed] | None = None,
+    ) -> int:
+        """Change the rows that are held under *holds*; return their number.
 
         Arguments:
             owned: compare the node as well, not only ``seq`` and fence.
-            texts: names of the texts that come with each claim: see `brought`.
         """
 
     @abstractmethod
-    def brought(self, name: str) -> ColumnElement[str]:
-        """Return, for a statement with `held`, the text called *name* that came with the row's claim."""
-
-    @abstractmethod
-    def of_holds(self, holds: Mapping[Hold, Mapping[str, str | None]], values: dict[str, Any]) -> Any:
-        """Return the parameters of a statement with `held`: *holds*, each with its texts, and *values* for all."""
-
-    def for_holds(
-        self, connection: Connection, statement: Executable, holds: Sequence[Hold], values: dict[str, Any]
+    def end_held(
+        self,
+        connection: Connection,
+        change: Change,
+        ends: Mapping[Hold, Mapping[str, str | None]],
+        *,
+        which: list[Changed] | None = None,
     ) -> int:
-        """Run *statement*, which has `held`, for *holds*; return the number of changed rows."""
-        return prepared.count(connection, statement, self.of_holds({hold: {} for hold in holds}, values))
+        """Run `change_held` with texts for each job, and wake the processes that wait for the results.
+
+        Arguments:
+            ends: for each claim the texts by column, with the same columns for all.
+        """
 
     @abstractmethod
-    def publishing(self, insert: Any, queue: BindParameter[str] | None) -> Executable:
-        """Return *insert*, extended to wake one idle node that waits for *queue*, a parameter of the insert.
+    def delete_held(self, connection: Connection, table: Table, holds: Sequence[Hold]) -> int:
+        """Delete the rows of *table* that are held under *holds*; return their number."""
 
-        With `None` it calls all nodes: each has to look when the next job is due.
+    # --- changing or deleting rows that no other transaction has
+
+    @abstractmethod
+    def pick_and_change(
+        self,
+        connection: Connection,
+        change: Change,
+        pick: Pick,
+        columns: tuple[ColumnElement[Any], ...],
+        values: Mapping[str, Any],
+        *,
+        which: list[Changed] | None = None,
+    ) -> Taken:
+        """Change the rows of *pick*; return their number, and their *columns* after the change, in any order."""
+
+    @abstractmethod
+    def pick_and_delete(
+        self,
+        connection: Connection,
+        pick: Pick,
+        columns: tuple[ColumnElement[Any], ...],
+        values: Mapping[str, Any],
+        *,
+        which: list[Changed] | None = None,
+    ) -> Taken:
+        """Delete the rows of *pick*; return their number, and their *columns*, in any order."""
+
+    @abstractmethod
+    def change_and_read(
+        self, connection: Connection, change: Change, columns: tuple[ColumnElement[Any], ...], values: Mapping[str, Any]
+    ) -> Sequence[Any] | None:
+        """Change the only row that fits *change*; return *columns*, read after the change, or `None` without a row.
+
+        Of two transactions that do this at once, the second one reads the change of the first.
         """
+
+    # --- calls
+
+    @abstractmethod
+    def wait_for(self, connection: Connection, node_id: int, queues: list[str] | None) -> None:
+        """Note the queues (keys) that the idle node waits for, if the dialect ``wakes_by_name``; `None`: it is busy."""
 
     @abstractmethod
     def wake(self, connection: Connection, queues: Iterable[str], count: int) -> None:
@@ -126,42 +278,46 @@ class Dialect(ABC):
         """Wake every node when the transaction commits: there is a message, or a job with a due time."""
 
     @abstractmethod
-    def publish(
-        self, connection: Connection, statement: Executable, values: Mapping[str, Any], later: bool, again: bool
-    ) -> None:
-        """Run *statement*, one of `publishing`, outside of a transaction. It is on disk after the connection's use.
-
-        Arguments:
-            later: the job has a due time, so that all nodes are called.
-            again: an earlier try may have been committed.
-        """
-
-    @abstractmethod
     def wakeup(self, connect: Callable[[], Any], node_id: int | None) -> Wakeup:
         """Return what hears the calls to all nodes and to *node_id*; *connect* returns a connection of the driver."""
 
+    # --- results
+
     @abstractmethod
-    def tell(self, connection: Connection, statement: Any, values: Any, ended: bool, fixed: bool) -> int:
-        """Run *statement*, which changes jobs, and wake the processes that wait for them when the transaction commits.
+    def change_and_tell(
+        self,
+        connection: Connection,
+        change: Change | Upsert,
+        values: Mapping[str, Any],
+        ended: bool,
+        *,
+        which: list[Changed] | None = None,
+    ) -> int:
+        """Change jobs, and wake the processes that wait for them when the transaction commits; return their number.
 
         Arguments:
             ended: the jobs have a result now; otherwise only progress.
-            fixed: the statement is the same object each time.
-
-        Returns the number of changed rows.
         """
 
-    def entering(self, ready: Select[Any]) -> Executable:
-        """Return *ready*, which reads the ready jobs of ``keys``, extended to enter waits for the other ``names``."""
+    def enter_waits(
+        self, connection: Connection, ready: Select[Any], keys: Sequence[str], listener: int
+    ) -> Sequence[Any]:
+        """Return the ready jobs of *keys*; enter waits for the others, so that their ends are calls to *listener*.
+
+        Arguments:
+            ready: SELECT of the ready jobs, with a column ``id``; its parameter ``keys`` is a list, or the only key.
+        """
+        raise NotImplementedError(f"{self.name} has no table of waits")
+
+    def leave_waits(self, connection: Connection, keys: Sequence[str], listener: int) -> None:
+        """Undo `enter_waits`."""
         raise NotImplementedError(f"{self.name} has no table of waits")
 
     @abstractmethod
     def hearing(self, connect: Callable[[], Any], listener: int) -> Wakeup:
         """Return what hears, from now on, of the results that the process *listener* waits for."""
 
-    def incarnation(self, connection: Connection) -> object:
-        """Return a value that changes when the server restarts: it may have forgotten what was not on disk."""
-        return None
+    # --- locks that end with a process
 
     def hold(self, connect: Callable[[], Any], node_id: int) -> Any:
         """Take the node's lock, which ends with this process. Return its holder, with ``close()``, or `None`."""
@@ -177,10 +333,3 @@ class Dialect(ABC):
     def is_lock_free(self, connection: Connection, node_id: int) -> bool | None:
         """Whether no process holds the node's lock; `None` if the database has no such locks."""
         return None
-
-    @abstractmethod
-    def migrating(self, connection: Connection) -> AbstractContextManager[None]:
-        """Return the context in which a process changes the schema, one at a time."""
-
-    def close(self) -> None:
-        """Close what is open beside connections."""

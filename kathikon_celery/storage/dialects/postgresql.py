@@ -5,7 +5,7 @@ from __future__ import annotations
 import selectors
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from time import monotonic
 from typing import Any, ClassVar
@@ -15,8 +15,8 @@ from sqlalchemy import (
     BigInteger,
     Connection,
     Double,
-    Executable,
     Integer,
+    ScalarSelect,
     Table,
     and_,
     any_,
@@ -34,22 +34,30 @@ from sqlalchemy import (
     table,
     text,
     true,
-    union_all,
     update,
 )
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import ARRAY, TEXT
-from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.expression import ColumnElement, Select
 
 from kathikon_celery.job import Hold
 from kathikon_celery.settings import shown
-from kathikon_celery.storage.clock import now
-from kathikon_celery.storage.dialects.base import Dialect
+from kathikon_celery.storage.clock import now, seconds_until
+from kathikon_celery.storage.dialects.parameters import Change, Changed, Claim, Upsert
+from kathikon_celery.storage.dialects.returning import (
+    BROUGHT,
+    ReturningDialect,
+    changing_held,
+    claiming,
+    upserting,
+    which_of,
+)
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.wakeup import ENDED, NEWS, PUBLISHED, Wakeup
 from kathikon_celery.storage.engine.wakeup import OUTCOME as OUTCOME_CALL
 from kathikon_celery.storage.errors import Forbidden, TablesInUse, Unavailable, UnknownDatabase, in_words
-from kathikon_celery.storage.tables import OUTCOME, jobs, nodes, waits
+from kathikon_celery.storage.tables import OUTCOME, first_fence, jobs, nodes, waits
 
 #: Every node listens to it: a message came, or a job is due soon.
 CHANNEL = "kathikon"
@@ -71,6 +79,27 @@ _OPTIONS_OF_PSYCOPG = ("autocommit", "prepare_threshold", "context", "row_factor
 IDLE = 0
 #: Seconds between two attempts to listen again after a lost connection.
 RECONNECT = 0.5
+
+
+# Not clock_timestamp(): a value that changes within a statement is compared with each row, without an index.
+@compiles(now, "postgresql")
+def _(element: now, compiler: Any, **kw: Any) -> str:
+    if not len(element.clauses):
+        return "statement_timestamp()"
+    return f"(statement_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kw)}))"
+
+
+@compiles(seconds_until, "postgresql")
+def _(element: seconds_until, compiler: Any, **kw: Any) -> str:
+    moment = compiler.process(element.clauses, **kw)
+    return f"extract(epoch from {moment} - statement_timestamp())::double precision"
+
+
+@compiles(first_fence, "postgresql")
+def _(element: first_fence, compiler: Any, **options: Any) -> str:
+    # After a crash that lost a row, its seq is used again: a node may have claimed the row before it was on disk.
+    return "floor(random() * 1073741824)::int"
+
 
 _channel_of_node = literal(CHANNEL + "_").concat(cast(nodes.c.id, TEXT))
 
@@ -95,6 +124,72 @@ _FLUSH = select(func.pg_logical_emit_message(true(), CHANNEL, ""))
 
 _WAKE = _woken(nodes.c.waiting.op("&&")(bindparam("queues", type_=ARRAY(TEXT))), bindparam("count", type_=Integer))
 _RING = select(func.pg_notify(CHANNEL, ""))
+_WAIT = (
+    update(nodes).where(nodes.c.id == bindparam("node")).values(waiting=bindparam("queues", type_=nodes.c.waiting.type))
+)
+
+
+def _with_waiting(claimed: Any, rows: Any) -> Any:
+    """Return *rows*, extended to note that the node waits, if fewer are *claimed* than it has room for."""
+    number = select(func.count()).select_from(claimed).scalar_subquery()
+    return rows.add_cte(_WAIT.where(number < bindparam("room", type_=Integer())).cte("waits"))
+
+
+@lru_cache(maxsize=64)
+def _claiming_and_waiting(dialect: PostgreSQL, claim: Claim) -> Any:
+    rows = claiming(dialect, claim).cte("claimed")
+    return _with_waiting(rows, select(rows))
+
+
+@lru_cache(maxsize=64)
+def _completing_and_claiming(dialect: PostgreSQL, change: Change, claim: Claim, waits: bool) -> Any:
+    completed = changing_held(dialect, change, True, ()).returning(change.table.c.seq).cte("completed")
+    found = claiming(dialect, claim).cte("claimed")
+    number = select(func.count().label("completed")).select_from(completed).subquery()
+    rows = select(found, number.c.completed).select_from(number.outerjoin(found, true()))
+    return _with_waiting(found, rows) if waits else rows
+
+
+def _saying(values: Mapping[str, Any], waiting: tuple[list[str], int] | None) -> Mapping[str, Any]:
+    if waiting is None:
+        return values
+    queues, room = waiting
+    return {**values, "node": values["by_node"], "queues": queues, "room": room}
+
+
+@lru_cache(maxsize=64)
+def _publishing(dialect: PostgreSQL, upsert: Upsert, later: bool) -> Any:
+    """Return the INSERT, extended to wake one idle node that waits for the job's queue; *later*: to call all nodes."""
+    inserted = upserting(dialect, upsert).returning(upsert.table.c.seq).cte("inserted")
+    if later:
+        return select(func.pg_notify(CHANNEL, "")).select_from(inserted)
+    queue = upsert.values["queue"]
+    job = literal(PUBLISHED).concat(cast(inserted.c.seq, TEXT)).concat(" ").concat(queue)
+    woken = _woken(queue == any_(nodes.c.waiting), 1, select(job).scalar_subquery()).cte("woken")
+    return select(func.max(_UNFLUSHED)).select_from(woken).add_cte(inserted)
+
+
+@lru_cache(maxsize=16)
+def _entering(ready: Select[Any]) -> Any:
+    """Return *ready*, which reads the ready jobs of ``keys``, extended to enter waits for the other ``names``."""
+    found = ready.cte("ready")
+    name = func.unnest(bindparam("names", type_=ARRAY(TEXT))).table_valued("name", name="entering").c.name
+    listener: Any = bindparam("listener", type_=BigInteger)
+    is_there = exists().where(waits.c.job == name, waits.c.listener == listener)
+    new = select(name, listener, now()).where(~is_there, name.not_in(select(found.c.id)))
+    entered = insert(waits).from_select(["job", "listener", "entered_at"], new).returning(waits.c.seq)
+    return select(found).add_cte(entered.cte("entered"))
+
+
+def _leaving() -> Any:
+    own: Any = waits.c.listener == bindparam("listener", type_=BigInteger())
+    mine = select(waits.c.seq).where(waits.c.job.in_(bindparam("keys", expanding=True)), own)
+    # Rows that another transaction deletes just now are skipped, without waiting for it.
+    first = mine.limit(bindparam("at_most", type_=Integer())).with_for_update(skip_locked=True)
+    return delete(waits).where(waits.c.seq == any_(func.array(first.scalar_subquery())))
+
+
+_LEAVE = _leaving()
 
 
 def _outcome(rows: Any) -> ColumnElement[Any]:
@@ -105,12 +200,22 @@ def _outcome(rows: Any) -> ColumnElement[Any]:
     return func.json_build_object(*chain.from_iterable((literal_column(f"'{name}'"), values[name]) for name in values))
 
 
-def _telling(statement: Any, ended: bool) -> Executable:
-    changed = statement.returning(*(OUTCOME if ended else [jobs.c.id])).cte("changed")
+@lru_cache(maxsize=64)
+def _telling(statement: Any, ended: bool, says_which: bool) -> Any:
+    """Return *statement*, extended to call the processes that wait for the changed jobs.
+
+    Its rows: the number of the jobs, or their columns of `Changed`.
+    """
+    columns: list[ColumnElement[Any]] = list(OUTCOME) if ended else [jobs.c.id]
+    if says_which:
+        columns += [column for column in which_of(jobs) if column is not jobs.c.id]
+    changed = statement.returning(*columns).cte("changed")
     # An array is looked up in the index. The planner does not know how many rows of this table are dead.
     of_them = waits.c.job == any_(func.array(select(changed.c.id).scalar_subquery()))
     channel = literal(RESULTS_CHANNEL).concat(cast(waits.c.listener, TEXT))
-    number = select(func.count()).select_from(changed)
+    number: Any = select(func.count()).select_from(changed)
+    if says_which:
+        number = select(*(changed.c[name] for name in Changed._fields))
     if ended:
         said = literal(OUTCOME_CALL).concat(cast(_outcome(changed), TEXT))
         fits = func.octet_length(said) <= LONGEST_CALL
@@ -119,22 +224,18 @@ def _telling(statement: Any, ended: bool) -> Executable:
         return number.add_cte(left.returning(notify.label("told")).cte("told"))
     notify = func.pg_notify(channel, literal(NEWS).concat(waits.c.job))
     told = select(notify.label("told")).where(of_them).cte("told")
-    return select(number.scalar_subquery(), select(func.count(told.c.told)).scalar_subquery())
+    calls = select(func.count(told.c.told)).scalar_subquery()
+    return number.add_columns(calls) if says_which else select(number.scalar_subquery(), calls)
 
 
-_told = lru_cache(maxsize=64)(_telling)
-
-
-class PostgreSQL(Dialect):
+class PostgreSQL(ReturningDialect):
     """One PostgreSQL database."""
 
     name = "postgresql"
     wakes_by_name = True
     enters_waits = True
-    changes_in_ctes = True
     keeps_old_rows = True
-    # After a crash that lost a row, its seq is used again: a node may have claimed the row before it was on disk.
-    first_fence: ColumnElement[int] = literal_column("floor(random() * 1073741824)::int")
+    completes_and_claims = True
 
     writable: ClassVar[Mapping[str, Any]] = {"target_session_attrs": "read-write"}
 
@@ -187,52 +288,74 @@ class PostgreSQL(Dialect):
     def is_at_rest(self, connection: Any) -> bool:
         return connection.pgconn.transaction_status == IDLE  # type: ignore[no-any-return]
 
-    def insert_or_update(self, table: Table) -> postgresql.Insert:
+    def _insert(self, table: Table) -> postgresql.Insert:
         return postgresql.insert(table)
 
-    def picked(self, select: Select[Any], table: Table) -> ColumnElement[bool]:
+    def _is_among(self, table: Table, rows: ScalarSelect[int]) -> ColumnElement[bool]:
         # An array is looked up in the index, whatever length the planner assumes; a join may become a scan.
-        rows = select.with_for_update(skip_locked=True).scalar_subquery()
         return table.c.seq == any_(func.array(rows))
 
-    def picked_in_turn(self, selects: Sequence[Select[Any]], table: Table) -> ColumnElement[bool]:
-        # UNION ALL with LIMIT: selects after the last one that is needed read and lock nothing.
-        parts = [one.with_for_update(skip_locked=True).subquery() for one in selects]
-        every = union_all(*(select(part.c.seq) for part in parts)).subquery()
-        rows = select(every.c.seq).limit(bindparam("at_most", type_=Integer())).scalar_subquery()
-        return table.c.seq == any_(func.array(rows))
-
-    def held(self, table: Table, owned: bool = True, texts: Sequence[str] = ()) -> ColumnElement[bool]:
+    def _held(self, table: Table, owned: bool, brought: Sequence[str]) -> ColumnElement[bool]:
         types: dict[str, Any] = {"seq": BigInteger, "fence": Integer, "node_id": BigInteger}
         columns = [bindparam(f"hold_{name}", type_=ARRAY(kind)) for name, kind in types.items()]
-        columns += [bindparam(name, type_=ARRAY(TEXT())) for name in texts]
-        holds = func.unnest(*columns).table_valued(*types, *texts).render_derived(name="holds")
+        columns += [bindparam(name, type_=ARRAY(TEXT())) for name in brought]
+        holds = func.unnest(*columns).table_valued(*types, *brought).render_derived(name="holds")
         return and_(*(table.c[name] == holds.c[name] for name in types if owned or name != "node_id"))
 
-    def brought(self, name: str) -> ColumnElement[str]:
+    def _brought(self, name: str) -> ColumnElement[str]:
         return literal_column(f"holds.{name}", TEXT)
 
-    def of_holds(self, holds: Mapping[Hold, Mapping[str, str | None]], values: dict[str, Any]) -> Any:
+    def _of_holds(self, holds: Mapping[Hold, Mapping[str, str | None]], values: Mapping[str, Any]) -> dict[str, Any]:
         ordered = sorted(holds)  # all statements lock several rows in one order
         columns = zip(Hold._fields, zip(*ordered, strict=True), strict=True)
-        arrays = {f"hold_{name}": list(column) for name, column in columns}
-        arrays |= {name: [holds[hold][name] for hold in ordered] for name in holds[ordered[0]]}
-        return arrays | values
+        arrays: dict[str, Any] = {f"hold_{name}": list(column) for name, column in columns}
+        arrays |= {BROUGHT + name: [holds[hold][name] for hold in ordered] for name in holds[ordered[0]]}
+        return arrays | dict(values)
 
-    def publishing(self, insert: Any, queue: BindParameter[str] | None) -> Executable:
-        inserted = insert.returning(insert.table.c.seq).cte("inserted")
-        if queue is None:
-            return select(func.pg_notify(CHANNEL, "")).select_from(inserted)
-        job = literal(PUBLISHED).concat(cast(inserted.c.seq, TEXT)).concat(" ").concat(queue)
-        woken = _woken(queue == any_(nodes.c.waiting), 1, select(job).scalar_subquery()).cte("woken")
-        return select(func.max(_UNFLUSHED)).select_from(woken).add_cte(inserted)
+    def claim(
+        self,
+        connection: Connection,
+        claim: Claim,
+        values: Mapping[str, Any],
+        waiting: tuple[list[str], int] | None = None,
+    ) -> Sequence[Any]:
+        if waiting is None:
+            return super().claim(connection, claim, values)
+        return prepared.rows(connection, _claiming_and_waiting(self, claim), _saying(values, waiting))
+
+    def complete_and_claim(
+        self,
+        connection: Connection,
+        change: Change,
+        holds: Sequence[Hold],
+        claim: Claim,
+        values: Mapping[str, Any],
+        waiting: tuple[list[str], int] | None = None,
+    ) -> tuple[int, Sequence[Any]]:
+        if not holds:
+            return 0, self.claim(connection, claim, values, waiting)
+        parameters = self._of_holds({hold: {} for hold in holds}, _saying(values, waiting))
+        statement = _completing_and_claiming(self, change, claim, waiting is not None)
+        rows = prepared.rows(connection, statement, parameters)
+        return rows[0][-1], [row for row in rows if row[0] is not None]
+
+    def preparations(self, change: Change, claims: Sequence[Claim]) -> Iterator[Callable[[Connection], None]]:
+        yield partial(prepared.ready, statement=changing_held(self, change, True, ()))
+        for claim in claims:
+            yield partial(prepared.ready, statement=claiming(self, claim))
+            yield partial(prepared.ready, statement=_completing_and_claiming(self, change, claim, False))
+            yield partial(prepared.ready, statement=_claiming_and_waiting(self, claim))
+            yield partial(prepared.ready, statement=_completing_and_claiming(self, change, claim, True))
 
     def publish(
-        self, connection: Connection, statement: Executable, values: Mapping[str, Any], later: bool, again: bool
+        self, connection: Connection, upsert: Upsert, values: Mapping[str, Any], later: bool, again: bool
     ) -> None:
-        rows = prepared.rows(connection, statement, values)
+        rows = prepared.rows(connection, _publishing(self, upsert, later), values)
         if again or any(unflushed for (unflushed,) in rows):
             prepared.rows(connection, _FLUSH, {})
+
+    def wait_for(self, connection: Connection, node_id: int, queues: list[str] | None) -> None:
+        prepared.count(connection, _WAIT, {"node": node_id, "queues": queues})
 
     def wake(self, connection: Connection, queues: Iterable[str], count: int) -> None:
         prepared.rows(connection, _WAKE, {"queues": list(queues), "count": count})
@@ -243,19 +366,30 @@ class PostgreSQL(Dialect):
     def wakeup(self, connect: Callable[[], Any], node_id: int | None) -> Wakeup:
         return Listener(connect, [CHANNEL] if node_id is None else [CHANNEL, f"{CHANNEL}_{node_id}"])
 
-    def tell(self, connection: Connection, statement: Any, values: Any, ended: bool, fixed: bool) -> int:
-        if not fixed:
-            return int(connection.execute(_telling(statement, ended), values).scalar_one())
-        return int(prepared.rows(connection, _told(statement, ended), values)[0][0])
+    def _told(
+        self,
+        connection: Connection,
+        statement: Any,
+        values: Mapping[str, Any],
+        ended: bool,
+        which: list[Changed] | None,
+    ) -> int:
+        rows = prepared.rows(connection, _telling(statement, ended, which is not None), values)
+        if which is None:
+            return int(rows[0][0])
+        which += [Changed(*row[: len(Changed._fields)]) for row in rows]
+        return len(rows)
 
-    def entering(self, ready: Select[Any]) -> Executable:
-        found = ready.cte("ready")
-        name = func.unnest(bindparam("names", type_=ARRAY(TEXT))).table_valued("name", name="entering").c.name
-        listener: Any = bindparam("listener", type_=BigInteger)
-        is_there = exists().where(waits.c.job == name, waits.c.listener == listener)
-        new = select(name, listener, now()).where(~is_there, name.not_in(select(found.c.id)))
-        entered = insert(waits).from_select(["job", "listener", "entered_at"], new).returning(waits.c.seq)
-        return select(found).add_cte(entered.cte("entered"))
+    def enter_waits(
+        self, connection: Connection, ready: Select[Any], keys: Sequence[str], listener: int
+    ) -> Sequence[Any]:
+        values = {"names": keys, "listener": listener}
+        if len(keys) == 1:
+            return prepared.rows(connection, _entering(ready), {**values, "keys": keys[0]})
+        return connection.execute(_entering(ready), {**values, "keys": keys}).all()  # compiled anew for each list
+
+    def leave_waits(self, connection: Connection, keys: Sequence[str], listener: int) -> None:
+        connection.execute(_LEAVE, {"keys": keys, "listener": listener, "at_most": 2 * len(keys)})
 
     def hearing(self, connect: Callable[[], Any], listener: int) -> Wakeup:
         heard = Listener(connect, [f"{RESULTS_CHANNEL}{listener}"])

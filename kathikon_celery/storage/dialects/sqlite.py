@@ -8,19 +8,24 @@ import selectors
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from functools import lru_cache
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from sqlalchemy import URL, Connection, Executable, Table, Text, and_, bindparam, func, literal_column, select, tuple_
+from sqlalchemy import URL, Connection, ScalarSelect, Table, Text, and_, bindparam, func, literal_column, select, tuple_
 from sqlalchemy.dialects import sqlite
-from sqlalchemy.sql.expression import BindParameter, ColumnElement, Select
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.expression import ColumnElement
 
 from kathikon_celery.job import Hold
-from kathikon_celery.storage.dialects.base import Dialect
+from kathikon_celery.storage.clock import FAR, now, seconds_until
+from kathikon_celery.storage.dialects.parameters import Changed, Upsert
+from kathikon_celery.storage.dialects.returning import BROUGHT, ReturningDialect, upserting, which_of
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.wakeup import Wakeup
 from kathikon_celery.storage.errors import Unavailable, in_words
+from kathikon_celery.storage.tables import first_fence, jobs
 
 try:
     import fcntl
@@ -46,13 +51,36 @@ FLUSHES = hasattr(os, "fdatasync")
 _HOLDS = func.json_each(bindparam("holds", type_=Text())).table_valued("value", name="holds")
 
 
-class SQLite(Dialect):
+@compiles(now, "sqlite")
+def _(element: now, compiler: Any, **kw: Any) -> str:
+    shift = ""
+    if len(element.clauses):
+        shift = f", printf('%+.3f seconds', {compiler.process(element.clauses, **kw)})"
+    # Milliseconds, padded to the microseconds in which times are stored, so that text compares as time.
+    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now'{shift})"
+
+
+@compiles(seconds_until, "sqlite")
+def _(element: seconds_until, compiler: Any, **kw: Any) -> str:
+    moment = compiler.process(element.clauses, **kw)
+    # julianday() is NULL for a text that is no moment, and for Python's last one, which SQLite rounds up beyond its
+    # range. Such a text compares as past, and is promoted, since others wait behind it; or as far ahead.
+    past = f"{moment} <= strftime('%Y-%m-%d %H:%M:%f000', 'now')"
+    other = f"CASE WHEN {past} THEN -1.0 WHEN {moment} IS NOT NULL THEN {FAR} END"
+    return f"coalesce((julianday({moment}) - julianday('now')) * 86400.0, {other})"
+
+
+@compiles(first_fence, "sqlite")
+def _(element: first_fence, compiler: Any, **options: Any) -> str:
+    # SQLite uses the highest seq again when its row is deleted: AUTOINCREMENT writes one page more for each job.
+    return "abs(random() % 1073741824)"
+
+
+class SQLite(ReturningDialect):
     """One SQLite file."""
 
     name = "sqlite"
-    begin = "BEGIN IMMEDIATE"
-    # SQLite uses the highest seq again when its row is deleted: AUTOINCREMENT writes one page more for each job.
-    first_fence: ColumnElement[int] = literal_column("abs(random() % 1073741824)")
+    closes_before_fork = True
 
     def __init__(self, url: URL) -> None:
         super().__init__(url)
@@ -127,6 +155,13 @@ class SQLite(Dialect):
 
     def writing(self) -> AbstractContextManager[None]:
         return self._turn
+
+    def begin(self, connection: Connection) -> None:
+        prepared.plain(connection, "BEGIN IMMEDIATE")
+
+    def roll_back(self, connection: Connection) -> None:
+        self._rings = self._rings_all = self._tells = False  # of this transaction, as its thread has the turn
+        super().roll_back(connection)
 
     def _take_turn(self) -> None:
         self._lock.acquire()
@@ -205,29 +240,32 @@ class SQLite(Dialect):
             return Unavailable(f"the SQLite file {str(self.path)!r} cannot be opened: {said}")
         return error
 
-    def insert_or_update(self, table: Table) -> sqlite.Insert:
+    def _insert(self, table: Table) -> sqlite.Insert:
         return sqlite.insert(table)
 
-    def picked(self, select: Select[Any], table: Table) -> ColumnElement[bool]:
-        return table.c.seq.in_(select.scalar_subquery())
+    def _is_among(self, table: Table, rows: ScalarSelect[int]) -> ColumnElement[bool]:
+        return table.c.seq.in_(rows)
 
-    def held(self, table: Table, owned: bool = True, texts: Sequence[str] = ()) -> ColumnElement[bool]:
+    def _held(self, table: Table, owned: bool, brought: Sequence[str]) -> ColumnElement[bool]:
         # One statement for all: between two statements another Python thread may run, and we wait until it pauses.
         of_row = [table.c.seq, table.c.fence, *([table.c.node_id + 0] if owned else ())]
-        of_hold = [self.brought(name) for name in Hold._fields[: len(of_row)]]
-        if texts:
+        of_hold = [self._brought(name) for name in Hold._fields[: len(of_row)]]
+        if brought:
             return and_(*(mine == theirs for mine, theirs in zip(of_row, of_hold, strict=True)))
         return tuple_(*of_row).in_(select(*of_hold))
 
-    def brought(self, name: str) -> ColumnElement[Any]:
+    def _brought(self, name: str) -> ColumnElement[Any]:
         return func.json_extract(_HOLDS.c.value, literal_column(f"'$.{name}'"))
 
-    def of_holds(self, holds: Mapping[Hold, Mapping[str, str | None]], values: dict[str, Any]) -> Any:
-        listed = [{**dict(zip(Hold._fields, hold, strict=True)), **texts} for hold, texts in holds.items()]
+    def _of_holds(self, holds: Mapping[Hold, Mapping[str, str | None]], values: Mapping[str, Any]) -> dict[str, Any]:
+        listed = [
+            {**dict(zip(Hold._fields, hold, strict=True)), **{BROUGHT + name: text for name, text in texts.items()}}
+            for hold, texts in holds.items()
+        ]
         return {"holds": json.dumps(listed), **values}
 
-    def publishing(self, insert: Any, queue: BindParameter[str] | None) -> Executable:
-        return insert  # type: ignore[no-any-return]
+    def wait_for(self, connection: Connection, node_id: int, queues: list[str] | None) -> None:
+        return
 
     def wake(self, connection: Connection, queues: Iterable[str], count: int) -> None:
         self._rings = True
@@ -236,9 +274,9 @@ class SQLite(Dialect):
         self._rings = self._rings_all = True
 
     def publish(
-        self, connection: Connection, statement: Executable, values: Mapping[str, Any], later: bool, again: bool
+        self, connection: Connection, upsert: Upsert, values: Mapping[str, Any], later: bool, again: bool
     ) -> None:
-        prepared.count(connection, statement, values)
+        prepared.count(connection, upserting(self, upsert), values)
         self._rings = True
         self._rings_all = self._rings_all or later
 
@@ -246,10 +284,20 @@ class SQLite(Dialect):
         self._lock_file()
         return NodeBell(self.lock_path)
 
-    def tell(self, connection: Connection, statement: Any, values: Any, ended: bool, fixed: bool) -> int:
-        changed = (
-            prepared.count(connection, statement, values) if fixed else connection.execute(statement, values).rowcount
-        )
+    def _told(
+        self,
+        connection: Connection,
+        statement: Any,
+        values: Mapping[str, Any],
+        ended: bool,
+        which: list[Changed] | None,
+    ) -> int:
+        if which is None:
+            changed = prepared.count(connection, statement, values)
+        else:
+            found = [Changed(*row) for row in prepared.rows(connection, _saying_which(statement), values)]
+            which += found
+            changed = len(found)
         self._tells = self._tells or changed > 0
         return changed
 
@@ -270,6 +318,11 @@ class SQLite(Dialect):
                 if self._results is not None:
                     os.close(self._results)
                     self._results = None
+
+
+@lru_cache(maxsize=64)
+def _saying_which(statement: Any) -> Any:
+    return statement.returning(*which_of(jobs))
 
 
 class _Log:

@@ -19,8 +19,7 @@ from sqlalchemy.pool import NullPool
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from kathikon_celery.settings import shown
-from kathikon_celery.storage.dialects import Dialect, dialect_for
-from kathikon_celery.storage.engine import prepared
+from kathikon_celery.storage.dialects import OPTION, Dialect, dialect_for
 from kathikon_celery.storage.engine.wakeup import Wakeup
 from kathikon_celery.storage.errors import Unavailable, in_words, is_lost
 
@@ -192,6 +191,7 @@ class Database:
             hide_parameters=True,  # no payloads in error messages
             connect_args=self.dialect.connect_args(self.connect_timeout, on_disk, publishes=durable),
             pool_reset_on_return=None,  # see `_Use`
+            execution_options={OPTION: self.dialect},
             **options,
         )
         event.listen(engine, "do_connect", self._do_connect)
@@ -266,7 +266,7 @@ class Database:
         return _Use(self, writes=False, durable=False)
 
     def once(self, durable: bool = False) -> _Use:
-        """A connection for one writing statement, committed by itself."""
+        """A connection for one verb of the dialect or one writing statement, committed by itself."""
         return _Use(self, writes=True, durable=durable)
 
     @contextmanager
@@ -275,18 +275,9 @@ class Database:
         with self.once(durable) as connection, self.transaction(connection):
             yield connection
 
-    @contextmanager
-    def transaction(self, connection: Connection) -> Iterator[None]:
+    def transaction(self, connection: Connection) -> AbstractContextManager[None]:
         """A transaction on a *connection* of `once`."""
-        try:
-            prepared.plain(connection, self.dialect.begin)
-            yield
-            prepared.plain(connection, "COMMIT")
-        except BaseException:
-            if not connection.invalidated:
-                with suppress(DBAPIError):  # after some errors SQLite has rolled back by itself
-                    prepared.plain(connection, "ROLLBACK")
-            raise
+        return self.dialect.transaction(connection)
 
     def patiently(self, call: Callable[[bool], T], patient: bool = True) -> T:
         """Return *call*(again). After a lost connection, call again: once at once, then for `patience` seconds.
@@ -359,7 +350,7 @@ class Database:
 
     def _new_gate(self) -> Gate | AbstractContextManager[None]:
         """SQLite's locks and memory belong to one process: no connection may be open during a fork."""
-        return Gate() if self.dialect.name == "sqlite" else nullcontext()
+        return Gate() if self.dialect.closes_before_fork else nullcontext()
 
     def _before_fork(self) -> None:
         if isinstance(self._gate, Gate):

@@ -4,20 +4,13 @@ from typing import Any
 
 import sqlalchemy as sa
 from alembic import op
-from sqlalchemy.dialects import mysql, postgresql
+from sqlalchemy.dialects import postgresql
 
 from kathikon_celery.storage.clock import Instant
+from kathikon_celery.storage.column_types import Long, Name, Serial
 
 revision = "0001"
 down_revision = None
-
-Serial = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-Name = (
-    sa.String(200)
-    .with_variant(postgresql.TEXT(collation="C"), "postgresql")
-    .with_variant(mysql.VARCHAR(200, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb")
-)
-Long = sa.Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
 
 
 def partial(condition: str) -> dict[str, Any]:
