@@ -75,7 +75,7 @@ def _parts(marks: int) -> list[list[ColumnElement[bool]]]:
 
 @lru_cache(maxsize=16)
 def _claim(marks: int) -> Claim:
-    """A claim from a queue so many priorities of which have a mark."""
+    """Return the claim from a queue with *marks* for so many of its priorities."""
     ready = (
         select(jobs.c.seq)
         .where(ready_in(bindparam("from_queue", type_=jobs.c.queue.type)), _IS_ALIVE)
@@ -184,7 +184,7 @@ def complete_and_claim(
     front: ScanStart | None = None,
     waiting: Waiting | None = None,
 ) -> tuple[int, list[Job]]:
-    """`finish.completed` and `claim` at once, where the dialect ``completes_and_claims``; what both return."""
+    """Run `finish.completed` and `claim` at once, see `Dialect.completes_and_claims`; return the results of both."""
     look = _Look(database, front)
     values, claims = look.parameters(queue, limit, node_id), _claim(len(look.marks))
     number, rows = database.dialect.complete_and_claim(connection, COMPLETED, holds, claims, values, waiting)

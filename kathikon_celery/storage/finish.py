@@ -27,7 +27,7 @@ LOST = "the process that ran it was lost"
 
 
 _STARTED = transitions.started(acked=bindparam("acked_early", type_=Boolean()))
-#: The change of `completed`, for who makes it together with another one.
+#: The change of `completed`, also for `Dialect.complete_and_claim`.
 COMPLETED = transitions.ended(State.COMPLETED)
 _REPLACED = transitions.replaced()
 _RETURNED = transitions.returned(crashed=transitions.has_crashed())
