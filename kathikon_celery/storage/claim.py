@@ -29,7 +29,7 @@ from kathikon_celery.storage import messages
 from kathikon_celery.storage.clock import Instant
 from kathikon_celery.storage.dialects.parameters import Claim, Pick
 from kathikon_celery.storage.engine.database import Database
-from kathikon_celery.storage.finish import COMPLETED
+from kathikon_celery.storage.finish import COMPLETED, completed
 from kathikon_celery.storage.scan_start import ScanStart
 from kathikon_celery.storage.tables import READY, jobs, nodes, ready_in
 from kathikon_celery.storage.transitions import claimed
@@ -117,7 +117,9 @@ def claim(
     look = _Look(database, front)
     values = look.parameters(queue, limit, node_id)
     rows = database.dialect.claim(connection, _claim(len(look.marks)), values, waiting)
-    return look.found(rows, node_id)
+    found = look.found(rows, node_id)
+    database.events.entered(connection, found, State.CLAIMED)
+    return found
 
 
 # The queue as an expression: else PostgreSQL, before its first statistics, reads all that is ready in it.
@@ -131,7 +133,9 @@ def claim_told(
     """`claim` of the one job that the node was called for, where it still waits: in half of the other's time."""
     values = {"from_queue": queue, "told": seq, "by_node": node_id}
     rows = database.dialect.claim(connection, _CLAIM_TOLD, values, waiting)
-    return [_job(row, node_id) for row in rows]
+    found = [_job(row, node_id) for row in rows]
+    database.events.entered(connection, found, State.CLAIMED)
+    return found
 
 
 def _rehearse(database: Database, connection: Connection) -> None:
@@ -185,6 +189,10 @@ def complete_and_claim(
     waiting: Waiting | None = None,
 ) -> tuple[int, list[Job]]:
     """Run `finish.completed` and `claim` at once, see `Dialect.completes_and_claims`; return the results of both."""
+    if database.events:  # who listens wants to know which
+        with database.dialect.atomic(connection):
+            number = completed(database, connection, holds)
+            return number, claim(database, connection, queue, limit, node_id, front, waiting)
     look = _Look(database, front)
     values, claims = look.parameters(queue, limit, node_id), _claim(len(look.marks))
     number, rows = database.dialect.complete_and_claim(connection, COMPLETED, holds, claims, values, waiting)

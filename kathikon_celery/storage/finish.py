@@ -44,15 +44,22 @@ _TEXTS = {"reason": "why", "traceback": "trace", "status": "word", "cause": "bec
 
 def started(database: Database, connection: Connection, holds: Sequence[Hold], acked: bool = False) -> int:
     """The pool has accepted the jobs. *acked*: their messages are acknowledged with it, they never run again."""
-    return database.dialect.change_held(connection, _STARTED, holds, {"acked_early": acked})
+    which = database.events.which()
+    number = database.dialect.change_held(connection, _STARTED, holds, {"acked_early": acked}, which=which)
+    database.events.entered(connection, which, State.RUNNING)
+    return number
 
 
 def completed(database: Database, connection: Connection, holds: Sequence[Hold]) -> int:
     """The tasks have returned."""
-    return database.dialect.change_held(connection, COMPLETED, holds, {})
+    which = database.events.which()
+    number = database.dialect.change_held(connection, COMPLETED, holds, {}, which=which)
+    database.events.entered(connection, which, State.COMPLETED)
+    return number
 
 
 def ended(
+    database: Database,
     connection: Connection,
     hold: Hold,
     state: State,
@@ -68,6 +75,8 @@ def ended(
     texts = {"why": printable(reason), "trace": printable(traceback)}
     values = {**of_hold(hold), **texts, "word": status, "because": cause.value if cause else None}
     changed = connection.execute(_ended(state), values).rowcount
+    if changed:
+        database.events.changed(connection, seqs=[hold.seq])
     if changed and state is State.DEAD:
         add_error(connection, hold.seq, reason, hold.fence)
     return changed
@@ -75,7 +84,10 @@ def ended(
 
 def replaced(database: Database, connection: Connection, holds: Sequence[Hold]) -> int:
     """The tasks have handed their work to others, the last of which will be published under their ids."""
-    return database.dialect.change_held(connection, _REPLACED, holds, {})
+    which = database.events.which()
+    number = database.dialect.change_held(connection, _REPLACED, holds, {}, which=which)
+    database.events.changed(connection, ids=[job.id for job in which or ()])
+    return number
 
 
 _UNREPORTED = select(jobs).where(UNREPORTED).order_by(jobs.c.ended_at).limit(100)
@@ -120,7 +132,9 @@ def add_error(connection: Connection, seq: int, reason: str, fence: int) -> None
 
 def given_back(database: Database, connection: Connection, holds: Sequence[Hold], crashed: bool = False) -> int:
     """The jobs are ready again for anybody. *crashed*: the process that ran them was lost."""
-    changed = database.dialect.change_held(connection, _RETURNED, holds, {"has_crashed": crashed})
+    which = database.events.which()
+    changed = database.dialect.change_held(connection, _RETURNED, holds, {"has_crashed": crashed}, which=which)
+    database.events.changed(connection, ids=[job.id for job in which or ()])
     if crashed and changed:
         note_crashes(connection, holds)
     return changed

@@ -100,9 +100,11 @@ def insert(database: Database, job: Job, hold: Hold | None = None, soon: bool = 
                 database.dialect.upsert(connection, _published(later, own, again), values)
                 if soon:
                     _announce(database, connection, [job])
+                database.events.published(connection, [job])
         else:
             with database.once(durable=True) as connection:
                 database.dialect.publish(connection, _published(later, False, again), values, later, again)
+                database.events.published(connection, [job])
         return True
 
     return database.patiently(publish)
@@ -126,6 +128,7 @@ def publish(database: Database, connection: Connection, batch: Sequence[Job], ag
             rows = [_values(job) for job in chosen]
             database.dialect.upsert_many(connection, _published(later, False, again), rows)
     _announce(database, connection, batch)
+    database.events.published(connection, batch)
 
 
 def _announce(database: Database, connection: Connection, batch: Sequence[Job]) -> None:

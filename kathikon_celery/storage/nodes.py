@@ -182,6 +182,7 @@ def remove(database: Database, node: Node | int, unless_renewed: bool = False) -
         held = connection.execute(_ORPHANS, {"node": node_id}).all()
         if held:
             connection.execute(_rescued(), {"node": node_id})
+            database.events.changed(connection, seqs=[row.seq for row in held])
             running = [Hold(row.seq, row.fence, node_id) for row in held if row.state == State.RUNNING.value]
             note_crashes(connection, running)
             database.dialect.wake(connection, {row.queue for row in held if row.queue}, len(held))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import Connection, Integer, bindparam, select
 
+from kathikon_celery.job import Cause, State
 from kathikon_celery.storage import transitions
 from kathikon_celery.storage.clock import now, seconds_until
 from kathikon_celery.storage.dialects.parameters import Pick
@@ -36,7 +37,9 @@ def promote(database: Database, limit: int = CHUNK) -> int:
     """Make up to *limit* due jobs ready, and wake nodes for them; the number of them."""
     with database.write() as connection:
         values = {"at_most": limit}
-        taken = database.dialect.pick_and_change(connection, _PROMOTED, _PICK_DUE, (jobs.c.queue,), values)
+        which, columns = database.events.which(), (jobs.c.queue,)
+        taken = database.dialect.pick_and_change(connection, _PROMOTED, _PICK_DUE, columns, values, which=which)
+        database.events.entered(connection, which, State.AVAILABLE)
         queues = [queue for (queue,) in taken.rows]
         if queues:
             database.dialect.wake(connection, {queue for queue in queues if queue}, len(queues))
@@ -46,4 +49,7 @@ def promote(database: Database, limit: int = CHUNK) -> int:
 def expire(database: Database) -> int:
     """Discard the jobs that expired while they waited; the number of them."""
     with database.write() as connection:
-        return database.dialect.pick_and_change(connection, _GIVEN_UP, _PICK_EXPIRED, (), {}).number
+        which = database.events.which()
+        taken = database.dialect.pick_and_change(connection, _GIVEN_UP, _PICK_EXPIRED, (), {}, which=which)
+        database.events.entered(connection, which, State.DISCARDED, Cause.EXPIRED)
+    return taken.number

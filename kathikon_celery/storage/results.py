@@ -52,8 +52,8 @@ def store(
         with database.write() as connection:
             if state in _ENDED:
                 return end(database, connection, hold, state, **texts, reason=reason, cause=cause) or again
-            if state is State.RUNNING:
-                prepared.count(connection, _STARTED, of_hold(hold))
+            if state is State.RUNNING and prepared.count(connection, _STARTED, of_hold(hold)):
+                database.events.changed(connection, seqs=[hold.seq])
             values = {**of_hold(hold), **_new(texts)}
             is_ready = status in result_listeners.READY_WORDS
             return database.dialect.change_and_tell(connection, _NOTED, values, is_ready) > 0 or again
@@ -77,8 +77,10 @@ def end(
 ) -> bool:
     """The run that holds the job under *hold* has ended so; false when the job has moved on."""
     values = {**of_hold(hold), **_new(written), "why": printable(reason), "because": cause.value if cause else None}
-    if not database.dialect.change_and_tell(connection, _ENDED[state], values, True):
+    which = database.events.which()
+    if not database.dialect.change_and_tell(connection, _ENDED[state], values, True, which=which):
         return False
+    database.events.entered(connection, which, state, cause)
     if state is State.DEAD:
         add_error(connection, hold.seq, reason or str(written["status"]), hold.fence)
     return True
@@ -87,7 +89,10 @@ def end(
 def end_many(database: Database, connection: Connection, ends: Mapping[Hold, Mapping[str, str | None]]) -> int:
     """The runs that hold jobs under these holds have returned, and so it is written of them; the number of them."""
     texts = {hold: {name: printable(text) for name, text in written.items()} for hold, written in ends.items()}
-    return database.dialect.end_held(connection, _RETURNED, texts)
+    which = database.events.which()
+    number = database.dialect.end_held(connection, _RETURNED, texts, which=which)
+    database.events.entered(connection, which, State.COMPLETED)
+    return number
 
 
 def store_retry(database: Database, hold: Hold, *, reason: str, **written: str | None) -> None:
@@ -151,7 +156,11 @@ def end_alone(
     ended = state if state in _ENDED else None
     why = {"why": printable(reason), "because": cause.value if cause else None}
     values = {"of_id": key(task_id), **why, **_new(written)}
-    return database.dialect.change_and_tell(connection, _alone(ended), values, ended is not None) > 0
+    which = database.events.which()
+    number = database.dialect.change_and_tell(connection, _alone(ended), values, ended is not None, which=which)
+    if ended is not None:
+        database.events.changed(connection, ids=[job.id for job in which or ()])
+    return number > 0
 
 
 #: The word for a job that has ended and whose result was forgotten. Without one it might be unreported once more.

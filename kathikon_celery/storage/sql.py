@@ -111,7 +111,7 @@ class SQLBackend(StorageBackend):
         traceback: str | None = None,
         status: str | None = None,
     ) -> int:
-        return finish.ended(connection, hold, state, cause, reason, traceback, status)
+        return finish.ended(self.database, connection, hold, state, cause, reason, traceback, status)
 
     def given_back(self, connection: Connection, holds: Sequence[Hold], crashed: bool = False) -> int:
         return finish.given_back(self.database, connection, holds, crashed)

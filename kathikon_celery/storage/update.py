@@ -52,6 +52,8 @@ def update(database: Database, job: Job) -> None:
                 database.dialect.wake(connection, [values["queue"]], 1)
             elif job.state in WAITING:
                 database.dialect.ring(connection)
+            if old.state is not job.state:
+                database.events.changed(connection, seqs=[old.seq])
             new = fetch(connection, job.id)
         for field in fields(Job):
             setattr(job, field.name, getattr(new, field.name))

@@ -290,3 +290,16 @@ def test_the_package_imports_it_when_it_is_asked_for() -> None:
     assert done.stdout == "False False\n"
     with pytest.raises(AttributeError, match="no attribute 'Worker'"):
         kathikon_celery.Worker  # noqa: B018
+
+
+def test_a_listener_hears_what_happens_to_jobs_in_its_process(tmp_path: Path) -> None:
+    app = apps.create_app("heard", kathikon_database_url=f"sqlite:///{tmp_path}/heard.db")
+    heard: list[tuple[str, State]] = []
+    database = Storage.for_app(app).database
+    stop = database.events.listen(lambda events: heard.extend((event.id, event.state) for event in events))
+    with EmbeddedWorker(app):
+        result = app.tasks[apps.add.name].delay(1, 1)
+        assert result.get(timeout=60) == 2
+    stop()
+    states = {state for job_id, state in heard if job_id == result.id}
+    assert states - {State.RUNNING} == {State.AVAILABLE, State.CLAIMED, State.COMPLETED}

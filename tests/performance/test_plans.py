@@ -132,7 +132,10 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
     "started": (writing(lambda plans, conn: finish.started(plans.database, conn, HOLDS)), {BY_SEQ: ""}),
     "completed": (writing(lambda plans, conn: finish.completed(plans.database, conn, HOLDS)), {BY_SEQ: ""}),
     "given back": (writing(lambda plans, conn: finish.given_back(plans.database, conn, HOLDS)), {BY_SEQ: ""}),
-    "ended": (writing(lambda plans, conn: finish.ended(conn, HOLDS[0], State.DEAD, None, "x", "y")), {BY_SEQ: ""}),
+    "ended": (
+        writing(lambda plans, conn: finish.ended(plans.database, conn, HOLDS[0], State.DEAD, None, "x", "y")),
+        {BY_SEQ: ""},
+    ),
     "moved on": (writing(lambda plans, conn: finish.moved_on(conn, HOLDS)), {BY_SEQ: ""}),
     "held by": (reading(lambda plans, conn: finish.held_by(conn, plans.worker.id)), {HELD: "node_id"}),
     "result": (lambda plans: results.store(plans.database, HOLDS[1], **result(State.DEAD)), {BY_SEQ: ""}),

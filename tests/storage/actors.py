@@ -68,7 +68,7 @@ class Worker:
 
     def end(self, job: Job, state: State, reason: str = "because", traceback: str | None = None) -> int:
         with self.database.write() as connection:
-            return finish.ended(connection, job.hold, state, Cause.RAISED, reason, traceback)
+            return finish.ended(self.database, connection, job.hold, state, Cause.RAISED, reason, traceback)
 
     def give_back(self, *jobs: Job, crashed: bool = False) -> int:
         with self.database.write() as connection:

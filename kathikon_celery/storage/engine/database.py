@@ -22,6 +22,7 @@ from kathikon_celery.settings import shown
 from kathikon_celery.storage.dialects import OPTION, Dialect, dialect_for
 from kathikon_celery.storage.engine.wakeup import Wakeup
 from kathikon_celery.storage.errors import Unavailable, in_words, is_lost
+from kathikon_celery.storage.events import Event, Events
 
 T = TypeVar("T")
 
@@ -107,9 +108,13 @@ class _Use:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         database, connection = self._database, self._connection
+        happened: Sequence[Event] = ()
         try:
             if self._turn is not None:
                 self._turn.__exit__(None, None, None)
+            if database.events and connection is not None and not connection.invalidated:
+                noted = database.events.take(connection)
+                happened = noted if error is None else happened
             if connection is not None and error is None:
                 kept = {} if connection.invalidated else connection.info
                 database._keep(self._durable, connection)
@@ -124,6 +129,8 @@ class _Use:
                 database.dialect.flush(kept)
         finally:
             self._gate.__exit__(None, None, None)
+        if happened:
+            database.events.tell(happened)
         if isinstance(error, DBAPIError) and (explained := database.dialect.explain(error)) is not error:
             raise explained from error
 
@@ -149,6 +156,8 @@ class Database:
         alternates: Sequence[str] = (),
     ) -> None:
         self.url = make_url(url)
+        #: What the transactions of this process do to jobs.
+        self.events = Events()
         self._servers = [self.url, *map(make_url, alternates)]
         self.dialect: Dialect = dialect_for(self.url)
         self.connect_timeout = connect_timeout
