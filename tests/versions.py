@@ -21,7 +21,7 @@ MINORS = range(10, 15)
 FEW = ["tests/unit/test_internals.py", "tests/integration/test_unknown_celery.py"]
 MANY = [
     *FEW,
-    "tests/property/test_sending.py",
+    "tests/property/test_fast_path.py",
     "tests/integration/test_discovery.py",
     "tests/integration/test_pools.py",
     "tests/integration/test_ahead.py",
