@@ -18,6 +18,7 @@ from kathikon_celery.storage import Storage, finish, messages, result_listeners,
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.dialects import Dialect, dialect_of
 from kathikon_celery.storage.dialects.parameters import Change, Changed, Claim, Pick, Upsert
+from kathikon_celery.storage.dialects.sqlite import SQLite
 from kathikon_celery.storage.engine.wakeup import Wakeup
 from kathikon_celery.storage.insert import _published, _values
 from kathikon_celery.storage.tables import DUE, ENDED, chords, due_at, groups, jobs, metadata, ready_in
@@ -182,6 +183,35 @@ def test_two_claimers_never_share_a_row(storage: Storage, dialect: Dialect, work
 
     in_threads(4, take)
     assert Counter(got) == {str(number): 1 for number in range(200)}
+
+
+@pytest.mark.parametrize("verb", ["claim", "pick_and_change", "pick_and_delete"])
+def test_nobody_waits_for_rows_that_another_transaction_has(
+    storage: Storage, dialect: Dialect, worker: Worker, set_row: Callable[..., None], verb: str
+) -> None:
+    if isinstance(dialect, SQLite):
+        pytest.skip("SQLite has one writer at a time")
+    states = {"claim": "available", "pick_and_change": "scheduled", "pick_and_delete": "completed"}
+    storage.insert_many([new_job("1"), new_job("2")])
+    for name in "12":
+        set_row(name, state=states[verb], available_at=AGO, ended_at=AGO if verb == "pick_and_delete" else None)
+    got: list[int] = []
+
+    def take(connection: Connection) -> int:
+        if verb == "claim":
+            return len(dialect.claim(connection, CLAIM, claims(worker, 1)))
+        if verb == "pick_and_change":
+            return dialect.pick_and_change(connection, PROMOTED, DUE_ONES, (), {"at_most": 1}).number
+        return dialect.pick_and_delete(connection, ENDED_ONES, (), {"at_most": 1}).number
+
+    def take_another() -> None:
+        with storage.database.once() as connection:
+            got.extend([take(connection), take(connection)])
+
+    with storage.database.write() as connection:
+        assert take(connection) == 1
+        in_threads(1, take_another)
+        assert got == [1, 0]
 
 
 @pytest.mark.parametrize("room", [1, 2])
