@@ -1,4 +1,4 @@
-"""The life of a job, one method a step: every publication, claim, report and result of every process passes here.
+"""The life of a job, a method for each step: all publications, claims, reports and results of a process pass here.
 
 A backend is chosen by the setting ``kathikon_storage_backend``; `kathikon_celery.storage.sql.SQLBackend` is the one
 that ships. Derive from that one, and override the steps that you want to see or to change:
@@ -28,7 +28,7 @@ from kathikon_celery.storage.settle import TaskEnd
 
 
 class StorageBackend(ABC):
-    """Kathikon's storage behaviour.
+    """The steps of a job's life, each of which a backend implements.
 
     Arguments:
         database: the connections to the database.
@@ -39,11 +39,11 @@ class StorageBackend(ABC):
 
     @abstractmethod
     def setup(self) -> None:
-        """Make the tables where there are none, and upgrade them where they are older than the code."""
+        """Create the tables, or upgrade them if they are older than the code."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give up the connections."""
+        """Close the connections."""
 
     # --- published
 
@@ -59,7 +59,7 @@ class StorageBackend(ABC):
 
     @abstractmethod
     def claim(self, queue: str, limit: int, node_id: int | None) -> list[Job]:
-        """Claim up to *limit* ready jobs of *queue*, in a transaction of its own; the jobs with all columns."""
+        """Claim up to *limit* ready jobs of *queue* in a transaction of its own; return them with all columns."""
 
     @abstractmethod
     def claim_jobs(
@@ -88,25 +88,25 @@ class StorageBackend(ABC):
         front: ScanStart | None = None,
         waiting: Waiting | None = None,
     ) -> tuple[int, list[Job]]:
-        """Do what `completed` and `claim_jobs` do, at once; the number of completed jobs, and the claimed ones."""
+        """Do what `completed` and `claim_jobs` do, at once; return the results of both."""
 
     @abstractmethod
     def claim_again(self, connection: Connection, holds: Sequence[Hold], node_id: int) -> int:
-        """Repeat claims that a crashed server may have forgotten; the number of rows that it had."""
+        """Repeat claims that a crashed server may have forgotten; return the number of forgotten ones."""
 
     # --- reported by the worker that holds the jobs
 
     @abstractmethod
     def started(self, connection: Connection, holds: Sequence[Hold], acked: bool = False) -> int:
-        """The pool has accepted the jobs. *acked*: they are acknowledged with that, and never run again."""
+        """Report that the pool has accepted the jobs. *acked*: they are acknowledged now, and never run again."""
 
     @abstractmethod
     def completed(self, connection: Connection, holds: Sequence[Hold]) -> int:
-        """The tasks have returned; the number of jobs that were held so."""
+        """Report that the tasks have returned; return the number of jobs that were held so."""
 
     @abstractmethod
     def completed_with(self, connection: Connection, ends: Mapping[Hold, Mapping[str, str | None]]) -> int:
-        """The tasks have returned with these results; the number of jobs that were held so."""
+        """Report that the tasks have returned with these results; return the number of jobs that were held so."""
 
     @abstractmethod
     def ended(
@@ -119,19 +119,19 @@ class StorageBackend(ABC):
         traceback: str | None = None,
         status: str | None = None,
     ) -> int:
-        """The job is dead, cancelled or discarded (*state*); 0 when it is held by another node now."""
+        """Report that the job is dead, cancelled or discarded (*state*); return 0 if it is not held so any more."""
 
     @abstractmethod
     def given_back(self, connection: Connection, holds: Sequence[Hold], crashed: bool = False) -> int:
-        """The jobs are ready again. *crashed*: the process that ran them was lost."""
+        """Make the jobs ready again. *crashed*: the process that ran them was lost."""
 
     @abstractmethod
     def replaced(self, connection: Connection, holds: Sequence[Hold]) -> int:
-        """The tasks have handed their work to others."""
+        """Report that the tasks were replaced by others."""
 
     @abstractmethod
     def remove_node(self, node_id: int, unless_renewed: bool = False) -> int | None:
-        """Remove a node, and make ready again what it held; the number of jobs, `None` if its lease was renewed."""
+        """Delete a node, and give back its jobs; return their number, or `None` if its lease was renewed."""
 
     # --- results
 
@@ -150,11 +150,11 @@ class StorageBackend(ABC):
         traceback: str | None,
         meta: str | None,
     ) -> bool:
-        """Write what a running task says of itself."""
+        """Write the progress of a running task. *state*: running, or `None` for no change."""
 
     @abstractmethod
     def store_retry(self, hold: Hold, *, reason: str, **written: str | None) -> None:
-        """Write the failure for which a task has published its own job again."""
+        """Write the failure because of which a task has published its own job again."""
 
     @abstractmethod
     def store_alone(
@@ -166,7 +166,7 @@ class StorageBackend(ABC):
         cause: Cause | None = None,
         **written: str | None,
     ) -> None:
-        """Write a result under an id, whichever process ran the task."""
+        """Write a result by the task's id, without a claim."""
 
     @abstractmethod
     def forget(self, task_id: str) -> None:
@@ -176,33 +176,33 @@ class StorageBackend(ABC):
 
     @abstractmethod
     def promote_scheduled(self, limit: int) -> int:
-        """Make due jobs ready."""
+        """Make up to *limit* due jobs ready; return their number."""
 
     @abstractmethod
     def next_due(self) -> float | None:
-        """Seconds until the next promotion."""
+        """Return the seconds until the next job is due, or `None`."""
 
     @abstractmethod
     def discard_expired(self) -> int:
-        """Discard the jobs that expired while they waited."""
+        """Discard jobs that expired while they waited; return their number."""
 
     @abstractmethod
     def prunable_jobs(self, retention: Mapping[State, float | None], limit: int) -> list[str]:
-        """Ids of jobs that ended long enough ago."""
+        """Return ids of up to *limit* jobs that ended longer ago than *retention* (seconds by state)."""
 
     @abstractmethod
     def prune(self, retention: Mapping[State, float | None], limit: int) -> int:
-        """Delete up to *limit* of those jobs, but none that was published again meanwhile."""
+        """Delete up to *limit* of those jobs, but none that was published again meanwhile; return their number."""
 
     # --- by hand
 
     @abstractmethod
     def update(self, job: Job) -> None:
-        """Write a job back, through the state machine."""
+        """Write a job back, if the state machine allows the change."""
 
     @abstractmethod
     def delete(self, ids: Sequence[str]) -> int:
-        """Delete jobs."""
+        """Delete jobs; return their number."""
 
     @abstractmethod
     def clear_jobs(self) -> None:
@@ -216,7 +216,7 @@ class StorageBackend(ABC):
 
     @abstractmethod
     def fetch(self, job_id: str) -> Job | None:
-        """The job of that id."""
+        """Return the job with that id, or `None`."""
 
     @abstractmethod
     def all(self, queue: str | None, state: State | None) -> list[Job]:
@@ -228,4 +228,4 @@ class StorageBackend(ABC):
 
     @abstractmethod
     def counts(self) -> dict[tuple[str, str], int]:
-        """Number of jobs by queue and state."""
+        """Return the number of jobs by queue and state."""

@@ -78,7 +78,7 @@ _SIZED = Upsert(
     chords,
     (chords.c.id,),
     {"id": bindparam("chord"), "size": _SIZE, "ended": 0, "added": 0, "inserted_at": now()},
-    # Below 5.7, Celery says it again, of the group alone, when a chain of the header comes to the group that ends it.
+    # Celery below 5.7 sets the size again, of a group alone, when a chain of the header reaches its last group.
     lambda new: {"size": case((func.coalesce(chords.c.size, 0) < new["size"], new["size"]), else_=chords.c.size)},
 )
 

@@ -1,4 +1,4 @@
-"""Claiming: a node takes what is ready."""
+"""Claiming: a node takes ready jobs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from kathikon_celery.storage.scan_start import ScanStart
 from kathikon_celery.storage.tables import READY, jobs, nodes, ready_in
 from kathikon_celery.storage.transitions import claimed
 
-#: What a worker must know of a job in order to run it. Nothing of it is converted: a corrupt row spoils no batch.
+#: The columns that a worker needs to run a job. None is converted, so that a corrupt row does not fail its batch.
 _DELIVERY = [
     jobs.c[name]
     for name in ("seq", "id", "queue", "task", "priority", "fence", "attempts", "crashes", "envelope", "body")
@@ -42,7 +42,7 @@ _DELIVERY = [
 _NAMES = [column.name for column in _DELIVERY]
 _SEQ, _PRIORITY, _SINCE_WHEN = _NAMES.index("seq"), _NAMES.index("priority"), len(_NAMES)
 _SINCE = type_coerce(jobs.c.available_at, NullType()).label("since")
-# A node that was taken for dead, and does not know it yet, gets nothing.
+# A node that other nodes took for dead gets no jobs, even if it does not know that yet.
 _IS_ALIVE = or_(
     bindparam("by_node", type_=BigInteger()).is_(None),
     exists().where(nodes.c.id == bindparam("by_node", type_=BigInteger())),
@@ -50,9 +50,9 @@ _IS_ALIVE = or_(
 
 
 class Waiting(NamedTuple):
-    """With a claim it is said that the node waits for *queues*, if it finds fewer jobs than *room*.
+    """A claim that finds fewer than *room* jobs also notes that the node waits for *queues* (keys).
 
-    See `nodes.wait_for`. Only where the dialect ``wakes_by_name``.
+    See `nodes.wait_for`. Only if the dialect ``wakes_by_name``.
     """
 
     queues: list[str]
@@ -60,7 +60,7 @@ class Waiting(NamedTuple):
 
 
 def _parts(marks: int) -> list[list[ColumnElement[bool]]]:
-    """The conditions of the parts of a queue, in their order, where so many of its priorities have a mark."""
+    """Return the conditions of a queue's parts, in the order of claiming; *marks*: number of `ScanStart.marks`."""
     parts: list[list[ColumnElement[bool]]] = []
     below: list[ColumnElement[bool]] = []
     for number in range(marks):
@@ -75,7 +75,7 @@ def _parts(marks: int) -> list[list[ColumnElement[bool]]]:
 
 @lru_cache(maxsize=16)
 def _claim(marks: int) -> Claim:
-    """Return the claim from a queue with *marks* for so many of its priorities."""
+    """Return the claim from a queue; *marks*: number of its `ScanStart.marks`."""
     ready = (
         select(jobs.c.seq)
         .where(ready_in(bindparam("from_queue", type_=jobs.c.queue.type)), _IS_ALIVE)
@@ -87,7 +87,7 @@ def _claim(marks: int) -> Claim:
 
 
 def is_anything_there(queues: int, with_messages: bool) -> ColumnElement[bool]:
-    """Whether a job is ready in one of so many queues, the keys ``queue_0`` and so on; or a message."""
+    """Return the condition that a job or a message is ready in one of *queues* queues: keys ``queue_0`` and so on."""
     # In the order of the index: see `messages.first`.
     first = []
     for number in range(queues):
@@ -108,11 +108,11 @@ def claim(
     front: ScanStart | None = None,
     waiting: Waiting | None = None,
 ) -> list[Job]:
-    """Take up to *limit* ready jobs of the key *queue*: higher priority first, then longer ready.
+    """Claim up to *limit* ready jobs of *queue* (a key): those of higher priority first, then those ready for longer.
 
     Arguments:
-        front: of this queue, from the claims before.
-        waiting: what is said with it.
+        front: where to start in this queue, known from earlier claims.
+        waiting: what to note if this claim finds few jobs.
     """
     look = _Look(database, front)
     values = look.parameters(queue, limit, node_id)
@@ -122,7 +122,7 @@ def claim(
     return found
 
 
-# The queue as an expression: else PostgreSQL, before its first statistics, reads all that is ready in it.
+# The queue is an expression: otherwise PostgreSQL, while it has no statistics, reads all ready jobs of the queue.
 _IS_TOLD = (jobs.c.seq == bindparam("told"), jobs.c.queue.concat("") == bindparam("from_queue"))
 _CLAIM_TOLD = Claim(claimed(*_IS_TOLD, READY, _IS_ALIVE), tuple(_DELIVERY))
 
@@ -130,7 +130,7 @@ _CLAIM_TOLD = Claim(claimed(*_IS_TOLD, READY, _IS_ALIVE), tuple(_DELIVERY))
 def claim_told(
     database: Database, connection: Connection, queue: str, seq: int, node_id: int, waiting: Waiting
 ) -> list[Job]:
-    """`claim` of the one job that the node was called for, where it still waits: in half of the other's time."""
+    """Claim the job *seq*, for which the node was woken, if it is still ready. Takes half the time of `claim`."""
     values = {"from_queue": queue, "told": seq, "by_node": node_id}
     rows = database.dialect.claim(connection, _CLAIM_TOLD, values, waiting)
     found = [_job(row, node_id) for row in rows]
@@ -139,7 +139,7 @@ def claim_told(
 
 
 def _rehearse(database: Database, connection: Connection) -> None:
-    """Run `claim_told` for no job until PostgreSQL keeps its plan: the first five runs of a statement it plans anew."""
+    """Run `claim_told` without a job until PostgreSQL keeps the plan: it plans a statement's first five runs."""
     for _ in range(6):
         claim_told(database, connection, "", -1, -1, Waiting([], 0))
 
@@ -149,7 +149,7 @@ def _job(row: Sequence[Any], node_id: int | None) -> Job:
 
 
 class _Look:
-    """Where a claim looks, and what it finds there."""
+    """One claim: where it starts, and which jobs it finds."""
 
     def __init__(self, database: Database, front: ScanStart | None) -> None:
         self._front = front if database.dialect.keeps_old_rows else None
@@ -160,11 +160,10 @@ class _Look:
         self._started = monotonic()
 
     def parameters(self, queue: str, limit: int, node_id: int | None) -> dict[str, Any]:
-        """The parameters of `_claim`."""
         return {"from_queue": queue, "at_most": limit, "by_node": node_id, **self.values}
 
     def found(self, rows: Sequence[Any], node_id: int | None) -> list[Job]:
-        """The jobs of *rows*, which have the columns of `_DELIVERY`, and then the moment since which they are ready."""
+        """Return the jobs of *rows*, in order. A row: the columns of `_DELIVERY`, then the time of becoming ready."""
         took, rows = monotonic() - self._started, _in_order(rows)
         if self._front is not None:
             self._front.looked([(row[_PRIORITY], row[_SINCE_WHEN]) for row in rows], not self.marks, took)
@@ -174,7 +173,7 @@ class _Look:
 def _in_order(rows: Sequence[Any]) -> list[Any]:
     try:
         return sorted(rows, key=lambda row: (-row[_PRIORITY], row[_SINCE_WHEN], row[_SEQ]))
-    except TypeError:  # one of them is corrupt; the others are not to wait for that
+    except TypeError:  # a row is corrupt: the others are delivered all the same
         return sorted(rows, key=itemgetter(_SEQ))
 
 
@@ -189,7 +188,7 @@ def complete_and_claim(
     waiting: Waiting | None = None,
 ) -> tuple[int, list[Job]]:
     """Run `finish.completed` and `claim` at once, see `Dialect.completes_and_claims`; return the results of both."""
-    if database.events:  # who listens wants to know which
+    if database.events:  # the listeners need the completed jobs, not only their number
         with database.dialect.atomic(connection):
             number = completed(database, connection, holds)
             return number, claim(database, connection, queue, limit, node_id, front, waiting)
@@ -200,7 +199,7 @@ def complete_and_claim(
 
 
 def preparations(database: Database) -> Iterator[Callable[[Connection], None]]:
-    """What the first jobs would have to wait for, longer than they run, in steps; each takes a connection."""
+    """Yield steps, called with a connection, that compile and prepare statements before the first jobs need them."""
     dialect = database.dialect
     claims = [_claim(marks) for marks in range(1 + dialect.keeps_old_rows)]
     steps = dialect.preparations(COMPLETED, claims)
@@ -214,7 +213,7 @@ _CLAIMED_AGAIN = claimed(READY)
 
 
 def claim_again(database: Database, connection: Connection, holds: Sequence[Hold], node_id: int) -> int:
-    """Repeat claims that gave *holds* and that the server has forgotten; the number of them."""
+    """Repeat those claims of *holds* that a crashed server has forgotten; return their number."""
     before = [hold._replace(fence=hold.fence - 1) for hold in holds]
     values = {"by_node": node_id}
     return database.dialect.change_held(connection, _CLAIMED_AGAIN, before, values, owned=False)

@@ -19,7 +19,7 @@ from kathikon_celery.storage.tables import jobs
 
 logger = logging.getLogger(__name__)
 
-#: Where a connection keeps what its transaction has done so far.
+#: Key in ``Connection.info`` of the events of the connection's transaction.
 _KEPT = "kathikon_events"
 _NOW = select(jobs.c.id, jobs.c.queue, jobs.c.task, jobs.c.state, jobs.c.cause).order_by(jobs.c.seq)
 _NOW_OF_IDS = _NOW.where(jobs.c.id.in_(bindparam("which", expanding=True)))
@@ -55,7 +55,7 @@ class Events:
         self._listeners: tuple[Listener, ...] = ()
 
     def listen(self, listener: Listener) -> Callable[[], None]:
-        """Call *listener* after each transaction that has changed jobs; what is returned ends that."""
+        """Call *listener* after each transaction that has changed jobs; return a function that ends that."""
         self._listeners += (listener,)
 
         def stop() -> None:
@@ -64,11 +64,10 @@ class Events:
         return stop
 
     def __bool__(self) -> bool:
-        """Whether anybody listens."""
         return bool(self._listeners)
 
     def which(self) -> list[Changed] | None:
-        """A list for a verb's argument of that name; `None` when nobody listens."""
+        """Return a list for a verb's argument of that name; `None` without listeners."""
         return [] if self._listeners else None
 
     def entered(
@@ -93,7 +92,7 @@ class Events:
             self._add(connection, [Event(key(job.id), key(job.queue or ""), job.task, state)])
 
     def changed(self, connection: Connection, *, ids: Iterable[str] = (), seqs: Iterable[int] = ()) -> None:
-        """Note the states that jobs have now, after a change whose statement does not tell them."""
+        """Read and note the states of jobs, after a change whose statement does not return them."""
         ids, seqs = list(ids), list(seqs)
         if self._listeners and (ids or seqs):
             rows = connection.execute(_NOW_OF_IDS if ids else _NOW_OF_SEQS, {"which": ids or seqs})
@@ -105,11 +104,11 @@ class Events:
         connection.info.setdefault(_KEPT, []).extend(events)
 
     def take(self, connection: Connection) -> list[Event]:
-        """What was noted for *connection*; nothing is any more."""
+        """Return the events noted for *connection*, and forget them."""
         return connection.info.pop(_KEPT, [])  # type: ignore[no-any-return]
 
     def tell(self, events: Sequence[Event]) -> None:
-        """Call the listeners. An error of one is logged: what it was told of has happened."""
+        """Call the listeners. The error of a listener is logged, since the events have happened."""
         for listener in self._listeners if events else ():
             try:
                 listener(events)

@@ -39,7 +39,7 @@ class Storage:
 
     Arguments:
         url: SQLAlchemy URL of the database (default: the setting ``kathikon_database_url``).
-        settings: default: what environment and pyproject.toml say.
+        settings: default: those of the environment and pyproject.toml.
         backend: used instead of the one that ``kathikon_storage_backend`` names.
         database: used instead of one at *url*.
     """
@@ -67,10 +67,10 @@ class Storage:
 
     @classmethod
     def shared(cls, urls: Sequence[str], settings: Settings, connect_timeout: float | None = None) -> Storage:
-        """The storage of this process for these settings, and for the database that *urls*, or else they, name.
+        """Return this process's storage for *settings*, on the database of *urls* (if empty: of *settings*).
 
-        Of several *urls*, the first server that can be written to is used. The first call for a database decides
-        about the *connect_timeout* (seconds).
+        Of several *urls*, the first server that can be written to is used. *connect_timeout* (seconds) counts only in
+        the first call for a database.
         """
         name = (*urls, settings, *sorted(settings.sources))
         storage = _storages.get(name)
@@ -86,7 +86,7 @@ class Storage:
 
     @classmethod
     def for_app(cls, app: Celery, setup: bool = True) -> Storage:
-        """The storage that an app's producers and workers use; its tables made, if *setup*."""
+        """Return the storage of an app's producers and workers. *setup*: create or upgrade its tables."""
         settings = Settings.load(app.conf)
         urls = databases_of(broker_of(app.conf))
         storage = cls.shared(urls, settings, app.conf.broker_connection_timeout)
@@ -95,62 +95,62 @@ class Storage:
         return storage
 
     def setup(self) -> None:
-        """Make or upgrade the tables; cheap when that was done before. Raises `SchemaError` for newer tables."""
+        """Create or upgrade the tables; cheap if that was done before. Raises `SchemaError` for newer tables."""
         if not self._is_set_up:
             self.backend.setup()
             self._is_set_up = True
 
     def insert(self, job: Job) -> None:
-        """Publish *job*; committed, and on disk if the settings say so, when this returns.
+        """Publish *job*. It is committed, and on disk if the settings say so, when this returns.
 
-        An id that is known waits again with its errors kept; one that still waits stays one row.
+        If the id is known, its row waits again and keeps its errors.
         """
         self.backend.insert(job)
 
     def insert_many(self, jobs: Sequence[Job]) -> None:
-        """Publish many jobs, ``kathikon_insert_many_chunk_size`` of them a transaction."""
+        """Publish many jobs, ``kathikon_insert_many_chunk_size`` of them in each transaction."""
         size = self.settings.insert_many_chunk_size
         for start in range(0, len(jobs), size):
             self.backend.insert_many(jobs[start : start + size])
 
     def update(self, job: Job) -> None:
-        """Write *job* back, and to it what its new state brings with it: times, and the fence.
+        """Write *job* back, and update *job*: with a new state, times and fence change.
 
-        Raises `TransitionError` when its state may not follow the stored one, `MovedOn` when somebody claimed it, gave
-        it back or published it since it was read, `NotFound`.
+        Raises `TransitionError` if the stored state may not change to the job's, `MovedOn` if the job was claimed,
+        given back or published since it was read, `NotFound`.
         """
         self.backend.update(job)
 
     def fetch(self, job_id: str) -> Job | None:
-        """The job of that id, or `None`."""
+        """Return the job with that id, or `None`."""
         return self.backend.fetch(job_id)
 
     def claim(self, queue: str, limit: int = 1, node_id: int | None = None) -> list[Job]:
-        """Take up to *limit* ready jobs, higher priority first; nobody else gets them."""
+        """Claim up to *limit* ready jobs, higher priority first; no other caller gets them."""
         return self.backend.claim(queue, limit, node_id)
 
     def promote_scheduled(self, limit: int = PROMOTED_AT_ONCE) -> int:
-        """Make up to *limit* due jobs available, all together; the number of them."""
+        """Make up to *limit* due jobs ready, in one transaction; return their number."""
         return self.backend.promote_scheduled(limit)
 
     def next_due(self) -> float | None:
-        """Seconds until the next job is due (negative: overdue), or `None` when none waits for a time."""
+        """Return the seconds until the next job is due (negative: overdue), or `None` if no job has a due time."""
         return self.backend.next_due()
 
     def discard_expired(self) -> int:
-        """Discard jobs that expired while they waited; the number of them."""
+        """Discard jobs that expired while they waited; return their number."""
         return self.backend.discard_expired()
 
     def prunable_jobs(
         self, limit: int = PRUNED_AT_ONCE, retention: Mapping[State, float | None] | None = None
     ) -> list[str]:
-        """Ids of up to *limit* jobs that ended longer ago than their state's retention."""
+        """Return ids of up to *limit* jobs that ended longer ago than their state's retention (seconds)."""
         return self.backend.prunable_jobs(self._retention() if retention is None else retention, limit)
 
     def prune(self, limit: int = PRUNED_AT_ONCE) -> int:
-        """Delete up to *limit* jobs that ended longer ago than their state's retention; the number of them.
+        """Delete up to *limit* jobs that ended longer ago than their state's retention; return their number.
 
-        Unlike `delete` of `prunable_jobs`, it leaves a job alone that is published again in between.
+        Unlike `delete` of `prunable_jobs`, this keeps a job that is published again in between.
         """
         return self.backend.prune(self._retention(), limit)
 
@@ -158,24 +158,24 @@ class Storage:
         return {State(state): age for state, age in self.settings.retention_period.items()}
 
     def delete(self, ids: str | Sequence[str]) -> int:
-        """Delete jobs by id; the number of them."""
+        """Delete jobs by id; return their number."""
         return self.backend.delete([ids] if isinstance(ids, str) else ids)
 
     def all(self, queue: str | None = None, state: State | None = None) -> list[Job]:
-        """All jobs, oldest first, or those of one queue or state."""
+        """Return all jobs, oldest first, or those of one queue or state."""
         return self.backend.all(queue, state)
 
     def workflow(self, job_id: str) -> list[Job]:
-        """All jobs of one workflow, oldest first: *job_id* is that of any of them, or of a group or chord of them.
+        """Return all jobs of one workflow, oldest first. *job_id*: the id of one of them, or of their group or chord.
 
-        A workflow is what has the same root, the job that was sent from outside. The members of a group that was sent
-        from outside have a root each: give the group's own id for them, ``result.id``, or ``result.parent.id`` for the
-        result of a chord.
+        The jobs of a workflow have one root: the job that was sent from outside of any task. In a group that was sent
+        from outside, each member is a root: give the id of the group, ``result.id``, or ``result.parent.id`` of a
+        chord's result.
         """
         return self.backend.workflow(job_id)
 
     def counts(self) -> dict[tuple[str, str], int]:
-        """Number of jobs by queue and state."""
+        """Return the number of jobs by queue and state."""
         return self.backend.counts()
 
     def clear_jobs(self) -> None:
@@ -192,7 +192,7 @@ class Storage:
 
 
 def _database_of(urls: Sequence[str], settings: Settings) -> Database:
-    """The database that *urls*, or else the settings, name."""
+    """Return the database of *urls* (if empty: of *settings*)."""
     first, *alternates = urls or [_ram_url() if settings.in_ram else settings.database_url]
     return Database(
         first,
@@ -221,7 +221,7 @@ def _backend_class(path: str) -> type[StorageBackend]:
 
 @cache
 def _ram_url() -> str:
-    """A database that lives in memory, as long as this process."""
+    """Return the URL of a database file, in /dev/shm if possible. This process deletes the file when it ends."""
     memory = Path("/dev/shm")
     usable = memory.is_dir() and os.access(memory, os.W_OK)
     folder, maker = tempfile.mkdtemp(prefix="kathikon-", dir=memory if usable else None), os.getpid()

@@ -1,6 +1,7 @@
 """What a worker reports of the jobs that it holds: started, done, given up, given back.
 
-Each report names the claim under which the job is held. If the row has moved on, the report changes nothing.
+Each report names the claim under which the job is held. If the row has moved on, the report changes nothing. A report
+returns the number of jobs that it has changed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from kathikon_celery.storage.reading import errors_of, jobs_of
 from kathikon_celery.storage.tables import UNREPORTED, held_as, jobs, of_hold
 from kathikon_celery.storage.transitions import IS_HELD
 
-#: What is noted of a run whose process was lost.
+#: The error of a run whose process was lost.
 LOST = "the process that ran it was lost"
 
 
@@ -43,7 +44,7 @@ _TEXTS = {"reason": "why", "traceback": "trace", "status": "word", "cause": "bec
 
 
 def started(database: Database, connection: Connection, holds: Sequence[Hold], acked: bool = False) -> int:
-    """The pool has accepted the jobs. *acked*: their messages are acknowledged with it, they never run again."""
+    """Report that the pool has accepted the jobs. *acked*: they are acknowledged now, and never run again."""
     which = database.events.which()
     number = database.dialect.change_held(connection, _STARTED, holds, {"acked_early": acked}, which=which)
     database.events.entered(connection, which, State.RUNNING)
@@ -51,7 +52,7 @@ def started(database: Database, connection: Connection, holds: Sequence[Hold], a
 
 
 def completed(database: Database, connection: Connection, holds: Sequence[Hold]) -> int:
-    """The tasks have returned."""
+    """Report that the tasks have returned."""
     which = database.events.which()
     number = database.dialect.change_held(connection, COMPLETED, holds, {}, which=which)
     database.events.entered(connection, which, State.COMPLETED)
@@ -68,9 +69,9 @@ def ended(
     traceback: str | None = None,
     status: str | None = None,
 ) -> int:
-    """The job is *state* (dead, cancelled or discarded), for that *cause* and, in words, *reason*.
+    """Report that the job has ended in *state* (dead, cancelled or discarded). *reason*: the *cause* in words.
 
-    *status*: Celery's word for it, if all that depends on the task's end was told of it (see `unreported`).
+    *status*: Celery's state, if errbacks, chains and chords know of the end; `None`: see `unreported`.
     """
     texts = {"why": printable(reason), "trace": printable(traceback)}
     values = {**of_hold(hold), **texts, "word": status, "because": cause.value if cause else None}
@@ -83,7 +84,7 @@ def ended(
 
 
 def replaced(database: Database, connection: Connection, holds: Sequence[Hold]) -> int:
-    """The tasks have handed their work to others, the last of which will be published under their ids."""
+    """Report that the tasks were replaced by others, the last of which will be published under the same id."""
     which = database.events.which()
     number = database.dialect.change_held(connection, _REPLACED, holds, {}, which=which)
     database.events.changed(connection, ids=[job.id for job in which or ()])
@@ -98,7 +99,7 @@ IS_ANY_UNREPORTED = (
 
 
 def unreported(connection: Connection) -> list[Job]:
-    """Jobs that have ended without a run: callbacks, chains and chords that wait for them were not told of it."""
+    """Return up to 100 jobs that did not succeed, and whose errbacks, chains and chords do not know that yet."""
     return jobs_of(connection, _UNREPORTED)
 
 
@@ -111,27 +112,27 @@ _SET_ERRORS = update(jobs).where(jobs.c.seq == bindparam("of_seq")).values(error
 
 
 def add_error(connection: Connection, seq: int, reason: str, fence: int) -> None:
-    """Note why the run of the job failed that was claimed under *fence*; noting it twice is noting it once."""
+    """Add *reason* to the job's errors, for the run claimed under *fence*. A repeated call adds nothing."""
     row = connection.execute(_ERRORS, {"of_seq": seq}).first()
     if row is None:
         return
-    # A retry may run already, or have ended: from one fence to the next but one, a job is claimed once.
+    # A retry may run already, or have ended. A claim adds 1 to the fence, and so does the next publication or return.
     attempt = max(1, row.attempts - (row.fence - fence) // 2)
     at: datetime = row.at
     try:
         every = errors_of(row.errors)
-    except ValueError:  # what is corrupt there must not keep the end of the job from being written
+    except ValueError:  # the end of the job is written even if its errors are corrupt
         said = f"corrupt row: errors is {in_brief(repr(row.errors))}"
         every = [{"at": at.isoformat(timespec="milliseconds"), "attempt": 0, "reason": said}]
     if any((error["attempt"], error["reason"]) == (attempt, reason) for error in every):
         return
     every.append({"at": at.isoformat(timespec="milliseconds"), "attempt": attempt, "reason": reason})
-    every.sort(key=lambda error: error["attempt"])  # that of a quick retry may come first
+    every.sort(key=lambda error: error["attempt"])  # the error of a quick retry may be written first
     connection.execute(_SET_ERRORS, {"of_seq": seq, "all": json.dumps(every)})
 
 
 def given_back(database: Database, connection: Connection, holds: Sequence[Hold], crashed: bool = False) -> int:
-    """The jobs are ready again for anybody. *crashed*: the process that ran them was lost."""
+    """Make the jobs ready again, for any node. *crashed*: the process that ran them was lost."""
     which = database.events.which()
     changed = database.dialect.change_held(connection, _RETURNED, holds, {"has_crashed": crashed}, which=which)
     database.events.changed(connection, ids=[job.id for job in which or ()])
@@ -144,7 +145,7 @@ _GIVEN_BACK = select(jobs.c.seq, jobs.c.fence, jobs.c.crashes).where(jobs.c.seq.
 
 
 def note_crashes(connection: Connection, holds: Sequence[Hold]) -> None:
-    """Add a lost process to the errors of the jobs that were given back since they were held so."""
+    """Add `LOST` to the errors of those jobs that were given back, and not changed again, since *holds*."""
     fences = {hold.seq: hold.fence for hold in holds}
     for row in connection.execute(_GIVEN_BACK, {"seqs": list(fences)}).all():
         if row.fence == fences[row.seq] + 1:
@@ -155,7 +156,7 @@ _WHERE_NOW = select(jobs.c.id, jobs.c.seq, jobs.c.fence).where(jobs.c.seq.in_(bi
 
 
 def moved_on(connection: Connection, holds: Sequence[Hold]) -> list[str]:
-    """The ids of those jobs of *holds* that were given to somebody else since they were claimed."""
+    """Return the ids of those jobs of *holds* whose fence has changed since; ``#seq`` if the row is gone."""
     known = {row.seq: row for row in connection.execute(_WHERE_NOW, {"seqs": [hold.seq for hold in holds]})}
     return [
         known[hold.seq].id if hold.seq in known else f"#{hold.seq}"
@@ -165,6 +166,6 @@ def moved_on(connection: Connection, holds: Sequence[Hold]) -> list[str]:
 
 
 def held_by(connection: Connection, node_id: int) -> Iterable[Hold]:
-    """What the node holds."""
+    """Return the claims of the jobs that the node holds."""
     query = select(jobs.c.seq, jobs.c.fence).where(jobs.c.node_id == node_id)
     return [Hold(row.seq, row.fence, node_id) for row in connection.execute(query)]

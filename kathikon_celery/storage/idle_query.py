@@ -30,7 +30,6 @@ class Asker(Protocol):
 
 
 def _next_due(dialect: Dialect) -> Any:
-    """Seconds until the next waiting job is due, or `None`."""
     return promote.NEXT_DUE.scalar_subquery()
 
 
@@ -40,7 +39,6 @@ def _is_amiss(dialect: Dialect) -> Any:
 
 
 def _is_anything_old(dialect: Dialect) -> Any:
-    """Whether there is something to prune."""
     return prune.IS_ANYTHING_OLD
 
 
@@ -65,7 +63,7 @@ def look(
     with_messages: bool = True,
     asked: Sequence[tuple[Asker, Questions]] = (),
 ) -> bool:
-    """Whether a job or a message is ready in one of the *queues* (keys); the askers hear what they have *asked*."""
+    """Whether a job or a message is ready in one of *queues* (keys); the askers in *asked* get their answers."""
     parameters = {name: values for _, questions in asked for name, values in questions.items()}
     values: dict[str, Any] = {**by_number(queues)}
     for one in parameters.values():

@@ -1,4 +1,4 @@
-"""Publishing: a job comes into being, or one of the same id waits again."""
+"""Publishing: a job gets a new row, or the row with the same id waits again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.names import key, printable
 from kathikon_celery.storage.tables import jobs
 
-#: What a message brings; published again it replaces what was there.
+#: Columns that a publication writes, also to an existing row.
 _BROUGHT = ("queue", "task", "priority", "publication", "max_attempts", "root_id", "parent_id", "group_id")
 _PAYLOAD = ("expires_at", "envelope", "body")
 
@@ -39,7 +39,7 @@ _OWN = (
 
 
 def envelope_of(job: Job) -> str:
-    """The job's envelope; where a digest stands for its id or queue, with the name, which reading.py finds there."""
+    """Return the job's envelope, with its id or queue if the key is only a digest; reading.py finds the name there."""
     kept: dict[str, Any] = {"headers": {"id": job.id}} if job.envelope == "{}" and key(job.id) != job.id else {}
     if job.queue is not None and key(job.queue) != job.queue:
         kept["queue"] = job.queue
@@ -47,7 +47,7 @@ def envelope_of(job: Job) -> str:
         return job.envelope
     try:
         return json.dumps({**json.loads(job.envelope), **kept}, separators=(",", ":"))
-    except (ValueError, TypeError):  # no JSON: a worker will say so
+    except (ValueError, TypeError):  # no JSON: a worker will report that
         return job.envelope
 
 
@@ -78,14 +78,15 @@ def _key(name: str | None) -> str | None:
 
 
 def insert(database: Database, job: Job, hold: Hold | None = None, soon: bool = True) -> bool:
-    """Publish *job*; on disk when this returns.
+    """Publish *job*, on disk when this returns; return false if it was refused (see *hold*).
 
-    An id that is known makes that row wait again, its errors kept, unless this very publication is under way.
+    An existing row with the same id waits again and keeps its errors, unless it is of this very publication and has
+    not ended.
 
     Arguments:
-        hold: of the run that publishes its own id again; nothing happens, and the answer is false, when the
-            job was given to another worker meanwhile, or cancelled.
-        soon: call the promoters, because a job with a due time is due before they look again.
+        hold: the claim of the run that publishes its own job again. If the job was given to another worker meanwhile,
+            or cancelled, nothing is written.
+        soon: wake the promoters: a job with a due time is due before their next look.
     """
     values = _values(job)
 
@@ -121,7 +122,7 @@ def insert_many(database: Database, batch: Sequence[Job]) -> None:
 
 
 def publish(database: Database, connection: Connection, batch: Sequence[Job], again: bool = False) -> None:
-    """Publish *batch* as a part of a transaction; *again*: it may have been committed before."""
+    """Publish *batch* as a part of a transaction; *again*: an earlier try may have been committed."""
     for later in (False, True):
         chosen = [job for job in batch if (job.scheduled_at is not None) is later]
         if chosen:

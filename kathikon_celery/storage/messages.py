@@ -146,7 +146,7 @@ def take(
         rows = dialect.pick_and_delete(connection, _PICK, _TAKEN, values).rows
     names = [column.name for column in _TAKEN]
     taken = [Message(**dict(zip(names, row, strict=True)), node_id=node_id) for row in rows]
-    with suppress(TypeError):  # one of them is corrupt; the others are delivered all the same
+    with suppress(TypeError):  # a row is corrupt: the others are delivered all the same
         taken.sort(key=lambda message: (-message.priority, message.seq))
     return taken
 

@@ -97,14 +97,14 @@ class Holder:
 
 
 def is_lock_free(database: Database, connection: Connection, node_id: int) -> bool | None:
-    """Whether the node's lock is free: its connection is gone. `None` if there are no such locks."""
+    """Whether the node's lock is free, since its connection is gone. `None` if there are no such locks."""
     return database.dialect.is_lock_free(connection, node_id)
 
 
 def _holders(table: Table) -> Select[Any]:
     """SELECT of the ids of nodes that hold rows of *table*: from one id to the next in the index.
 
-    A plain DISTINCT reads the whole table if the planner's statistics are missing, or of a time when much was held.
+    A plain DISTINCT reads the whole table if the planner has no statistics, or has them from a time of many held rows.
     """
     found = select(func.min(table.c.node_id).label("id")).where(HELD).cte(f"{table.name}_holders", recursive=True)
     following = select(func.min(table.c.node_id)).where(HELD, table.c.node_id > found.c.id).scalar_subquery()
@@ -142,7 +142,7 @@ def others(connection: Connection, node_id: int) -> list[Node]:
 
 
 def newest(connection: Connection) -> int:
-    """Return the highest id of a node: it grows when a node comes."""
+    """Return the highest id of a node; it grows with each new node."""
     return int(connection.execute(select(func.coalesce(func.max(nodes.c.id), 0))).scalar_one())
 
 

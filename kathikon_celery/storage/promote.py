@@ -1,4 +1,4 @@
-"""Promotion: what is due becomes ready, all together, so that priority decides among it."""
+"""Promotion: due jobs become ready, all in one transaction, so that priority decides among them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.tables import DUE, EXPIRING, due_at, jobs
 
-#: Rows a transaction promotes: enough for a burst, few enough to hold no lock for long.
+#: Rows that one transaction promotes: enough for a burst, few enough to hold no lock for long.
 CHUNK = 1000
 
 NEXT_DUE = select(seconds_until(due_at())).where(DUE).order_by(due_at()).limit(1)
@@ -27,14 +27,14 @@ _GIVEN_UP = transitions.expired()
 
 
 def next_due(connection: Connection) -> float | None:
-    """Seconds until the next waiting job is due (negative when it is overdue), or `None` when none waits."""
+    """Return the seconds until the next waiting job is due (negative: overdue), or `None` if no job waits."""
     for (value,) in prepared.rows(connection, NEXT_DUE, {}):
         return float(value)
     return None
 
 
 def promote(database: Database, limit: int = CHUNK) -> int:
-    """Make up to *limit* due jobs ready, and wake nodes for them; the number of them."""
+    """Make up to *limit* due jobs ready, and wake nodes for them; return their number."""
     with database.write() as connection:
         values = {"at_most": limit}
         which, columns = database.events.which(), (jobs.c.queue,)
@@ -47,7 +47,7 @@ def promote(database: Database, limit: int = CHUNK) -> int:
 
 
 def expire(database: Database) -> int:
-    """Discard the jobs that expired while they waited; the number of them."""
+    """Discard up to `CHUNK` jobs that expired while they waited; return their number."""
     with database.write() as connection:
         which = database.events.which()
         taken = database.dialect.pick_and_change(connection, _GIVEN_UP, _PICK_EXPIRED, (), {}, which=which)

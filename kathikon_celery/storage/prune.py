@@ -1,4 +1,4 @@
-"""Pruning: what ended long ago leaves the table, in chunks."""
+"""Pruning: deletes jobs that ended long ago, expired messages and old groups, in chunks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from kathikon_celery.storage.tables import (
 
 #: Rows of one DELETE.
 CHUNK = 500
-#: Seconds after which nothing is old yet: the age of what is kept for ever.
+#: Age in seconds that no row reaches: the retention of rows that are kept for ever.
 CENTURIES = 1e10
 
 
@@ -61,7 +61,7 @@ def _old(column: Column[Any], state: State) -> Select[Any]:
 _PRUNABLE = {state: _old(jobs.c.id, state) for state in State}
 
 
-#: When a job ended, as it is stored.
+#: When a job ended, as the driver returns it, without conversion.
 _ENDED_AT = (type_coerce(jobs.c.ended_at, NullType()),)
 
 
@@ -74,7 +74,7 @@ def _pick(state: State, from_front: bool) -> Pick:
 
 
 def prunable(connection: Connection, retention: Mapping[State, float | None], limit: int = CHUNK) -> list[str]:
-    """Keys of up to *limit* jobs that ended longer ago than *retention* (seconds by state; `None` keeps them)."""
+    """Return keys of up to *limit* jobs that ended longer ago than *retention* (seconds by state; `None`: for ever)."""
     found: list[str] = []
     for state, age in retention.items():
         if age is not None and len(found) < limit:
@@ -89,11 +89,11 @@ def prune(
     limit: int = CHUNK,
     fronts: dict[State, datetime] | None = None,
 ) -> int:
-    """Delete what `prunable` names, unless it was published again meanwhile; the number of it.
+    """Delete the jobs that `prunable` returns, unless they were published again meanwhile; return their number.
 
     Arguments:
-        fronts: until when the calls before have deleted, by state, where the dialect ``keeps_old_rows``: it is looked
-            from there on, and from the beginning, over all that was deleted, only when that was not enough.
+        fronts: state -> latest end among the jobs that earlier calls have deleted; this call updates it. If the dialect
+            ``keeps_old_rows``, the search begins there, and at the oldest entry only if that finds too few jobs.
     """
     if not database.dialect.keeps_old_rows:
         fronts = None
@@ -143,18 +143,18 @@ IS_ANYTHING_OLD = or_(
 
 
 def ages(retention: Mapping[str, float | None], **others: float | None) -> dict[str, float]:
-    """The parameters of `IS_ANYTHING_OLD`.
+    """Return the parameters of `IS_ANYTHING_OLD`.
 
     Arguments:
-        retention: seconds by state; `None` keeps them.
-        others: the same of a ``group``, a ``chord`` and a ``wait``.
+        retention: seconds by state; `None`: for ever.
+        others: seconds for ``group``, ``chord`` and ``wait``; `None`: for ever.
     """
     every = {**retention, **others}
     return {f"minus_age_{name}": -(CENTURIES if age is None else age) for name, age in every.items()}
 
 
 def delete_keys(database: Database, keys: Sequence[str]) -> int:
-    """Delete the jobs of these keys, whatever their state; the number of them."""
+    """Delete the jobs with these *keys*, in any state; return their number."""
     if not keys:
         return 0
     with database.once() as connection:
@@ -162,7 +162,7 @@ def delete_keys(database: Database, keys: Sequence[str]) -> int:
 
 
 def purge(connection: Connection, queue: str) -> int:
-    """Delete the jobs of the key *queue* that no worker holds and that have not ended; the number of them."""
+    """Delete the jobs of *queue* (a key) that are ready, scheduled or retryable; return their number."""
     return sum(connection.execute(statement, {"from_queue": queue}).rowcount for statement in _PURGE)
 
 
@@ -171,12 +171,12 @@ _PICK_EXPIRED_MESSAGES = Pick(messages, (_EXPIRED_MESSAGES,), "kathikon_messages
 
 
 def expired_messages(database: Database) -> int:
-    """Delete the messages whose time to live is over and that nobody holds; the number of them."""
+    """Delete up to `CHUNK` messages whose time to live is over and that no node holds; return their number."""
     with database.once() as connection:
         return database.dialect.pick_and_delete(connection, _PICK_EXPIRED_MESSAGES, (), {}).number
 
 
 def old_groups(database: Database, age: float) -> int:
-    """Delete the saved groups older than *age* seconds; the number of them."""
+    """Delete the saved groups older than *age* seconds; return their number."""
     with database.once() as connection:
         return connection.execute(_OLD_GROUPS, {"minus_age": -age}).rowcount

@@ -1,4 +1,4 @@
-"""Waiting for results: the rows of waits, the call when a job ends, and the query for many results at once."""
+"""Waiting for results: the rows of waits, the NOTIFY when a job ends, and the query for many results at once."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def look(database: Database, keys: Sequence[str], ready: bool = True) -> list[Jo
 def _looked(connection: Connection, keys: list[str], ready: bool) -> Sequence[Any]:
     if len(keys) == 1:
         return prepared.rows(connection, _READY_ONE if ready else _ONE, {"keys": keys[0]})
-    return connection.execute(_READY_ONES if ready else _ALL, {"keys": keys}).all()  # compiled anew for each list
+    return connection.execute(_READY_ONES if ready else _ALL, {"keys": keys}).all()  # compiled for each list
 
 
 def enter(database: Database, keys: Sequence[str], listener: int) -> list[Job]:
@@ -77,7 +77,7 @@ def _chunks(keys: Sequence[str]) -> Iterator[list[str]]:
 
 
 def told(outcome: str) -> Job:
-    """Return the job in *outcome*, the JSON of a call. Its id is its key."""
+    """Return the job in *outcome*, the JSON of a NOTIFY. Its id is its key."""
     values = json.loads(outcome)
     if values["ended_at"] is not None:
         values["ended_at"] = datetime.fromtimestamp(values["ended_at"], timezone.utc)

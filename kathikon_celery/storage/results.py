@@ -42,9 +42,9 @@ def store(
     reason: str | None = None,
     cause: Cause | None = None,
 ) -> bool:
-    """Write what the run that holds the job under *hold* has to say; false when the job has moved on.
+    """Write status and result of the run that holds the job under *hold*; return false if the job has moved on.
 
-    With *state* running or terminal the job takes that state, all in one transaction.
+    If *state* is running or terminal, the job enters that state in the same transaction.
     """
     texts = {"status": status, "result": result, "traceback": traceback, "meta": meta}
 
@@ -75,7 +75,7 @@ def end(
     cause: Cause | None,
     **written: str | None,
 ) -> bool:
-    """The run that holds the job under *hold* has ended so; false when the job has moved on."""
+    """Write the end of the run that holds the job under *hold*; return false if the job has moved on."""
     values = {**of_hold(hold), **_new(written), "why": printable(reason), "because": cause.value if cause else None}
     which = database.events.which()
     if not database.dialect.change_and_tell(connection, _ENDED[state], values, True, which=which):
@@ -87,7 +87,7 @@ def end(
 
 
 def end_many(database: Database, connection: Connection, ends: Mapping[Hold, Mapping[str, str | None]]) -> int:
-    """The runs that hold jobs under these holds have returned, and so it is written of them; the number of them."""
+    """Complete the jobs held under *ends*, which maps claims to texts by column; return the number still held so."""
     texts = {hold: {name: printable(text) for name, text in written.items()} for hold, written in ends.items()}
     which = database.events.which()
     number = database.dialect.end_held(connection, _RETURNED, texts, which=which)
@@ -96,7 +96,7 @@ def end_many(database: Database, connection: Connection, ends: Mapping[Hold, Map
 
 
 def store_retry(database: Database, hold: Hold, *, reason: str, **written: str | None) -> None:
-    """Note the failure for which the run under *hold* has published its job again."""
+    """Write the failure because of which the run under *hold* has published its job again."""
     values = {"of_seq": hold.seq, "of_fence": hold.fence + 1}
     new = _new({"status": "RETRY", **written})
 
@@ -112,7 +112,7 @@ _TOLD = Change(jobs, WRITTEN, (jobs.c.id == bindparam("job_id"), UNREPORTED))
 
 
 def tell(database: Database, connection: Connection, task_id: str, **written: str | None) -> bool:
-    """Write the result of a job that has ended without a run; false when that was done."""
+    """Write the result of an unreported job (`finish.unreported`); return false if it is reported already."""
     values = {"job_id": key(task_id), **_new(written)}
     return database.dialect.change_and_tell(connection, _TOLD, values, True) > 0
 
@@ -131,9 +131,9 @@ def store_alone(
     cause: Cause | None = None,
     **written: str | None,
 ) -> None:
-    """Write a result under an id, whoever ran it; a row of its own is made where there is no job.
+    """Write a result by the task's id, without a claim; if there is no job, insert a row for the result alone.
 
-    A job that a worker holds keeps its state: that is the worker's to report. A success is never written over.
+    A job that a worker holds keeps its state, which the worker reports. A SUCCESS is never overwritten.
     """
 
     def write(again: bool) -> None:
@@ -152,7 +152,7 @@ def end_alone(
     cause: Cause | None,
     **written: str | None,
 ) -> bool:
-    """What `store_alone` does, as a part of a transaction; false when the job has ended otherwise."""
+    """Do what `store_alone` does as a part of a transaction; return false if the job has ended otherwise."""
     ended = state if state in _ENDED else None
     why = {"why": printable(reason), "because": cause.value if cause else None}
     values = {"of_id": key(task_id), **why, **_new(written)}
@@ -163,7 +163,7 @@ def end_alone(
     return number > 0
 
 
-#: The word for a job that has ended and whose result was forgotten. Without one it might be unreported once more.
+#: The status of an ended job whose result was forgotten: with NULL, its end might be reported once more.
 FORGOTTEN = "PENDING"
 _FORGET = update(jobs).where(jobs.c.id == bindparam("job_id"))
 _FORGET = _FORGET.values(
@@ -176,7 +176,7 @@ _FORGET_ALONE = delete(jobs).where(jobs.c.id == bindparam("job_id"), jobs.c.queu
 
 
 def forget(database: Database, task_id: str) -> None:
-    """Drop the result; the job stays until it is pruned."""
+    """Delete the result; the job stays until it is pruned."""
     with database.write() as connection:
         connection.execute(_FORGET_ALONE, {"job_id": key(task_id)})
         connection.execute(_FORGET, {"job_id": key(task_id)})
@@ -192,18 +192,18 @@ _SAVED = Upsert(
 
 
 def save_group(database: Database, group_id: str, result: str) -> None:
-    """Keep the members of a group under its id."""
+    """Save the members of a group, encoded in *result*, under its id."""
     with database.once() as connection:
         database.dialect.upsert(connection, _SAVED, {"group": key(group_id), "members": result})
 
 
 def restore_group(database: Database, group_id: str) -> str | None:
-    """The members that were saved, or `None`."""
+    """Return the saved members, encoded, or `None`."""
     with database.read() as connection:
         return connection.execute(select(groups.c.result).where(groups.c.id == key(group_id))).scalar()
 
 
 def delete_group(database: Database, group_id: str) -> None:
-    """Forget the group."""
+    """Delete the saved group."""
     with database.once() as connection:
         connection.execute(delete(groups).where(groups.c.id == key(group_id)))

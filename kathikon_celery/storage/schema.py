@@ -1,4 +1,4 @@
-"""The schema's version: upgraded by itself, printed as SQL, and refused when the code is too old for it."""
+"""The schema's version: upgrades the tables, prints them as SQL, and refuses tables that are too new for the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A task's end and all that it brings with it, in one transaction: results, what is sent next, the count of a chord.
+"""Writes a task's end and all that follows from it in one transaction: results, successors, the count of a chord.
 
 So a process that is killed at any point leaves neither a result whose successor is lost nor a successor sent twice.
 """
@@ -18,9 +18,9 @@ from kathikon_celery.storage.engine.database import Database
 
 @dataclass(frozen=True, kw_only=True)
 class JobEnd:
-    """The end of one task, for its row. Without *hold* whoever comes first writes it.
+    """The end of one task, for its row. Without *hold*, the first end that is written counts.
 
-    *unreported*: the row has ended, and what follows the task is not told yet (see `finish.unreported`).
+    *unreported*: the row has ended already, and this end is its report (see `finish.unreported`).
     """
 
     task_id: str
@@ -34,23 +34,23 @@ class JobEnd:
 
 @dataclass
 class TaskEnd:
-    """What is to be written together: the first of *ends* is the task's own, and decides about all else."""
+    """What is written together. The first of *ends* is the task's own: if the job has moved on, nothing is written."""
 
     ends: list[JobEnd] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
-    #: What is called once it is written, such as the revocation of tasks that can no longer run.
+    #: Called after the commit, for example to revoke tasks that can no longer run.
     after: list[Callable[[], None]] = field(default_factory=list)
 
     @property
     def is_return(self) -> bool:
-        """Whether no more belongs to it than that a task which this process holds has returned."""
+        """Whether all that is to be written is the return of one task, whose job this process holds."""
         alone = len(self.ends) == 1 and not (self.parts or self.jobs)
         return alone and self.ends[0].hold is not None and self.ends[0].state is State.COMPLETED
 
 
 class Incomplete(Exception):
-    """Chords have become complete, and what is to be sent then is not known yet; nothing was written."""
+    """Chords have become complete, and their bodies are not prepared yet; nothing was written."""
 
     def __init__(self, headers: list[Header]) -> None:
         super().__init__(", ".join(header.chord for header in headers))
@@ -58,13 +58,13 @@ class Incomplete(Exception):
 
 
 def settle(database: Database, ending: TaskEnd, bodies: Mapping[str, TaskEnd], on_disk: bool = False) -> bool:
-    """Write *ending*; false, and nothing is written, when its task is somebody else's now or has ended before.
+    """Write *ending*. If its job is another node's now, or has ended before, write nothing and return false.
 
     Arguments:
-        bodies: what the completion of a chord brings with it, by the chord's id.
-        on_disk: whether it must be on disk when this returns; otherwise a server that crashes may forget it as a whole.
+        bodies: chord id -> what to write as well if that chord becomes complete.
+        on_disk: whether all is on disk when this returns; otherwise a server that crashes may forget it as a whole.
 
-    Raises `Incomplete` when a chord becomes complete of which *bodies* says nothing.
+    Raises `Incomplete` if a chord becomes complete that is not in *bodies*.
     """
 
     def write(again: bool) -> bool:
@@ -75,7 +75,7 @@ def settle(database: Database, ending: TaskEnd, bodies: Mapping[str, TaskEnd], o
             if ending.ends and not _end(database, connection, ending.ends[0]):
                 return again  # written by the try whose answer was lost
             todo, sent, missing = [ending], [], []
-            for one in todo:  # it grows
+            for one in todo:  # the loop adds to the list
                 for end in one.ends if one is not ending else one.ends[1:]:
                     _end(database, connection, end)
                 sent += one.jobs

@@ -33,7 +33,7 @@ class SQLBackend(StorageBackend):
         self._pruned: dict[State, datetime] = {}
 
     def _tried(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Call what may be called twice, a second time when its connection turns out to be lost."""
+        """Call *function*, and once more if its connection was lost: so it may run twice."""
         return self.database.patiently(lambda again: function(*arguments), patient=False)
 
     def _read(self, function: Callable[..., T], *arguments: Any) -> T:

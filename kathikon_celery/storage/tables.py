@@ -71,8 +71,8 @@ jobs = Table(
     UniqueConstraint("id", name="kathikon_jobs_id"),
 )
 
-# Each index has only the rows that its readers want, so that ended jobs cost a claim nothing. A query has the same
-# constant as its condition, as literal SQL: no planner can match a parameter with an index's condition.
+# Each index has only the rows that its readers want, so that ended jobs cost a claim nothing. A query repeats the
+# index's condition as literal SQL: no planner can match a parameter with an index's condition.
 READY = text("state = 'available'")
 DUE = text("state IN ('scheduled', 'retryable')")
 PENDING = text("state IN ('scheduled', 'retryable', 'available')")
@@ -105,7 +105,7 @@ Index("kathikon_jobs_group", jobs.c.group_id, postgresql_where=OF_A_GROUP, sqlit
 class ready_in(FunctionElement[bool]):  # noqa: N801 (reads as the SQL function that it might be)
     """The condition that a job is ready in a queue, as ``kathikon_jobs_ready`` is searched; only for an AND.
 
-    A dialect whose database has no partial indexes registers other words for it, such as a column that is NULL unless
+    A dialect whose database has no partial indexes registers another expression, such as a column that is NULL unless
     the job is ready.
     """
 
@@ -119,7 +119,7 @@ class ready_in(FunctionElement[bool]):  # noqa: N801 (reads as the SQL function 
 class due_at(FunctionElement[Any]):  # noqa: N801
     """The moment at which a waiting job is due, as ``kathikon_jobs_due`` is searched and sorted, together with `DUE`.
 
-    A dialect whose database has no partial indexes registers another column for it.
+    A dialect whose database has no partial indexes registers another column.
     """
 
     inherit_cache = True
@@ -141,9 +141,9 @@ def _(element: due_at, compiler: Any, **options: Any) -> str:
 
 
 class first_fence(FunctionElement[int]):  # noqa: N801
-    """The fence of a new row: a random one, as its number may be that of a row that is gone, whose fence must not fit.
+    """The fence of a new row, random: the row may reuse the ``seq`` of a deleted one, whose claims must not fit.
 
-    Each dialect registers its words for a random number from 0 to 2**30.
+    Each dialect registers its expression for a random number from 0 to 2**30.
     """
 
     type = Integer()

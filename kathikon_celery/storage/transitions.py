@@ -1,15 +1,14 @@
-"""What each state of a job brings with it: every change that writes a state is made here.
+"""The columns that change with a job's state: every statement that writes a state is built here.
 
-A `Change` says what rows become, and an `Upsert` what a row is that may be there; a dialect's verb makes statements of
-them and runs those.
+A `Change` becomes an UPDATE, an `Upsert` an INSERT that may change an existing row. A dialect's verb runs them.
 
 A job becomes
 
 - ``scheduled``, ``retryable`` or ``available`` by `published`, and by `put_back`, `returned` and `promoted`,
 - ``claimed`` by `claimed`,
 - ``running`` by `started`,
-- ``completed``, ``dead``, ``cancelled`` or ``discarded`` by `ended`, and where nobody holds it by `expired` and
-  `ended_from_afar`; ``dead`` as well by `returned`, when its processes were lost too often,
+- ``completed``, ``dead``, ``cancelled`` or ``discarded`` by `ended`; if no worker holds it, by `expired` and
+  `ended_from_afar`; ``dead`` also by `returned`, if its processes were lost too often,
 - ``waiting_for_children`` by `replaced`.
 
 `TRANSITIONS` in job.py says which state may follow which; `may_become` is that table as a condition.
@@ -45,12 +44,12 @@ from kathikon_celery.storage.tables import first_fence, jobs, state_in
 LOST_TOO_OFTEN = "the process that ran it was lost, as often as max_attempts allows"
 #: The reason on the row of a job whose message was acknowledged before its process was lost.
 LOST_AT_MOST_ONCE = "the worker was lost while the task ran, and acks_late=False forbids to run it again"
-#: The reason on the row of a job that waited longer than its `expires`, in Celery's word.
+#: The reason on the row of a job that waited longer than its `expires`: Celery's own word.
 EXPIRED = "expired"
 
 IS_HELD = state_in(HELD)
 
-#: Columns that tell of one run only.
+#: Columns about one run only. They are NULL again when the job waits for another run.
 OF_A_RUN = (
     "node_id",
     "claimed_at",
@@ -63,7 +62,7 @@ OF_A_RUN = (
     "reason",
     "cause",
 )
-#: The columns that a result backend writes, each by a parameter ``new_…``.
+#: The columns that a result backend writes, each from a parameter ``new_…``.
 WRITTEN = {name: bindparam(f"new_{name}", type_=Text()) for name in ("status", "result", "traceback", "meta")}
 
 _END: dict[str, Any] = {"ended_at": now(), "node_id": null()}
@@ -72,18 +71,18 @@ BRINGS: Mapping[State, Mapping[str, Any]] = {
     State.CLAIMED: {"claimed_at": now(), "fence": jobs.c.fence + 1, "attempts": jobs.c.attempts + 1},
     State.RUNNING: {"started_at": now()},
     State.WAITING_FOR_CHILDREN: {"node_id": null()},
-    # A job that ended before its start was written started when it was claimed, as far as we know.
+    # A job that ends before its start is written keeps started_at NULL; claimed_at is the best estimate then.
     **dict.fromkeys(TERMINAL, _END),
 }
 
 
 def may_become(state: State) -> ColumnElement[bool]:
-    """The condition that the state machine allows a row to become *state*."""
+    """Return the condition that the state machine allows a row to enter *state*."""
     return state_in(sources(state))
 
 
 def _becomes(state: State, *where: Condition, **more: Any) -> Change:
-    """The change by which the rows *where* that may, become *state*."""
+    """Return the change to *state*, for those of the rows *where* that may enter it."""
     return Change(jobs, {"state": state.value, **BRINGS[state], **more}, (*where, may_become(state)))
 
 
@@ -91,7 +90,7 @@ def _becomes(state: State, *where: Condition, **more: Any) -> Change:
 
 
 def _due(later: bool) -> dict[str, Any]:
-    """State and times of a message; *later*: it has a due time, the parameter ``new_scheduled_at``."""
+    """Return state and times of a published job. *later*: it has a due time, the parameter ``new_scheduled_at``."""
     if not later:
         return {"scheduled_at": null(), "available_at": now(), "state": State.AVAILABLE.value}
     due = bindparam("new_scheduled_at", type_=Instant())
@@ -104,13 +103,13 @@ def _due(later: bool) -> dict[str, Any]:
 
 
 def published(brought: Mapping[str, Any], later: bool, own: bool, again: bool) -> Upsert:
-    """The row of a job; one of the same id waits again.
+    """A new row for a job; an existing row with the same id waits again, if it is of another publication.
 
     Arguments:
-        brought: the columns that the message brings, and their parameters.
-        later: it has a due time.
-        own: it is known that the job holds still for it.
-        again: it may have been committed before.
+        brought: columns of the message -> their parameters.
+        later: the job has a due time.
+        own: the caller has locked the existing row, which waits again without a condition.
+        again: an earlier try may have been committed. Otherwise a row that has ended waits again in any case.
     """
     columns = {**brought, **_due(later)}
     values = {
@@ -151,25 +150,25 @@ def promoted() -> Change:
 
 
 def claimed(*where: Condition) -> Change:
-    """The rows of ready jobs *where*, taken by the node ``by_node``."""
+    """The node ``by_node`` claims the ready jobs *where*."""
     values = {
         "state": State.CLAIMED.value,
         "node_id": bindparam("by_node", type_=BigInteger()),
-        "status": null(),  # a new run, of which nothing is known yet
+        "status": null(),  # perhaps RETRY, from the run before
         **BRINGS[State.CLAIMED],
     }
     return Change(jobs, values, where)
 
 
 def started(*where: Condition, **more: Any) -> Change:
-    """The rows *where*, accepted by their worker's pool."""
+    """The rows *where* are running: their worker's pool has accepted them."""
     return _becomes(State.RUNNING, *where, **more)
 
 
 def returned(*where: Condition, crashed: Any) -> Change:
-    """The held rows *where*, ready again; where *crashed* holds, a crash more is on their account.
+    """The held rows *where* become ready again; a row that fits *crashed* gets one more crash.
 
-    It makes those dead that must not run again, or have lost their process too often.
+    A crashed job becomes dead if it must not run again (``acked``) or has reached ``max_attempts`` crashes.
     """
     crashes = jobs.c.crashes + case((crashed, 1), else_=0)
     lost = and_(crashed, or_(jobs.c.acked, crashes >= jobs.c.max_attempts))
@@ -192,9 +191,9 @@ def returned(*where: Condition, crashed: Any) -> Change:
 
 
 def replaced(*where: Condition) -> Change:
-    """The rows *where*, whose tasks have handed their work to others, which may have ended already.
+    """The rows *where*, whose tasks were replaced by others, wait for children.
 
-    With those the job has ended as well: its state was left for this report.
+    If the others have ended already, ``status`` says how, and the job enters the terminal state for that instead.
     """
     ends = {"SUCCESS": State.COMPLETED, "FAILURE": State.DEAD, "REVOKED": State.CANCELLED}
     open_ = State.WAITING_FOR_CHILDREN
@@ -208,21 +207,21 @@ def replaced(*where: Condition) -> Change:
 
 
 def ended(state: State, *where: Condition, **more: Any) -> Change:
-    """The rows *where*, ended in the terminal *state*."""
+    """The rows *where* enter the terminal *state*."""
     return _becomes(state, *where, **more)
 
 
 def expired() -> Change:
-    """Rows that wait are given up."""
+    """Waiting rows are discarded, because they have expired."""
     why = {"reason": EXPIRED, "cause": Cause.EXPIRED.value}
     return Change(jobs, {"state": State.DISCARDED.value, "status": null(), "ended_at": now(), **why})
 
 
 def ended_from_afar(ended: State | None) -> Upsert:
-    """The row of a result of whoever ran it; a row that is there *ended* so, unless a worker holds it.
+    """A new row for a result that is written without a claim; an existing row gets the result instead.
 
-    ``None`` for *ended*: it is news of a task that goes on. A success is never written over. The parameters are those
-    of `WRITTEN`, ``of_id``, ``why`` and ``because``.
+    An existing row also enters the state *ended*, unless a worker holds it; `None`: the result is progress of a task
+    that goes on. A SUCCESS is never overwritten. Parameters: those of `WRITTEN`, ``of_id``, ``why`` and ``because``.
     """
     becomes = ended or State.COMPLETED
     reason, cause = bindparam("why", type_=Text()), bindparam("because", type_=Text())
@@ -240,7 +239,7 @@ def ended_from_afar(ended: State | None) -> Upsert:
             changed["ended_at"] = case((IS_HELD, null()), else_=now())
             changed["reason"] = case((IS_HELD, jobs.c.reason), else_=reason)
             changed["cause"] = case((IS_HELD, jobs.c.cause), else_=cause)
-        if ended is State.CANCELLED:  # by another process, which does not know what was to follow: the lifeline tells
+        if ended is State.CANCELLED:  # by another process: leave status NULL, so that the lifeline runs errbacks
             changed["status"] = case((or_(IS_HELD, jobs.c.queue.is_(None)), WRITTEN["status"]), else_=null())
         return changed
 
@@ -255,7 +254,7 @@ def ended_from_afar(ended: State | None) -> Upsert:
 
 
 def put_back(job: Job, old: State) -> dict[str, Any]:
-    """What changes on a row that is written back by hand as *job*, whose state was *old*."""
+    """Return new values by column for a row that `update` changes from the state *old* to the state of *job*."""
     if job.state in BRINGS:
         return {"state": job.state.value, **BRINGS[job.state]}
     due = job.scheduled_at if job.state in WAITING and job.scheduled_at else now()
@@ -266,5 +265,5 @@ def put_back(job: Job, old: State) -> dict[str, Any]:
 
 
 def has_crashed() -> Any:
-    """The parameter of `returned` that says it of all rows."""
+    """Return *crashed* of `returned` as a parameter ``has_crashed``, one for all rows."""
     return bindparam("has_crashed", type_=Boolean())

@@ -1,4 +1,4 @@
-"""Updating: a job is written back, through the state machine."""
+"""Updating: writes a changed job back to its row, if the state machine allows the change."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _NAMES = ("queue", "root_id", "parent_id", "group_id")
 
 
 def update(database: Database, job: Job) -> None:
-    """Write every field of *job* to its row, and what a new state brings with it back to *job*.
+    """Write every field of *job* to its row, then update *job* from the row: a new state changes more columns.
 
-    Raises `TransitionError` when its state may not follow the row's, `MovedOn` when the row was claimed, given back or
-    published since *job* was read, `NotFound` when there is none.
+    Raises `TransitionError` if the row's state may not change to the job's, `MovedOn` if the row was claimed, given
+    back or published since *job* was read, `NotFound` if there is no row.
     """
 
     def write(again: bool) -> None:

@@ -56,7 +56,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def connect_args(self, timeout: float, on_disk: bool, publishes: bool) -> dict[str, Any]:
-        """Return arguments of connect(). *timeout*: seconds; *on_disk*: commits wait for disk; *publishes*: jobs."""
+        """Return arguments of the driver's connect(). *timeout*: seconds. *on_disk*: commits wait for the disk."""
 
     def on_connect(self, connection: Any, on_disk: bool) -> None:
         """Prepare a new connection of the driver."""
@@ -279,7 +279,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def wakeup(self, connect: Callable[[], Any], node_id: int | None) -> Wakeup:
-        """Return what hears the calls to all nodes and to *node_id*; *connect* returns a connection of the driver."""
+        """Return the `Wakeup` for calls to all nodes and to *node_id*; *connect* returns a driver's connection."""
 
     # --- results
 
@@ -315,7 +315,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def hearing(self, connect: Callable[[], Any], listener: int) -> Wakeup:
-        """Return what hears, from now on, of the results that the process *listener* waits for."""
+        """Return the `Wakeup`, which listens already, for results that the process *listener* waits for."""
 
     # --- locks that end with a process
 

@@ -59,7 +59,7 @@ from kathikon_celery.storage.engine.wakeup import OUTCOME as OUTCOME_CALL
 from kathikon_celery.storage.errors import Forbidden, TablesInUse, Unavailable, UnknownDatabase, in_words
 from kathikon_celery.storage.tables import OUTCOME, first_fence, jobs, nodes, waits
 
-#: Every node listens to it: a message came, or a job is due soon.
+#: Channel of every node: a message was published, or a job is due soon.
 CHANNEL = "kathikon"
 #: Prefix of the channels for results, one for each process that waits: its listener's number follows.
 RESULTS_CHANNEL = CHANNEL + "_r_"
@@ -115,7 +115,7 @@ def _woken(queue: Any, count: Any, said: Any = "") -> Any:
     )
 
 
-#: Makes a transaction that would wait for the disk not wait: the node that it has woken begins meanwhile.
+#: Makes the commit not wait for the disk, so that the woken node begins at once; `_FLUSH` waits afterwards.
 _UNFLUSHED = case(
     (func.current_setting("synchronous_commit") != "off", func.set_config("synchronous_commit", "off", true()))
 )
@@ -386,7 +386,7 @@ class PostgreSQL(ReturningDialect):
         values = {"names": keys, "listener": listener}
         if len(keys) == 1:
             return prepared.rows(connection, _entering(ready), {**values, "keys": keys[0]})
-        return connection.execute(_entering(ready), {**values, "keys": keys}).all()  # compiled anew for each list
+        return connection.execute(_entering(ready), {**values, "keys": keys}).all()  # compiled for each list
 
     def leave_waits(self, connection: Connection, keys: Sequence[str], listener: int) -> None:
         connection.execute(_LEAVE, {"keys": keys, "listener": listener, "at_most": 2 * len(keys)})
@@ -401,7 +401,7 @@ class PostgreSQL(ReturningDialect):
 
     def hold(self, connect: Callable[[], Any], node_id: int) -> Any:
         connection = connect()
-        # Never waited for: until the server notices that our last connection is gone, the lease alone counts.
+        # Do not wait: until the server notices that our last connection is gone, the lease alone counts.
         lock = connection.execute("SELECT pg_try_advisory_lock(%s, %s)", (LOCK_SPACE, node_id % 2**31))
         if lock.fetchone() == (True,):
             return connection
@@ -410,7 +410,7 @@ class PostgreSQL(ReturningDialect):
 
     def check_held(self, lock: Any) -> None:
         try:
-            # A server that ends a connection says so; the loss of a silent one is found by the keepalives.
+            # A server that ends a connection says so; keepalives find the loss of a silent server.
             lock.pgconn.consume_input()  # the server's last message, if any
             lock.pgconn.consume_input()  # and the end of the connection
         except Exception as error:
@@ -484,7 +484,7 @@ class Listener(Wakeup):
         return heard
 
     def _forget(self) -> None:
-        # A closed connection does not know its descriptor: it is the one that is not the receiver.
+        # A closed connection does not know its descriptor: take all descriptors but the receiver's.
         for key in list(self._selector.get_map().values()):
             if key.fileobj is not self._receiver:
                 self._selector.unregister(key.fileobj)

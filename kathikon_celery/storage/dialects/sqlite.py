@@ -44,7 +44,7 @@ LOOK = 0.01
 
 #: Length in bytes of the lock file's head, which changes when all nodes are called, not only those that wait for a job.
 MARK = 8
-#: Whether we flush the log ourselves, after the commit: meanwhile others can write, and a worker can begin.
+#: Whether we flush the log ourselves, after the commit: meanwhile other processes can write, and a worker can begin.
 FLUSHES = hasattr(os, "fdatasync")
 
 #: The parameter ``holds``, a JSON list of claims with their texts, as a table.
@@ -64,7 +64,8 @@ def _(element: now, compiler: Any, **kw: Any) -> str:
 def _(element: seconds_until, compiler: Any, **kw: Any) -> str:
     moment = compiler.process(element.clauses, **kw)
     # julianday() is NULL for a text that is no moment, and for Python's last one, which SQLite rounds up beyond its
-    # range. Such a text compares as past, and is promoted, since others wait behind it; or as far ahead.
+    # range. If such a text sorts before now, it counts as past: its job is promoted, since others wait behind it.
+    # Any other such text counts as far ahead.
     past = f"{moment} <= strftime('%Y-%m-%d %H:%M:%f000', 'now')"
     other = f"CASE WHEN {past} THEN -1.0 WHEN {moment} IS NOT NULL THEN {FAR} END"
     return f"coalesce((julianday({moment}) - julianday('now')) * 86400.0, {other})"
@@ -90,8 +91,8 @@ class SQLite(ReturningDialect):
                 " for tables that live as long as the process set kathikon_copies = 'ram'"
             )
         self.path = Path(url.database).absolute()
-        #: Writers lock it in turn. A write to it wakes all sleepers: there is a job or, if its first `MARK` bytes have
-        #: changed, a message or a job that is due soon.
+        #: Writers lock this file in turn. A write to it wakes all sleepers: there is a job or, if its first `MARK`
+        #: bytes have changed, a message or a job that is due soon.
         self.lock_path = self.path.with_name(self.path.name + "-lock")
         #: SQLite's log (WAL). SQLite has no locks on it, so that we may open and close it.
         self.wal_path = self.path.with_name(self.path.name + "-wal")
@@ -102,7 +103,7 @@ class SQLite(ReturningDialect):
         self._depth = 0
         self._descriptor: int | None = None
         self._rings = self._rings_all = False
-        #: A write to it wakes all that wait for results.
+        #: A write to this file wakes all processes that wait for results.
         self.results_path = self.path.with_name(self.path.name + "-results")
         self._results: int | None = None
         self._tells = False
@@ -143,8 +144,8 @@ class SQLite(ReturningDialect):
             raise Unavailable(f"the folder {str(folder)!r} of the SQLite file does not exist; create it")
         if os.access(self.path, os.W_OK):
             return
-        # Asked again, as another process may have made the file since. SQLite would open a read-only file, and that
-        # connection could never write.
+        # Checked again: another process may have created the file meanwhile. SQLite would open a read-only file, but
+        # that connection could never write.
         if self.path.exists() and not os.access(self.path, os.W_OK):
             raise self._read_only()
         if not os.access(folder, os.W_OK):
@@ -160,7 +161,7 @@ class SQLite(ReturningDialect):
         prepared.plain(connection, "BEGIN IMMEDIATE")
 
     def roll_back(self, connection: Connection) -> None:
-        self._rings = self._rings_all = self._tells = False  # of this transaction, as its thread has the turn
+        self._rings = self._rings_all = self._tells = False  # set by this transaction, whose thread has the turn
         super().roll_back(connection)
 
     def _take_turn(self) -> None:
@@ -182,7 +183,7 @@ class SQLite(ReturningDialect):
                 if self._rings and self._descriptor is not None:
                     call = (os.urandom(MARK), 0) if self._rings_all else (b"\0", MARK)
                     self._rings = self._rings_all = False
-                    with suppress(OSError):  # the commit is done; the sleepers will look by themselves
+                    with suppress(OSError):  # the commit is done, and the sleepers also poll
                         os.pwrite(self._descriptor, *call)
                 if self._tells:
                     self._tells = False
@@ -247,7 +248,7 @@ class SQLite(ReturningDialect):
         return table.c.seq.in_(rows)
 
     def _held(self, table: Table, owned: bool, brought: Sequence[str]) -> ColumnElement[bool]:
-        # One statement for all: between two statements another Python thread may run, and we wait until it pauses.
+        # One statement for all: after each statement, this thread may have to wait for another Python thread.
         of_row = [table.c.seq, table.c.fence, *([table.c.node_id + 0] if owned else ())]
         of_hold = [self._brought(name) for name in Hold._fields[: len(of_row)]]
         if brought:
@@ -326,7 +327,7 @@ def _saying_which(statement: Any) -> Any:
 
 
 class _Log:
-    """SQLite's log (WAL), opened once for each connection: while that is open, no other file can take the log's place.
+    """SQLite's log (WAL), opened once for each connection: while the log is open, no other file can take its place.
 
     No ``stat`` of the log: after one, a system with fine timestamps writes a new timestamp with each change.
     """
@@ -335,7 +336,7 @@ class _Log:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
-        with suppress(AttributeError):  # it was not opened
+        with suppress(AttributeError):  # the log was not opened
             os.close(self.descriptor)
 
 
@@ -391,7 +392,7 @@ class Bell(Wakeup):
 
 
 class NodeBell(Bell):
-    """The bell of a node, which also tells whether a call is for all nodes."""
+    """The bell of a node, which also reads whether a call is for all nodes."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -399,7 +400,7 @@ class NodeBell(Bell):
         self._mark = os.pread(self._file.fileno(), MARK, 0)
 
     def called(self) -> bool:
-        is_called = super().called()  # first: a later write is a call of its own
+        is_called = super().called()  # before the mark is read: a later write is another call
         last, self._mark = self._mark, os.pread(self._file.fileno(), MARK, 0)
         self.called_all = last != self._mark
         return is_called

@@ -78,7 +78,7 @@ class Gate:
 
 
 class _Use:
-    """One use of a connection. It is no generator, which would take as much time as some statements do."""
+    """One use of a connection. A class, since a generator would take as much time as some statements."""
 
     __slots__ = ("_connection", "_database", "_durable", "_gate", "_turn", "_writes")
 
@@ -119,7 +119,7 @@ class _Use:
                 kept = {} if connection.invalidated else connection.info
                 database._keep(self._durable, connection)
             elif connection is not None:
-                # Within a statement or a transaction, as after a time limit: it must not be used again.
+                # Interrupted in a statement or a transaction, such as by a time limit: must not be used again.
                 if not (connection.invalidated or database.dialect.is_at_rest(connection.connection.driver_connection)):
                     connection.invalidate(error)
                 if connection.invalidated:  # perhaps all are lost: the pool knows which are older
@@ -188,7 +188,7 @@ class Database:
 
     @cached_property
     def _own(self) -> Engine:
-        """Makes each connection anew: what a pool keeps may have been lost, and nobody would notice."""
+        """Opens a new connection each time: a pool's may be lost already, which a listener would not notice."""
         return self._make_engine(durable=False, poolclass=NullPool)
 
     def _make_engine(self, durable: bool, **options: Any) -> Engine:
@@ -289,7 +289,7 @@ class Database:
         return self.dialect.transaction(connection)
 
     def patiently(self, call: Callable[[bool], T], patient: bool = True) -> T:
-        """Return *call*(again). After a lost connection, call again: once at once, then for `patience` seconds.
+        """Return *call*(again). After a lost connection, call again: immediately, then for `patience` seconds.
 
         *again*: an earlier try may have been committed although its answer was lost. Raises `Unavailable`.
         """
@@ -322,11 +322,11 @@ class Database:
         return explained
 
     def wakeup(self, node_id: int | None) -> Wakeup:
-        """Return what hears the calls to all nodes, and to the node *node_id*."""
+        """Return the `Wakeup` for calls to all nodes, and to the node *node_id*."""
         return self.dialect.wakeup(self.detached, node_id)
 
     def hearing(self, listener: int) -> Wakeup:
-        """Return what hears of results; *listener* is this process's own random number."""
+        """Return the `Wakeup` for results; *listener* is this process's own random number."""
         return self.dialect.hearing(self.detached, listener)
 
     def detached(self) -> Any:

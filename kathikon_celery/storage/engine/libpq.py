@@ -1,6 +1,6 @@
 """Runs prepared statements on a psycopg connection without its cursors, which take as much time as the server.
 
-Queries and answers are the same: psycopg converts the values and the rows, waits for the answer, and makes the errors.
+Psycopg still converts the values and the rows, waits for the answer, and makes the errors.
 """
 
 from __future__ import annotations

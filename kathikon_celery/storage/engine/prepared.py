@@ -52,7 +52,7 @@ class _Prepared:
                 self._constants[name] = bind.value if processor is None else processor(bind.value)
             elif processor is not None:
                 self._of_values[name] = processor
-        # Of a copy: SQLAlchemy keeps the answer, also in statements that are derived from this one.
+        # From a copy: SQLAlchemy caches the columns, also in statements that are derived from this one.
         columns = statement.execution_options().exported_columns
         self._returns_rows = bool(columns)
         self._of_columns = [
@@ -63,7 +63,7 @@ class _Prepared:
         ]
 
     def run(self, pooled: Any, values: Mapping[str, Any]) -> tuple[list[tuple[Any, ...]], int]:
-        """Run it on a *pooled* connection; return the driver's rows, and the number of changed rows."""
+        """Run the statement on a *pooled* connection; return the driver's rows, and the number of changed rows."""
         parameters = self.parameters(values)
         if self._libpq is not None:
             return libpq.session(pooled).run(self._libpq, parameters)
@@ -75,7 +75,7 @@ class _Prepared:
             cursor.close()
 
     def prepare(self, pooled: Any) -> None:
-        """Have the server parse it for a *pooled* connection, if the driver can do that."""
+        """Have the server parse the statement for a *pooled* connection, if the driver can do that."""
         if self._libpq is not None:
             libpq.session(pooled).prepare(self._libpq)
 
