@@ -62,11 +62,11 @@ class Claiming:
             except Exception as error:
                 if not asked or is_lost(error):
                     raise
-                # A question failed. Its asker will ask the database by itself, and say so; the look goes on without.
+                # A question failed. Its service will ask by itself, and log the error; look without questions.
                 return idle_query.look(self._database, connection, names, with_messages)
 
     def take_messages(self, connection: Connection, filled: list[str]) -> Claimed:
-        """Take messages, which are no jobs, from the queues with these keys, which have some."""
+        """Take messages (not jobs) from the queues *filled* (keys), in which some wait."""
         taken = []
         for name in filled:
             if (one := self._subscriptions.get(name)) is None:
@@ -140,7 +140,7 @@ class Claiming:
             if completed != len(done):
                 self._recovery.complain(connection, list(done))
             return jobs
-        # With one slot the other claim is worth more: it takes what comes behind as well.
+        # With one slot `claim_jobs` is better: it also takes the jobs behind this one.
         if waiting and waiting.room > 1 and seq is not None:
             jobs = backend.claim_told(connection, name, seq, node, waiting)
             if jobs:
@@ -150,12 +150,15 @@ class Claiming:
     def _announce_or_look_again(
         self, connection: Connection, names: list[str], hungry: bool, claimed: int, slots: int
     ) -> None:
-        """After claims that got *claimed* jobs; *hungry* if one got fewer than it asked for: what tells of the next."""
+        """Announce that the node is idle, or plan the next look, after claims that got *claimed* jobs.
+
+        *hungry*: a claim got fewer jobs than it asked for.
+        """
         idle, subscriptions = self._idle, self._subscriptions
         by_name = self._database.dialect.wakes_by_name
         has_room = subscriptions.outstanding() + claimed < slots
         busy = (claimed and not has_room) or subscriptions.rate() > (RUSH if has_room else BUSY)
-        is_idle = hungry and not (by_name and busy)  # while there is much to do, to look again costs less
+        is_idle = hungry and not (by_name and busy)  # at a high rate, looking again costs less
         if is_idle != idle.will_be_woken and by_name:
             nodes.wait_for(connection, self._own_node.id, names if is_idle else None)
             if is_idle:

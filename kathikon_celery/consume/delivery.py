@@ -15,12 +15,12 @@ class Verdict(Enum):
     """What becomes of a delivery."""
 
     DONE = auto()  # completed; a message is gone
-    BACK = auto()  # ready again for anybody
+    BACK = auto()  # ready again, for any node
     CRASHED = auto()  # ready again, its process was lost
     ENDED = auto()  # dead, cancelled or discarded: see `Outcome.state`
-    REPLACED = auto()  # others do its work, and the last of them takes its place
-    PASSED_ON = auto()  # it was published again by its own task, and waits anew
-    WRITTEN = auto()  # its row says so already
+    REPLACED = auto()  # other tasks do its work, and the last of them gets its id
+    PASSED_ON = auto()  # published again by its own task: its row waits again
+    WRITTEN = auto()  # its end is on the row already
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +31,10 @@ class Outcome:
     state: State | None = None
     cause: Cause | None = None
     reason: str = ""
-    #: Celery's word for it, when it has told all that follows; `None` leaves that to `finish.unreported`.
+    #: Celery's state, if errbacks, chains and chords know of the end; `None`: see `finish.unreported`.
     status: str | None = None
     traceback: str | None = None
-    #: What is to be written of its result.
+    #: Texts of the result to write, by column.
     written: Mapping[str, str | None] | None = None
 
 
@@ -53,7 +53,7 @@ class Delivery:
     """One claimed row.
 
     Threads: there is no lock of its own, as each attribute has one writer at a time. The intake's thread writes all of
-    them before the delivery is handed out. Then the worker's threads, which handle the request and hear of the pool,
+    them before the delivery is handed out. Then the worker's threads, which handle the request and the pool's messages,
     write `accepted`, `stored` and `outcome`, until they report the end; the intake's thread writes `marked` and
     `running`. After the report only the intake's thread reads them.
     """
@@ -65,7 +65,7 @@ class Delivery:
     claimed: float
     #: The message is acknowledged before the task runs.
     early: bool = False
-    #: That was written.
+    #: The start of an `early` task is on disk: the job may be handed to the pool.
     marked: bool = False
     #: Monotonic time at which the pool accepted it.
     accepted: float | None = None
@@ -73,11 +73,11 @@ class Delivery:
     is_silent: bool = False
     #: The row says that it runs.
     running: bool = False
-    #: The pool child writes result and state by itself, so a row that has moved on is no news.
+    #: Celery stores result and state, and reports a row that has moved on: the intake need not warn again.
     stored: bool = False
-    #: Its result is to come with the report of its end: others wait behind it.
+    #: Jobs wait behind this one: its result is written in the worker's batch, not in a transaction of its own.
     carried: bool = False
-    #: What an acknowledgement means; the worker's request says when it means something else.
+    #: How the delivery has ended if the consumer acknowledges it; the worker's request changes this.
     outcome: Outcome = DONE
     is_job: bool = field(init=False)
     #: The delivery tag: see `Hold.tag`.
@@ -90,7 +90,7 @@ class Delivery:
 
     @property
     def when_left(self) -> Outcome:
-        """What becomes of it when its consumer goes: others get it, unless it has begun and must not run twice."""
+        """The end if the consumer stops: given back, unless the task has begun and must not run twice."""
         return LOST if self.early and self.accepted is not None else BACK
 
     @property

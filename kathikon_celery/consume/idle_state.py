@@ -7,10 +7,10 @@ from time import monotonic
 from kathikon_celery.consume.reporting import Reports
 from kathikon_celery.storage.engine.wakeup import Wakeup
 
-#: Seconds until the next look, after a claim that got fewer jobs than it asked for and while nobody will wake the node.
+#: Seconds until the next look after a claim that got fewer jobs than it asked for, if no publication wakes the node.
 LOOK_AGAIN = 0.003
-#: Pauses, in seconds, between the looks after a node has announced that it is idle. A publication that was under way
-#: at that moment did not see the announcement, and wakes nobody.
+#: Pauses, in seconds, between the looks after a node has announced that it is idle. A publication that is committed at
+#: that moment does not see the announcement, and wakes no node.
 RECHECKS = (0.002, 0.02, 0.2, 1.0)
 
 
@@ -18,26 +18,26 @@ class IdleState:
     """Whether this node is idle, and what it looks for next.
 
     A node is idle when its last claim got fewer jobs than it asked for. On PostgreSQL an idle node announces that in
-    its row: whoever publishes next takes the announcement away and notifies that one node. On SQLite every publication
+    its row: a publication deletes the announcement of one such node and notifies that node. On SQLite every publication
     wakes all nodes.
 
     Threads: the intake's thread owns all attributes. Two of them are also set by other threads, under the lock of the
     `Ledger`: `is_called`, to true, and `will_be_woken`, to false. `is_called` is cleared under that lock too, so no
-    call is lost. `will_be_woken` is not: a claim that is under way may set it to true again. Then perhaps nobody wakes
-    the node, and it finds the next job after the poll interval.
+    call is lost. `will_be_woken` is not: a claim that is under way may set it to true again. Then perhaps no process
+    wakes the node, and the node finds the next job after the poll interval.
     """
 
     def __init__(self) -> None:
-        #: Look for messages as well as for jobs: somebody asked for it, or the poll interval has passed.
+        #: Look for messages as well as for jobs, for example because the poll interval has passed.
         self.is_called = True
         #: Look for jobs, when the monotonic time is `look_from` or later.
         self.looks_for_jobs = True
         self.look_from = 0.0
-        #: Whoever publishes wakes this node; on PostgreSQL, because its row announces that it is idle.
+        #: Publications can wake this node; on PostgreSQL, because the node's row announces that it is idle.
         self.will_be_woken = False
         #: Numbers of the jobs that other processes have notified this node of, by the keys of their queues.
         self.notified: dict[str, int] = {}
-        #: Least number of seconds between two looks that nobody asked for; more than 0 after a look that took long.
+        #: Least seconds between two looks without a wake-up; more than 0 after a look that took long.
         self.cooldown = 0.0
         self._rechecks: list[float] = []
 
@@ -53,7 +53,7 @@ class IdleState:
             self.is_called = True
 
     def forget(self) -> None:
-        """After an error nothing is sure: look for everything, and announce anew that the node is idle."""
+        """After an error: look for everything, and announce again that the node is idle."""
         self.will_be_woken, self.is_called = False, True
 
     def take(self, reports: Reports) -> tuple[bool, bool]:

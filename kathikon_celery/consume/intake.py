@@ -1,7 +1,7 @@
-"""What claims for the consumers of one connection: what kombu's channels and the worker's requests call.
+"""Claims and reports for the consumers of one connection; kombu's channels and the worker's requests call it.
 
 All database work of a consumer happens in one thread, in as few transactions as the load allows: while one is under
-way, the next batch grows. A lost database stops nothing but this thread, which tries again until it is back.
+way, the next batch grows. A lost database stops only this thread, which tries again until the database is back.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ class Intake:
     def subscribe(
         self, queue: str, no_ack: bool, deliver: Callable[[Delivery], None], prefetch: Callable[[], int]
     ) -> None:
-        """Consume *queue*. *deliver* is called from `pump`, for each delivery."""
+        """Consume *queue*. `pump` calls *deliver* with each delivery."""
         self.subscriptions.add(Subscription(queue, no_ack, deliver, prefetch, self._concurrency(queue)))
         self.start()
         self.look()
 
     def unsubscribe(self, queue: str) -> None:
-        """Consume *queue* no longer; what was claimed for it and not delivered is given back."""
+        """Stop consuming *queue*; give back the deliveries claimed for it and not handed out."""
         with self._ledger.lock:
             subscription = self.subscriptions.pop(queue)
             if subscription is not None:
@@ -89,9 +89,9 @@ class Intake:
         self._ledger.notify()
 
     def pump(self, most: int | None = None) -> int:
-        """Hand out what is waiting and allowed, in the consumer's thread, up to *most*; how much it was.
+        """Hand out up to *most* deliveries that wait and are allowed, in the consumer's thread; return their number.
 
-        Raises `Unavailable` when the database was replaced: the consumer is to connect, and to declare all, anew.
+        Raises `Unavailable` if the database was replaced: the consumer must connect, and declare its queues, again.
         """
         handed, ledger = 0, self._ledger
         loss, ledger.loss = ledger.loss, None
@@ -157,15 +157,15 @@ class Intake:
             self._ledger.notify()
 
     def acknowledge(self, tag: str) -> None:
-        """The consumer acknowledges: the delivery has ended as its `Delivery.outcome` says."""
+        """Report that the delivery has ended as its `Delivery.outcome` says."""
         self._ledger.end(tag)
 
     def finish(self, tag: str, outcome: Outcome | None = None) -> None:
-        """Report the end of a delivery; any thread, any order, once or more often."""
+        """Report the end of a delivery, from any thread and in any order; only the first report counts."""
         self._ledger.end(tag, outcome)
 
     def give_back(self, which: Callable[[Delivery], bool]) -> None:
-        """Return the deliveries in hand that *which* names."""
+        """End the deliveries in hand for which *which* is true, as `Delivery.when_left` says."""
         for delivery in self.in_hand():
             if which(delivery):
                 self.finish(delivery.tag, delivery.when_left)
@@ -197,7 +197,7 @@ class Intake:
         self.own_node.leave()
 
     def stop(self) -> None:
-        """Write what is to be written, give back what the pool has not in its hands, and end the thread."""
+        """Write the reports, give back the deliveries that the pool does not have, and end the thread."""
         ledger = self._ledger
         with ledger.lock:
             thread, self._thread = self._thread, None
@@ -216,5 +216,5 @@ class Intake:
             thread.join(timeout=10)
 
     def _replaced(self) -> None:
-        """The database was replaced. Whatever thread has noticed it calls this; so this waits for no lock."""
+        """Note that the database was replaced. Any thread may call this, so this takes no lock."""
         self._ledger.loss = Unavailable("the database was deleted or replaced while it was in use")

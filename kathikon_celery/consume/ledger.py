@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
 
 class Ledger:
-    """The deliveries that the consumer and the intake's thread have between them.
+    """The deliveries that the consumer and the intake's thread share.
 
     A claimed delivery waits in its `Subscription`. Then it is handed out to the consumer and is "in hand". When it has
     ended it is a report, until a transaction has written it. A delivery whose start must be on disk first makes a
@@ -60,7 +60,7 @@ class Ledger:
         self.on_ready = on_ready
         #: What the intake's thread sleeps on; `None` until there is such a thread.
         self.wakeup: Wakeup | None = None
-        #: The error that the consumer is to be told next: its database was replaced.
+        #: The error that the consumer's next `Intake.pump` raises: the database was replaced.
         self.loss: Unavailable | None = None
         #: The connection is closed: the intake's thread ends when nothing is left to write.
         self.is_closed = False
@@ -97,7 +97,7 @@ class Ledger:
             return None
 
     def end(self, tag: str, outcome: Outcome | None = None) -> None:
-        """Report the end of a delivery: *outcome*, or else its own. What is not in hand (any more) is ignored."""
+        """Report the end of a delivery: *outcome*, or else its own. Other tags than those in hand are ignored."""
         with self.lock:
             delivery = self.in_hand.pop(tag, None)
             if delivery is None:
@@ -108,20 +108,20 @@ class Ledger:
                 subscription.in_hand = max(0, subscription.in_hand - 1)
                 subscription.pace.count()
             awaited = subscription is not None and self.subscriptions.is_awaited(subscription)
-        # To ring, or to notify, lets other threads run; they must not find the lock taken.
+        # Not under the lock: these calls let other threads run, which would have to wait for the lock.
         if awaited:
             self.on_ready()
         self.notify()
 
     def wait(self, timeout: float) -> bool:
-        """Sleep until something can be handed out, at most *timeout* seconds; false when nothing can."""
+        """See `Intake.wait`."""
         with self._ready:
             self._ready.wait_for(lambda: self._interrupted or self.subscriptions.can_hand_out(), timeout)
             self._interrupted = False
             return self.loss is not None or self.subscriptions.can_hand_out()
 
     def interrupt(self) -> None:
-        """End the `wait` that the consumer is in, or else its next one. Any thread may call it."""
+        """See `Intake.interrupt`."""
         with self._ready:
             self._interrupted = True
             self._ready.notify_all()
@@ -149,13 +149,13 @@ class Ledger:
         return Batch(reports, to_mark, started)
 
     def put_back(self, batch: Batch) -> None:
-        """The transaction that was to write *batch* has failed."""
+        """Take *batch* back, because the transaction that was to write it has failed."""
         with self.lock:
             self.reports = batch.reports + self.reports
             self._to_mark = [one for one in batch.to_mark if not one.marked] + self._to_mark
 
     def marked(self, deliveries: list[Delivery]) -> None:
-        """The starts of *deliveries* are on disk: they may be handed out."""
+        """Note that the starts of *deliveries* are on disk: they may be handed out."""
         with self.lock:
             for delivery in deliveries:
                 delivery.marked = delivery.running = True
@@ -170,12 +170,12 @@ class Ledger:
                     subscription.waiting.appendleft(delivery)
 
     def written(self, started: list[Delivery], claimed: Claimed) -> None:
-        """The rows of *started* say that they run, and *claimed* may be handed out."""
+        """Note that the rows of *started* say that they run, and that *claimed* may be handed out."""
         with self._ready:
             for one in started:
                 one.running = True
             for subscription, delivery in claimed:
-                delivery.claimed = monotonic()  # a large payload's commit takes its time, in which nobody could run it
+                delivery.claimed = monotonic()  # not earlier: the commit of a large payload takes long
                 if self.subscriptions.get(delivery.queue) is subscription:
                     subscription.waiting.append(delivery)
                 else:
@@ -184,7 +184,7 @@ class Ledger:
             self._ready.notify_all()
 
     def _return_stale(self) -> None:
-        """Give back what was claimed ahead and waits for too long: the tasks have become slower."""
+        """Give back jobs that were claimed ahead and have waited too long, because tasks have become slower."""
         pool = self.subscriptions.pool
         if not pool.is_full():
             return

@@ -16,9 +16,9 @@ from kathikon_celery.storage.errors import StorageError, in_words, is_lost
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two transactions while there is much to do: what comes meanwhile shares the next one.
+#: Seconds between two transactions at a high rate: reports that come meanwhile share the next transaction.
 BUSY_GAP = 0.004
-#: Most seconds between two transactions, while what is claimed ahead lasts for longer.
+#: Most seconds between two transactions, while the jobs that are claimed ahead last for longer.
 LONGEST_GAP = 0.010
 
 
@@ -63,7 +63,7 @@ class Loop:
                 due_at = min(self._due_at(now, next_look), next_look)
                 pause_until = last + self._gap()
                 if now < pause_until and self._is_rush():
-                    sleep(pause_until - now)  # deaf: to be woken by each job that ends costs more than all the SQL
+                    sleep(pause_until - now)  # not `wait`: a wake-up by each job that ends costs more than all the SQL
                     continue
                 due_at = max(due_at, pause_until)
                 timeout = max(0.0, due_at - now)
@@ -117,7 +117,7 @@ class Loop:
         return next_look if start_due_at is None else start_due_at
 
     def _gap(self) -> float:
-        """Seconds that the next transaction waits for what comes meanwhile."""
+        """Seconds that the next transaction waits, so that more reports and jobs share it."""
         if not self._is_busy():
             return 0.0
         slots = self._subscriptions.pool.slots()
@@ -135,5 +135,5 @@ class Loop:
         return not (self._idle.was_woken() or must_announce)
 
     def _is_rush(self) -> bool:
-        """Whether nobody is helped by an answer at once: there is very much to do, or no slot is free."""
+        """Whether a transaction at once helps no caller: the rate is above `RUSH`, or no slot is free."""
         return self._subscriptions.rate() > RUSH or not self._subscriptions.has_room()

@@ -11,10 +11,10 @@ MEMORY = 0.3
 CALM = 1.0
 #: Shortest length of a beginning, in seconds.
 BEGINNING = 0.05
-#: Jobs a second from which on there is much to do, so that transactions are shared.
+#: Jobs a second; above this rate, jobs share transactions.
 BUSY = 150.0
-#: The same while the pool has a free slot. It is higher: a caller that sends its next task when it has the result of
-#: the last one makes many jobs a second, and waits for each.
+#: `BUSY` while the pool has a free slot: higher, so that a caller that sends one task at a time, and waits for each
+#: result, is still answered at once.
 RUSH = 600.0
 
 

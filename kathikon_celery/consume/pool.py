@@ -10,7 +10,7 @@ from kathikon_celery.storage.idle_query import Asker
 
 
 class Pool(Protocol):
-    """The pool that runs what an intake claims; where a method says nothing else, it answers as if there were none.
+    """The pool that runs the jobs of an intake. The methods' default answers are those without a pool.
 
     The intake calls these methods in its own thread, in the consumer's thread, and in the thread that closes the
     connection; often while it holds its lock. No method may wait for another thread or use the database.
@@ -18,7 +18,7 @@ class Pool(Protocol):
 
     #: Whether jobs are claimed before a slot is free for them.
     claims_ahead: bool = True
-    #: What asks the database together with the intake's look for work, while there is nothing else to do.
+    #: Services whose questions the idle intake asks in one statement with its own look for work.
     askers: Sequence[Asker] = ()
 
     def slots(self) -> int | None:
@@ -34,7 +34,7 @@ class Pool(Protocol):
         return False
 
     def withdraw(self, delivery: Delivery) -> bool:
-        """Take *delivery* out of the pool's queue; false when the pool keeps it, for example as it runs already."""
+        """Take *delivery* out of the pool's queue; false if the pool keeps it, for example because it runs already."""
         return False
 
     def is_early(self, task: str) -> bool:
@@ -42,7 +42,7 @@ class Pool(Protocol):
         return False
 
     def is_silent(self, task: str) -> bool:
-        """Whether nothing tells the intake when the pool accepts an early *task*: its requests are not Kathikon's."""
+        """Whether the pool accepts an early *task* without notifying the intake: its requests are not Kathikon's."""
         return False
 
     def outcome_of(self, task: str) -> Outcome:
@@ -54,7 +54,7 @@ class Pool(Protocol):
 
 
 class NoPool(Pool):
-    """That of a plain kombu consumer, which runs by itself what it gets."""
+    """For a plain kombu consumer, which has no pool."""
 
     def on_call(self) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Does again what a lost connection or a crashed server may have forgotten, and gives up what is other nodes' now."""
+"""Repeats what a lost connection or a crashed server may have forgotten, and gives up what other nodes have now."""
 
 from __future__ import annotations
 
@@ -36,29 +36,28 @@ class Recovery:
         self._recent = reporting.RecentReports()
         self._server: object = None  # which life of the server is known
         self._opened = 0  # how many connections had been made when that was last asked
-        self._claims_from = 0.0  # monotonic time; until then all nodes of a restarted server claim anew what they hold
+        self._claims_from = 0.0  # monotonic time; until then all nodes of a restarted server repeat their claims
 
     def check(self) -> None:
-        """Be unsure when new connections were made: another thread may have been the first to meet a lost server."""
+        """Set `is_unsure` if there are new connections: another thread may have noticed a lost server first."""
         if self._server is not None and self._opened != self._database.opened:
             self.is_unsure = True
 
     def written(self, now: float, reports: reporting.Reports) -> None:
-        """A transaction that wrote *reports*, at the monotonic time *now*, has ended well."""
+        """Note that a transaction has written *reports*, at the monotonic time *now*."""
         self.is_unsure = False
         self._recent.add(now, reports)
 
     def may_claim(self) -> bool:
-        """Whether the other nodes of a restarted server have had the time to claim anew what they hold."""
+        """Whether the other nodes of a restarted server have had the time to repeat their claims."""
         return monotonic() >= self._claims_from
 
     def report(self, connection: Connection, reports: reporting.Reports) -> None:
-        """Write *reports*."""
         returned = reporting.write(self._backend, connection, reports, partial(self.complain, connection))
         self._ledger.subscriptions.forget_fronts(returned)
 
     def complain(self, connection: Connection, deliveries: list[Delivery]) -> None:
-        """Log which of *deliveries* were other nodes' when they were reported; unless the report is a repetition."""
+        """Log which of *deliveries* had moved on when they were reported, unless the report is a repetition."""
         if not self.is_unsure:
             reporting.complain(connection, deliveries)
 
@@ -77,14 +76,14 @@ class Recovery:
             self._claims_from = monotonic() + PAUSE * 2
 
     def reconcile(self, connection: Connection, reports: reporting.Reports) -> None:
-        """Give back what this process holds, as the table says, and knows nothing of: a claim's answer was lost."""
+        """Give back jobs that this node holds by the table, but does not know: the answer to the claim was lost."""
         known = {one.hold for one, _ in reports}.union(*(holds() for holds in list(self._own_node.holds)))
         forgotten = [hold for hold in finish.held_by(connection, self._own_node.id) if hold not in known]
         if forgotten:
             self._backend.given_back(connection, forgotten)
 
     def reborn(self, old: int, new: int) -> None:
-        """The other nodes took this one, *old*, for dead: what it has claimed and not begun is theirs now."""
+        """Drop the jobs that wait: other nodes took this one, with the id *old*, for dead, and have them now."""
         ledger = self._ledger
         with ledger.lock:
             for subscription in ledger.subscriptions.every():

@@ -15,7 +15,7 @@ from kathikon_celery.storage.backend import StorageBackend
 
 logger = logging.getLogger(__name__)
 
-#: Seconds for which reports are remembered, should the server forget them: PostgreSQL writes them out in a third of it.
+#: Seconds for which reports are remembered, as a crashed server may forget them. PostgreSQL flushes in a third of that.
 MEMORY = 2.0
 
 #: Deliveries, and how they ended.
@@ -25,10 +25,10 @@ Reports = Sequence[tuple[Delivery, Outcome]]
 def write(
     backend: StorageBackend, connection: Connection, reports: Reports, complain: Callable[[list[Delivery]], None]
 ) -> set[str]:
-    """Write *reports*; the keys of the queues to which jobs were returned.
+    """Write *reports*; return the keys of the queues to which jobs were returned.
 
     Arguments:
-        complain: told of deliveries of which at least one was another's when it was reported.
+        complain: called with deliveries of which at least one had moved on when it was reported.
     """
     jobs: defaultdict[Verdict, list[Delivery]] = defaultdict(list)
     gone: list[Hold] = []
@@ -77,7 +77,7 @@ def _holds(deliveries: list[Delivery]) -> list[Hold]:
 
 
 def complain(connection: Connection, deliveries: list[Delivery]) -> None:
-    """Say which deliveries were others' when they were reported; the report has changed nothing."""
+    """Log which deliveries had moved on when they were reported, so that the report changed nothing."""
     holds = [one.hold for one in deliveries if not one.stored]
     if holds and (lost := finish.moved_on(connection, holds)):
         logger.warning(
@@ -99,5 +99,4 @@ class RecentReports:
             self._said.popleft()
 
     def reports(self) -> list[tuple[Delivery, Outcome]]:
-        """All that is remembered."""
         return [(delivery, outcome) for _, delivery, outcome in self._said]

@@ -15,7 +15,7 @@ from kathikon_celery.storage.scan_start import ScanStart
 
 #: Most deliveries that a consumer without a prefetch limit has in hand.
 UNLIMITED = 200
-#: Deliveries that are handed out together, when so many fewer are in hand than the limit allows.
+#: Deliveries that are handed out together, once the limit allows so many more.
 HANDFUL = 8
 
 
@@ -44,7 +44,7 @@ class Subscription:
     allowed: int = 0
     #: Whether `allowed` is for jobs, which need slots, or for messages.
     are_jobs: bool = True
-    #: The next are handed out when no more than so many are in hand: several at once cost less than one by one.
+    #: The next deliveries are handed out when at most so many are in hand: several at once cost less.
     refill: int = UNLIMITED
 
     @property
@@ -69,12 +69,11 @@ class Subscriptions:
         self._first = 0  # the queue that is served first this time
 
     def add(self, subscription: Subscription) -> None:
-        """Consume one more queue."""
         with self.lock:
             self._by_key[key(subscription.queue)] = subscription
 
     def pop(self, queue: str) -> Subscription | None:
-        """Consume *queue* no longer; return its subscription, if there was one."""
+        """Stop consuming *queue*; return its subscription, if there was one."""
         with self.lock:
             return self._by_key.pop(key(queue), None)
 
@@ -88,7 +87,6 @@ class Subscriptions:
             return list(self._by_key)
 
     def every(self) -> list[Subscription]:
-        """All subscriptions."""
         with self.lock:
             return list(self._by_key.values())
 
@@ -102,7 +100,7 @@ class Subscriptions:
     # --- handing out
 
     def may_hand_out(self, subscription: Subscription) -> bool:
-        """Whether the next delivery that waits may be handed out; `Subscription.allowed` says how many more."""
+        """Whether the next delivery may be handed out. Sets the subscription's `allowed`, `are_jobs` and `refill`."""
         subscription.are_jobs, limits = subscription.waiting[0].is_job, [UNLIMITED]
         if subscription.concurrency is not None:
             limits.append(subscription.concurrency - subscription.in_hand)
@@ -120,7 +118,7 @@ class Subscriptions:
         return subscription.allowed > 0
 
     def is_awaited(self, subscription: Subscription) -> bool:
-        """Whether a handful waits for the delivery that has just ended."""
+        """Whether deliveries wait, and the end of one has made room for them (see `Subscription.refill`)."""
         return bool(subscription.waiting) and self._in_hand_beside(subscription) <= subscription.refill
 
     def can_hand_out(self) -> bool:
@@ -128,13 +126,13 @@ class Subscriptions:
         return any(one.waiting and self.may_hand_out(one) for one in self._by_key.values())
 
     def _in_hand_beside(self, subscription: Subscription) -> int:
-        """What all consumers have in hand that share the prefetch limit of *subscription*."""
+        """Number of deliveries in hand of all consumers that share the prefetch limit of *subscription*."""
         return sum(one.in_hand for one in self._by_key.values() if one.prefetch == subscription.prefetch)
 
     # --- claiming
 
     def outstanding(self) -> int:
-        """What is claimed and has not ended."""
+        """Number of deliveries that are claimed and have not ended."""
         with self.lock:
             return sum(one.outstanding for one in self._by_key.values())
 

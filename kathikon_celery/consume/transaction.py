@@ -14,7 +14,7 @@ from kathikon_celery.storage import Storage, messages
 
 
 class Transaction:
-    """What the intake's thread does with the database at once. Only that thread uses it."""
+    """Writes and claims in one transaction. Only the intake's thread uses it."""
 
     def __init__(
         self, storage: Storage, ledger: Ledger, idle: IdleState, recovery: Recovery, claiming: Claiming
@@ -26,7 +26,7 @@ class Transaction:
         self._claiming = claiming
 
     def run(self) -> bool:
-        """Write what is to be written, and claim what is wanted. True when there may be something to hand out."""
+        """Write the reports and starts, and claim what is wanted. True if there may be something to hand out."""
         ledger, subscriptions = self._ledger, self._ledger.subscriptions
         with ledger.lock:
             now = monotonic()
@@ -79,7 +79,7 @@ class Transaction:
                 return taken + claiming.claim_jobs(connection, wanted, names)
 
     def _is_one_statement(self, batch: Batch, wanted: list[tuple[Subscription, int]], filled: list[str]) -> bool:
-        """Whether one statement does it all, so that it needs no transaction around it."""
+        """Whether one statement does all, so that no transaction is needed around it."""
         if filled or batch.started or self._recovery.is_unsure or not self._recovery.may_claim():
             return False
         if any(not one.is_job or outcome not in (DONE, WRITTEN, PASSED_ON) for one, outcome in batch.reports):
@@ -89,7 +89,7 @@ class Transaction:
         return done + len(wanted) - at_once == 1
 
     def _mark(self, deliveries: list[Delivery]) -> None:
-        """Write, on disk, that at-most-once tasks start: only then they are handed out."""
+        """Write to disk that at-most-once tasks start; only then are they handed out."""
         with self._database.write(durable=True) as connection:
             self._backend.started(connection, [one.hold for one in deliveries], acked=True)
         self._ledger.marked(deliveries)
