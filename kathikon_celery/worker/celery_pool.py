@@ -19,7 +19,7 @@ from kathikon_celery.worker.prefork.pool import TaskPool
 from kathikon_celery.worker.request import Request, is_early
 from kathikon_celery.worker.services.registry import services_of
 
-#: Celery acknowledges, or rejects, what it cannot make a request of.
+#: How a job ends if Celery cannot make a request of its message: Celery acknowledges or rejects that.
 UNREADABLE = Outcome(
     Verdict.ENDED, State.DEAD, Cause.UNREADABLE, "the worker could not read the message; its log says why"
 )
@@ -39,20 +39,20 @@ class CeleryPool(Pool):
 
     def __init__(self, consumer: Any, storage: Storage) -> None:
         self.claims_ahead = not consumer.app.conf.get("worker_disable_prefetch")
-        #: Nothing is in the pool's hands any more.
+        #: The pool has ended, and has no delivery any more.
         self.has_ended = False
         self._consumer = consumer
         self._tasks = consumer.app.tasks
         self._services = services_of(consumer.controller)
-        # A backend that is no SQLBackend is asked by its methods, by each service.
+        # With a backend that is no SQLBackend, each service calls the backend's methods instead.
         self.askers: Sequence[Asker] = self._services if isinstance(storage.backend, SQLBackend) else ()
-        self._earlier = tuple(state.active_requests)  # what runs for a connection that was lost
+        self._earlier = tuple(state.active_requests)  # requests of a lost connection that still run
         self._outcomes: dict[str, Outcome] = {}
 
     def slots(self) -> int:
-        """How many jobs the consumer may have from this connection. Those of an earlier one that still run have theirs.
+        """How many jobs the consumer may have from this connection. Jobs of an earlier one that still run take slots.
 
-        What waits for its rate limit needs no slot yet. As with any broker, the prefetch count limits how much that is.
+        A job that waits for its rate limit needs no slot yet. As with any broker, the prefetch count limits those jobs.
         """
         consumer = self._consumer
         slots = processes(consumer) - sum(request in state.active_requests for request in self._earlier)
@@ -76,7 +76,7 @@ class CeleryPool(Pool):
         )
 
     def withdraw(self, delivery: Delivery) -> bool:
-        """Take a job back that nothing has begun; false if it runs, or if it waits for its rate limit."""
+        """Take back a job that has not begun; false if it runs, or if it waits for its rate limit."""
         request = state.requests.get(delivery.item.id) if isinstance(delivery.item, Job) else None
         if not isinstance(request, Request) or request._delivery is not delivery:
             return False
@@ -112,7 +112,7 @@ class CeleryPool(Pool):
 def processes(consumer: Any) -> int:
     """How many jobs the pool can run at once, when it has grown as far as it may."""
     autoscaler, pool = getattr(consumer.controller, "autoscaler", None), consumer.pool
-    # The autoscaler grows the pool for what was delivered and finds no process.
+    # The autoscaler grows the pool when delivered jobs find no free process.
     if autoscaler is not None:
         return int(autoscaler.max_concurrency)
     if getattr(pool, "is_green", False):  # below Celery 5.7, num_processes is how many greenlets are at work

@@ -30,7 +30,7 @@ PATIENCE = 3600.0
 
 
 def _in_child(app: Celery, storage: Storage, **kwargs: Any) -> None:
-    """A pool child has made its tracers."""
+    """Called in a pool child, which has built its tracers."""
     for task in app.tasks.values():
         carry_results(task, storage)
 
@@ -50,7 +50,7 @@ def install(sender: Any, **kwargs: Any) -> None:
         app.Task.Request = "kathikon_celery.worker.request:Request"
     storage = Storage.for_app(app, setup=False)
     storage.database.patience = PATIENCE
-    for part in PARTS:  # before there are processes of a pool, each of which would say so
+    for part in PARTS:  # before the pool has processes, each of which would log the same
         if part is not LIBPQ or storage.database.url.get_driver_name() == "psycopg":
             is_usable(part)
     app.finalize()

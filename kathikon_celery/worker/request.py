@@ -1,4 +1,4 @@
-"""Celery's request, which tells the job's row how the task ended."""
+"""Celery's request, which also reports how the task ended, for the job's row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kathikon_celery.results.carrier import Carried
 from kathikon_celery.storage.transitions import LOST_AT_MOST_ONCE
 from kathikon_celery.transport.channel import Delivered
 
-#: What `Task.on_replace` says. The last task of the replacement has the id of the replaced one.
+#: The text of the `Ignore` that `Task.on_replace` raises. The last task of the replacement has the replaced one's id.
 REPLACED_BY_NEW_TASK = "Replaced by new task"
 
 
@@ -37,17 +37,17 @@ def _check_limits(limits: Any) -> None:
 
 
 class Unsendable(Exception):
-    """A task that the pool cannot put into words for one of its processes."""
+    """A task that the pool cannot serialize for its processes."""
 
 
 class Request(CeleryRequest):
-    """A request whose acknowledgement says what became of the job (see `TRANSITIONS`)."""
+    """A request whose acknowledgement reports how the job ended (see `TRANSITIONS`)."""
 
     acknowledged: bool
 
     def __init__(self, message: Any, **options: Any) -> None:
         self._delivery: Delivery | None = getattr(message, "delivery", None)
-        #: Whoever takes it decides: the pool, which runs the task, or the intake, which gives it to others.
+        #: Taken once and never released: by the pool, which runs the task, or by the intake, which gives it back.
         self._decision = Lock()
         self._has_failed = False
         try:
@@ -60,18 +60,18 @@ class Request(CeleryRequest):
             raise InvalidTaskError(reason) from error  # anything else would end the worker
         self._set_outcome(DONE)
         if not self._decoded and isinstance(message, Delivered) and message.is_read_easily():
-            # Whoever runs it need not read it by Celery's way. He gets values of his own: he, or a receiver of
-            # `task_received`, may change what he has.
+            # Decoded here, so that Celery's slower way is not needed. The values are fresh: the task, or a receiver of
+            # `task_received`, may change them.
             self._body, self._content_type, self._content_encoding = message._decode(), None, None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        # Celery makes a subclass a task, with methods that call no others: they are wrapped there.
+        # Celery makes a subclass for each task, whose methods do not call super(): they are wrapped here.
         super().__init_subclass__(**kwargs)
         succeeded, execute = cls.on_success, cls.execute_using_pool
 
         def on_success(self: Request, failed__retval__runtime: Any, **options: Any) -> Any:
             failed, carried, _ = failed__retval__runtime
-            if not failed:  # at once: what Celery leaves to its event loop's next turn, a shutdown forgets
+            if not failed:  # now: Celery does it in its event loop's next turn, which a shutdown skips
                 self._on_ack = self._message.ack_log_error
             if isinstance(carried, Carried):
                 self._set_outcome(
@@ -85,10 +85,10 @@ class Request(CeleryRequest):
         def execute_using_pool(self: Request, pool: Any, **options: Any) -> Any:
             if not self._decision.acquire(blocking=False):
                 self._leave()
-                raise TaskRevokedError("given back")  # Celery's word for: the next one, please
+                raise TaskRevokedError("given back")  # Celery goes on with the next message
             try:
                 return execute(self, pool, **options)
-            except Unsendable as error:  # it would end the worker, and then the next one
+            except Unsendable as error:  # would end this worker, then the one that gets the job next
                 self.on_failure(ExceptionInfo())
                 raise TaskRevokedError(str(error)) from error
 
@@ -97,7 +97,7 @@ class Request(CeleryRequest):
             cls.execute_using_pool = execute_using_pool
 
     def withdraw(self) -> bool:
-        """Keep it from the pool, in any thread; false when the pool has it."""
+        """Keep the task from the pool; return false if the pool has it. Any thread may call this."""
         return bool(self._decision.acquire(blocking=False))
 
     def _leave(self) -> None:
@@ -123,7 +123,7 @@ class Request(CeleryRequest):
         if not soft:
             self._set_outcome(_ended(State.DEAD, Cause.TIME_LIMIT, f"hard time limit ({timeout} s) exceeded"))
         try:
-            with outbox.within(is_reported=self._has_failed):  # by billiard, which tells of the failure first
+            with outbox.within(is_reported=self._has_failed):  # by billiard: Celery's report is the second
                 super().on_timeout(soft, timeout)
         finally:
             if not soft:
@@ -143,7 +143,7 @@ class Request(CeleryRequest):
             delivery.stored = True
         if delivery is None or not delivery.early or delivery.outcome.verdict is Verdict.ENDED:
             super().acknowledge()
-        elif not self.acknowledged:  # the task is about to run: `_end_of_early_task` tells how it ended
+        elif not self.acknowledged:  # the task is about to run: `_end_of_early_task` reports its end
             self._message.channel.unacknowledged.discard(delivery.tag)
             self.acknowledged = True
 
@@ -165,7 +165,7 @@ class Request(CeleryRequest):
             self._set_outcome(REPLACED if str(error) == REPLACED_BY_NEW_TASK else DONE)
         elif isinstance(error, Reject):
             if not error.requeue:
-                # Celery does no more about it, so the lifeline tells what was to follow.
+                # Celery does nothing for what follows a rejected task: the lifeline does.
                 reason = in_brief(f"rejected: {error.reason}")
                 self._set_outcome(Outcome(Verdict.ENDED, State.DISCARDED, Cause.REJECTED, reason))
         elif isinstance(error, (WorkerLostError, SystemExit, KeyboardInterrupt)) and self.task.reject_on_worker_lost:
@@ -175,7 +175,7 @@ class Request(CeleryRequest):
             self._set_outcome(_ended(State.DEAD, cause, in_brief(error), str(exc_info.traceback)))
 
     def _end_of_early_task(self) -> None:
-        """A task that was acknowledged before it ran has ended: now its row is told."""
+        """Report the end of a task that was acknowledged before it ran."""
         if self._delivery is not None and self._delivery.early:
             outcome = self._delivery.outcome
             if outcome.verdict is Verdict.CRASHED:
@@ -188,9 +188,9 @@ class Request(CeleryRequest):
 
 
 def acknowledge_at_the_end(task: Any) -> None:
-    """Make *task*, whose requests are none of ours, acknowledge when it ends: nothing else tells of its end.
+    """Make *task*, whose requests are not Kathikon's, acknowledge when it ends: nothing else reports its end.
 
-    Its row is marked before the task runs, all the same, and it does not run twice.
+    The row of an early task is marked before the task runs all the same, so that the task does not run twice.
     """
     if is_early(task):
         task.kathikon_is_early = task.acks_late = True
@@ -205,7 +205,7 @@ def is_early(task: Any) -> bool:
 
 @cache
 def joined(own: type) -> type:
-    """A task's *own* class of requests, with ours below it: what it does not do itself, or leaves to super(), we do."""
+    """Return a task's *own* class of requests on top of `Request`, which does what *own* does not do."""
     if own is CeleryRequest or not issubclass(own, CeleryRequest):
         return Request if own is CeleryRequest else own
     return own if issubclass(own, Request) else type(own.__name__, (own, Request), {})

@@ -17,7 +17,7 @@ from kathikon_celery.storage.settle import TaskEnd
 
 
 def collect_successors(task: Any, storage: Storage) -> None:
-    """Make *task* collect what it sends after its body has returned. To be called before its tracer is built."""
+    """Make *task* collect what it sends after its body has returned. Call this before its tracer is built."""
     run = task.run
     if getattr(run, "collects_successors", False) or not is_usable(TRACING):
         return
@@ -57,7 +57,7 @@ def carry_results(task: Any, storage: Storage) -> None:
             try:
                 traced = trace(uuid, args, kwargs, request)
             except BaseException:
-                if carrier.end is not None:  # the main process does not get it
+                if carrier.end is not None:  # the main process will not get the result
                     storage.backend.settle(TaskEnd(ends=[carrier.end]), {})
                 raise
         if carrier.end is None and not carrier.is_written:
