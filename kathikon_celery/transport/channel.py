@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 JSON = "application/json"
-#: Bytes of a body up to which it does not matter who reads it.
+#: Largest body, in bytes, that the worker's main process decodes itself; larger ones are left to the pool.
 EASY = 4096
 REJECTED = Outcome(Verdict.ENDED, State.DISCARDED, Cause.REJECTED, "rejected")
 
@@ -48,15 +48,15 @@ class Delivered(virtual.Message):
         return super()._decode()
 
     def is_read_easily(self) -> bool:
-        """Whether to read it takes no time, and gives nothing that cannot go through a pipe as it is."""
+        """Whether the body is quick to decode, and its values can go through a pipe as they are."""
         return self.is_plain_json() and len(self.body) <= EASY and b'"__type__"' not in self.body
 
     def is_plain_json(self) -> bool:
-        """Whether kombu, after some looking around, would read the body as its own JSON."""
+        """Whether kombu would decode the body by its own JSON reader."""
         return (
             self.content_type == JSON
             and self.content_encoding == "utf-8"
-            and type(self.body) is bytes  # kombu has made that of its text
+            and type(self.body) is bytes  # kombu has encoded the text
             and self.body != b""
             and self.accept is not None
             and JSON in self.accept
@@ -64,7 +64,7 @@ class Delivered(virtual.Message):
         )
 
     def decode(self) -> Any:
-        """What the body says. Raises `DecodeError`, or `ContentDisallowed`; its job is then dead when it is settled."""
+        """Return the decoded body. Raises `DecodeError` or `ContentDisallowed`: then the job ends as dead."""
         try:
             payload = super().decode()
             if self.delivery.is_job:
@@ -77,7 +77,7 @@ class Delivered(virtual.Message):
         return payload
 
     def is_unreadable(self, error: BaseException) -> None:
-        """Note for the row why nobody can read the body."""
+        """Note *error* as the reason why the job is dead: its body cannot be decoded."""
         kind = "" if isinstance(error, DecodeError) else f"{type(error).__name__}: "
         if self.delivery.is_job:
             reason = in_brief(f"corrupt row: the body cannot be read: {kind}{error}")
@@ -85,7 +85,7 @@ class Delivered(virtual.Message):
 
 
 class QoS:
-    """The channel's prefetch limit. What is in hand is counted by the intake."""
+    """The channel's prefetch limit. The intake counts the deliveries in hand."""
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
@@ -96,7 +96,6 @@ class QoS:
         return self.prefetch_count
 
     def can_consume(self) -> bool:
-        """Whether one more delivery is allowed."""
         return not self.prefetch_count or len(self.channel.unacknowledged) < self.prefetch_count
 
 
@@ -122,13 +121,12 @@ class Channel(virtual.Channel):
         self.bound: dict[str, tuple[Any, Any]] = {}
         #: Tags of the deliveries that this channel has handed out.
         self.unacknowledged: set[str] = set()
-        #: Queues that were declared here and go with their consumer, or when nobody has used them for some time.
+        #: Queues declared on this channel that are deleted with their consumer, or after some time without use.
         self._auto_delete: set[str] = set()
         self._expiring: set[str] = set()
 
     @property
     def storage(self) -> Storage:
-        """The database."""
         return self._storage
 
     @property
@@ -138,11 +136,10 @@ class Channel(virtual.Channel):
 
     @property
     def qos(self) -> QoS:
-        """The prefetch limit."""
         return self._limit
 
     def _tried(self, call: Callable[[], T]) -> T:
-        """*call*(), which may happen twice, once more when its connection turns out to be lost."""
+        """Return *call*(), called once more if its connection was lost: so it may run twice."""
         return self._database.patiently(lambda again: call(), patient=False)
 
     # --- exchanges, queues, bindings
@@ -151,7 +148,7 @@ class Channel(virtual.Channel):
         self, exchange: str | None = None, type: str = "direct", durable: bool = False, auto_delete: bool = False,  # noqa: A002
         arguments: dict[str, Any] | None = None, nowait: bool = False, passive: bool = False,
     ) -> None:  # fmt: skip
-        """Make the exchange unless it exists. Raises `ChannelError` for an unknown type or a different one."""
+        """Create the exchange unless it exists. Raises `ChannelError` for an unknown type or a different one."""
         kind = type or "direct"
         name = exchange or f"amq.{kind}"
         if passive:
@@ -182,7 +179,7 @@ class Channel(virtual.Channel):
         self, queue: str | None = None, passive: bool = False, durable: bool = True, exclusive: bool = False,
         auto_delete: bool = False, arguments: dict[str, Any] | None = None, nowait: bool = False, **kwargs: Any,
     ) -> queue_declare_ok_t:  # fmt: skip
-        """Make the queue unless it exists; its name, the number of messages that are ready in it, and 0."""
+        """Create the queue unless it exists; return its name, the number of messages that are ready in it, and 0."""
         name = queue or f"amq.gen-{uuid()}"
         if passive:
             if not self._queue_exists(name):
@@ -204,7 +201,7 @@ class Channel(virtual.Channel):
                 self._auto_delete.add(name)
             if exclusive:
                 self.connection.exclusive.add(name)
-                self._intake.start()  # as a node, whose death is noticed
+                self._intake.start()  # become a node: when a node dies, its exclusive queues are deleted
                 self._own(name, True)
             elif expires is not None:
                 self._expiring.add(name)
@@ -218,7 +215,7 @@ class Channel(virtual.Channel):
         return self._tried(read)
 
     def _own(self, queue: str, used: bool) -> None:
-        """Note that this process uses the queue, or that it does so no longer."""
+        """Note that this process uses the queue, or no longer uses it."""
         node_id = self._intake.own_node.id if used else None
         self._tried(lambda: topology.own_queue(self._database, queue, node_id))
 
@@ -242,7 +239,6 @@ class Channel(virtual.Channel):
     def queue_bind(
         self, queue: str, exchange: str | None = None, routing_key: str = "", arguments: Any = None, **kwargs: Any
     ) -> None:
-        """Bind the queue to the exchange."""
         self._tried(lambda: topology.bind(self._database, queue, exchange or "amq.direct", routing_key or ""))
 
     def queue_unbind(
@@ -252,7 +248,7 @@ class Channel(virtual.Channel):
         self._tried(lambda: topology.unbind(self._database, queue, exchange or "amq.direct", routing_key or ""))
 
     def list_bindings(self) -> list[tuple[str, str, str]]:
-        """Queue, exchange and routing key of every binding."""
+        """Return queue, exchange and routing key of every binding."""
 
         def read() -> list[tuple[str, str, str]]:
             with self._database.read() as connection:
@@ -261,7 +257,7 @@ class Channel(virtual.Channel):
         return self._tried(read)
 
     def queue_purge(self, queue: str, **kwargs: Any) -> int:
-        """Delete what waits in the queue; the number of it."""
+        """Delete the messages and jobs that wait in the queue; return their number."""
 
         def purge() -> int:
             with self._database.write(durable=True) as connection:
@@ -279,7 +275,7 @@ class Channel(virtual.Channel):
     # --- publishing
 
     def basic_publish(self, message: dict[str, Any], exchange: str, routing_key: str, **kwargs: Any) -> None:
-        """Publish a message: a Celery task becomes a job, anything else a message. It is on disk when this returns."""
+        """Publish a message: a Celery task as a job, any other as a stored message. It is on disk when this returns."""
         message["properties"].setdefault("delivery_info", {}).update(exchange=exchange, routing_key=routing_key)
         queues = self._route(exchange, routing_key) if exchange else [routing_key]
         task = task_of(message)
@@ -291,8 +287,8 @@ class Channel(virtual.Channel):
                 f"task {task['task']} was sent to exchange {exchange!r} with routing key {routing_key!r}, to which no"
                 " queue is bound; bind one, or send it to a queue"
             )
-        if len(queues) > 1:  # one row an id: a task that several queues shall have is as many messages
-            self._put_now(queues, message)  # before the end that it follows, so rather twice than never
+        if len(queues) > 1:  # a job's id has one row: a task for several queues becomes messages
+            self._put_now(queues, message)  # not with the sending task's end: rather twice than never
             return
         attempts = self._storage.settings.max_attempts
         publish(self._storage, to_job(message, task, queues[0], attempts, self.connection.local_zone()))
@@ -340,7 +336,7 @@ class Channel(virtual.Channel):
     def basic_consume(
         self, queue: str, no_ack: bool, callback: Callable[[Delivered], Any], consumer_tag: str, **kwargs: Any
     ) -> None:
-        """Deliver what comes into the queue to *callback*."""
+        """Call *callback* with each message of the queue."""
         self._tag_to_queue[consumer_tag] = queue
         self._consumers.add(consumer_tag)
         self._active_queues.append(queue)
@@ -377,7 +373,7 @@ class Channel(virtual.Channel):
         return message
 
     def basic_cancel(self, consumer_tag: str) -> None:
-        """Consume no longer; an auto-delete queue goes."""
+        """Stop consuming; delete an auto-delete queue."""
         if consumer_tag not in self._consumers:
             return
         self._consumers.remove(consumer_tag)
@@ -391,17 +387,17 @@ class Channel(virtual.Channel):
             self._own(queue, False)
 
     def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Delivered | None:
-        """The next message of the queue, or `None`."""
+        """Return the next message of the queue, or `None`."""
         delivery = self._tried(lambda: self._intake.take_one(queue, no_ack))
         return None if delivery is None else self._message(delivery, no_ack)
 
     def basic_ack(self, delivery_tag: str, multiple: bool = False) -> None:
-        """Acknowledge. It is written with the next batch; a lost connection in between loses nothing."""
+        """Acknowledge a delivery. The next batch writes that; a lost connection in between loses nothing."""
         self.unacknowledged.discard(delivery_tag)
         self._intake.acknowledge(delivery_tag)
 
     def basic_reject(self, delivery_tag: str, requeue: bool = False) -> None:
-        """Reject, for good or so that somebody gets it again."""
+        """Reject a delivery: discard it, unless its `Delivery.outcome` says more, or with *requeue* give it back."""
         self.unacknowledged.discard(delivery_tag)
         intake = self._intake
         delivery = intake.delivery(delivery_tag)
@@ -414,21 +410,21 @@ class Channel(virtual.Channel):
             intake.finish(delivery_tag, decided)
 
     def basic_recover(self, requeue: bool = False) -> None:
-        """Give back everything that is not acknowledged."""
+        """Give back all deliveries that are not acknowledged."""
         for tag in list(self.unacknowledged):
             self.basic_reject(tag, requeue=True)
 
     def basic_qos(self, prefetch_size: int = 0, prefetch_count: int = 0, apply_global: bool = False) -> None:
-        """How many deliveries this channel may have in hand; 0 is no limit."""
+        """Set how many deliveries this channel may have in hand; 0 is no limit."""
         self._limit.prefetch_count = prefetch_count
         self._intake.look()
 
     def drain_events(self, timeout: float | None = None, callback: Any = None) -> None:
-        """Deliver one message; raises `socket.timeout` when none came in time."""
+        """Deliver one message. Raises `TimeoutError` if none comes within *timeout* seconds."""
         self.connection.drain_events(self.connection, timeout=timeout)
 
     def close(self) -> None:
-        """Cancel the consumers and give back what is not acknowledged and not in the pool's hands."""
+        """Cancel the consumers, and give back unacknowledged deliveries that the pool does not have."""
         if self.closed:
             return
         self.closed = True

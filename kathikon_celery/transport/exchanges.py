@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from kombu.transport.virtual import exchange
 
-#: Of a routing key each word is preceded by a dot, so that any number of words is one piece of the pattern.
+#: A dot is put before each word of a routing key, so that any number of words is one part of the pattern.
 _WILDCARDS = {"*": r"\.[^.]*", "#": r"(?:\.[^.]*)*"}
 
 

@@ -32,9 +32,9 @@ logger = logging.getLogger(__name__)
 
 
 def app_of_connection(options: Mapping[str, Any]) -> Celery | None:
-    """The app of a connection with these transport options.
+    """Return the app of a connection with these transport *options*.
 
-    Where they name none, it is an app whose broker is Kathikon: the current one, or the one that is configured so.
+    If they name none, return an app whose broker is Kathikon, the current app first; `None` if there is none.
     """
     from celery import _state
 
@@ -93,10 +93,10 @@ class Transport(virtual.Transport):
 
     def __init__(self, client: Any, **kwargs: Any) -> None:
         super().__init__(client, **kwargs)
-        client.cycle = None  # of several servers, `Database` finds the one that can be reached, for all connections
-        #: Queues that go when this connection is closed.
+        client.cycle = None  # `Database` finds the server that can be reached, for all connections
+        #: Queues that are deleted when this connection is closed.
         self.exclusive: set[str] = set()
-        #: Whether a Celery worker consumes on this connection: what is transient may then be lost without an error.
+        #: Whether a Celery worker consumes on this connection: then transient messages may be lost without an error.
         self.is_worker = False
         self._storage: Storage | None = None
         self._intake: Intake | None = None
@@ -110,12 +110,12 @@ class Transport(virtual.Transport):
 
     @property
     def storage(self) -> Storage:
-        """The database that the connection's URL names, or a list of them."""
+        """The storage on the database of the connection's URL, or on one of its URLs."""
         if self._storage is None:
             app = self._app
             settings = Settings.load(app.conf if app is not None else None)
             given = [url for url in self.client.alt or [self.client.hostname] if url is not None]
-            # Kombu has cut the scheme off the first one. Where the class is named by itself, no URL has one.
+            # Kombu has cut the scheme off the first URL. If the transport was given as a class, no URL has a scheme.
             cut = given[:1] if any(map(is_kathikon, given[1:])) else given
             urls = [f"kathikon+{url}" if url in cut and not is_kathikon(url) else url for url in given]
             self._storage = Storage.shared(databases_of(urls), settings, self.client.connect_timeout)
@@ -131,16 +131,15 @@ class Transport(virtual.Transport):
         return self._intake
 
     def driver_version(self) -> str:
-        """SQLAlchemy's version."""
         return sqlalchemy.__version__
 
     def as_uri(self, uri: str, include_password: bool = False, mask_with: str = "**") -> str:
-        """The URL for people, without its password."""
+        """Return the URL for people, without its password unless *include_password*."""
         shown = uri if include_password else mask(uri)
         return shown if shown.startswith("kathikon:") else f"kathikon+{shown}"
 
     def establish_connection(self) -> Transport:
-        """Reach the database, and make its tables where need be."""
+        """Connect to the database, and create its tables if needed. Raises `Unavailable`."""
         try:
             self.storage.setup()
         except Unavailable:
@@ -151,11 +150,11 @@ class Transport(virtual.Transport):
         return cast("Transport", super().establish_connection())
 
     def verify_connection(self, connection: Any) -> bool:
-        """A lost database is noticed, and waited for, by those who use it."""
+        """Return true: the code that uses the database notices a loss, and waits by itself."""
         return True
 
     def close_connection(self, connection: Any) -> None:
-        """Close the channels, give back what nobody works on."""
+        """Close the channels, and give back the deliveries that the pool does not have."""
         super().close_connection(connection)
         self._delete_exclusive()
         if self._intake is not None:
@@ -168,7 +167,7 @@ class Transport(virtual.Transport):
     def _delete_exclusive(self) -> None:
         if self.exclusive:
             names, self.exclusive = self.exclusive, set()
-            with suppress(*LOST), self.storage.database.write() as connection:  # they go with the node at the latest
+            with suppress(*LOST), self.storage.database.write() as connection:  # deleted with the node at the latest
                 for name in names:
                     topology.delete_queue(connection, key(name))
 
@@ -184,13 +183,13 @@ class Transport(virtual.Transport):
             self.intake.pump()
 
     def ring(self) -> None:
-        """Have the event loop deliver what is there. Any thread may call it."""
+        """Make the event loop hand out the deliveries that wait. Any thread may call this."""
         bell = self._bell
         if bell is not None:
             bell.ring()
 
     def drain_events(self, connection: Any, timeout: float | None = None) -> None:
-        """Deliver one message, as callers count on; raises `socket.timeout` when none came within *timeout* seconds."""
+        """Deliver one message, as callers rely on. Raises `TimeoutError` if none comes within *timeout* seconds."""
         if self.intake.pump(1):
             return
         while not self.intake.wait(timeout if timeout is not None else 1.0):
@@ -200,17 +199,17 @@ class Transport(virtual.Transport):
             raise TimeoutError
 
     def local_zone(self) -> timezone:
-        """The zone of times that name none: the app's."""
+        """Return the time zone of times without one: the app's."""
         app = self._app
         return cast(timezone, app.timezone) if app is not None else timezone.utc
 
     def corrupt(self, delivery: Delivery, error: Exception) -> None:
-        """Say that a row cannot be read."""
+        """Log that a row cannot be read."""
         what = "job" if delivery.is_job else "message"
         logger.error("Kathikon: %s %s is dead: %s", what, getattr(delivery.item, "id", delivery.item.seq), error)
 
     def lost_transient(self, error: Exception) -> None:
-        """Note that an event or a reply was lost because the database is away; anything else is raised."""
+        """Log once that events and replies are lost while the database is away; raise any other *error*."""
         if not is_lost(error):
             raise error
         if not self._complained:
