@@ -264,7 +264,7 @@ def task_of(message: dict[str, Any]) -> dict[str, Any] | None:
 
 def to_job(message: dict[str, Any], task: dict[str, Any], queue: str, max_attempts: int, local: timezone) -> Job:
     """Return the job of a task message. *local*: the zone of times without one. Raises `ValueError` (`priority_of`)."""
-    # It tells a publication that kombu repeats after a lost connection from a new publication of the same id.
+    # Distinguishes a publication that kombu repeats after a lost connection from a new publication of the same id.
     publication = message[_PROPERTIES].setdefault(PUBLICATION, getrandbits(63))
     envelope, body = fold(message)
     task_id, root = task["id"], task.get("root_id")

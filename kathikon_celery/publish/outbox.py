@@ -1,4 +1,4 @@
-"""What is open in this context, in one context variable: it decides where publications, a task's end and result go.
+"""The state of this context, in one context variable: it decides where publications, a task's end and result go.
 
 The jobs that a task sends as it ends are collected here, to publish them in the transaction that stores the end.
 """
@@ -27,7 +27,7 @@ class Scope(NamedTuple):
     collected: tuple[Database, TaskEnd] | None = None
     #: The block of `bulk` that collects publications.
     chunks: Chunks | None = None
-    #: Chord id -> body, for the end that is being collected; `None`: no end is.
+    #: Chord id -> body, for the end that is being collected; `None`: none is being collected.
     bodies: dict[str, Any] | None = None
     #: What takes a result to the worker's main process.
     carrier: Carrier | None = None

@@ -52,7 +52,7 @@ BINARY = "base64,"
 
 #: Shortest time between two calls of ``on_interval``, in seconds.
 SHORTEST_INTERVAL = 0.01
-#: Longest `Wait.take`, in seconds, when the caller set no timeout; it is called again.
+#: Longest `Wait.take`, in seconds, if the caller set no timeout; then `take` is called again.
 LONG = 3600.0
 
 
