@@ -314,11 +314,16 @@ class Desk:
             news = [name for name in wanted if any(wait.news for wait in self._by_key.get(name, ()))]
             self._entered.update(unknown)
             self._ended.difference_update(known)
-        try:
+
+        def query(again: bool) -> tuple[list[Job], list[str]]:
             found = result_listeners.enter(self.database, unknown, self._number) if unknown else []
-            there = [job.id for job in found]  # ready already: nothing was entered for them
+            there = [job.id for job in found]  # nothing was entered for them
             found += result_listeners.look(self.database, known) if known else []
             found += result_listeners.look(self.database, news, ready=False) if news else []
+            return found, there
+
+        try:
+            found, there = self.database.patiently(query, patient=False)  # a pool keeps connections that were lost
         except BaseException as error:
             with self.lock:
                 self._entered.difference_update(unknown)

@@ -13,10 +13,11 @@ from sqlalchemy import Connection, bindparam, column, event, func, insert, liter
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from kathikon_celery.storage import Storage, claim
-from kathikon_celery.storage.clock import Instant
+from kathikon_celery.storage.clock import Instant, now
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.tables import groups, jobs
 from tests.storage.actors import Worker, new_job
+from tests.support.statements import heard
 
 PLANS = ("custom_plans", "generic_plans")
 
@@ -238,3 +239,10 @@ def test_so_is_one_that_the_driver_knows_to_be_closed(postgresql_storage: Storag
             prepared.rows(connection, _ALL, {})
         assert raised.value.connection_invalidated
     postgresql_storage.insert(new_job())
+
+
+def test_an_insert_is_counted_where_sqlalchemy_runs_it(storage: Storage) -> None:
+    """It is one whose key SQLAlchemy asks for; so it is with listeners of its events, and without our statements."""
+    statement = insert(groups).values(id=bindparam("group"), result="[]", inserted_at=now())
+    with heard(lambda *_: None), storage.database.write() as connection:
+        assert prepared.count(connection, statement, {"group": "1"}) == 1

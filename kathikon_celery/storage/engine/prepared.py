@@ -116,7 +116,8 @@ def rows(connection: Connection, statement: Any, values: Mapping[str, Any]) -> S
 def count(connection: Connection, statement: Any, values: Mapping[str, Any]) -> int:
     """Run *statement* and return the number of changed rows."""
     if _is_watched(connection):
-        return connection.execute(statement, values).rowcount
+        # Without the option, SQLAlchemy says -1 of an INSERT whose key it has asked for.
+        return connection.execute(statement, values, execution_options={"preserve_rowcount": True}).rowcount
     prepared = _prepared(statement, connection.dialect)
     with _errors(connection, prepared.text):
         _, changed = prepared.run(connection.connection, values)
