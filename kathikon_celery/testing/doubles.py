@@ -51,7 +51,7 @@ def _database_double() -> Database:
     database.patience = 0.0
     database.on_close, database.on_replaced = [], []
     database.hearing.side_effect = lambda listener: Wakeup()
-    database.patiently.side_effect = lambda call, *_: call(False)
+    database.patiently.side_effect = lambda call, patient=True: call(False)
     for way in (database.read, database.once, database.write):
         result = way.return_value.__enter__.return_value.execute.return_value
         result.rowcount = 0
