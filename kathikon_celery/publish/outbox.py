@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from kathikon_celery.job import Job
 from kathikon_celery.storage.engine.database import Database
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from kathikon_celery.results.carrier import Carrier
 
 
-class Scope(NamedTuple):
-    """What is open in a context."""
+class Scope:
+    """What is open in a context. Contexts that are copies of each other share a scope, so no scope ever changes."""
 
     #: The task's end that is being collected, and its database.
     collected: tuple[Database, TaskEnd] | None = None
@@ -41,8 +41,7 @@ class Scope(NamedTuple):
     is_reported: bool = False
 
 
-_NOTHING_OPEN = Scope()
-_scope: ContextVar[Scope] = ContextVar("kathikon_scope", default=_NOTHING_OPEN)
+_scope: ContextVar[Scope] = ContextVar("kathikon_scope", default=Scope())  # noqa: B039 (no scope ever changes)
 
 #: Returns the `Scope` of this context.
 scope = _scope.get
@@ -50,18 +49,27 @@ scope = _scope.get
 
 def change(**changes: Any) -> None:
     """Change fields of this context's `Scope`."""
-    _scope.set(_scope.get()._replace(**changes))
+    # Each task does so some times: the copy of a dataclass or of a named tuple would cost more than all else here.
+    scope = Scope()
+    scope.__dict__ = {**_scope.get().__dict__, **changes}
+    _scope.set(scope)
 
 
-@contextmanager
-def within(**changes: Any) -> Iterator[None]:
+class within:  # noqa: N801 (a context manager; as a generator it would cost twice as much)
     """Change fields of this context's `Scope` for a block."""
-    before = _scope.get()
-    _scope.set(before._replace(**changes))
-    try:
-        yield
-    finally:  # only these fields: the block may have changed others for good
-        change(**{name: getattr(before, name) for name in changes})
+
+    __slots__ = ("_before", "_changes")
+
+    def __init__(self, **changes: Any) -> None:
+        self._changes = changes
+
+    def __enter__(self) -> None:
+        self._before = _scope.get()
+        change(**self._changes)
+
+    def __exit__(self, *error: object) -> None:
+        # Only these fields: the block may have changed others for good.
+        change(**{name: getattr(self._before, name) for name in self._changes})
 
 
 def begin(database: Database) -> None:
