@@ -167,12 +167,11 @@ _DISOWNED = update(queues).where(queues.c.node_id == bindparam("node")).values(n
 _ORPHANS = select(jobs.c.seq, jobs.c.fence, jobs.c.queue, jobs.c.state).where(HELD, jobs.c.node_id == bindparam("node"))
 
 
-def remove(database: Database, node: Node | int, unless_renewed: bool = False) -> int | None:
+def remove(database: Database, node_id: int, unless_renewed: bool = False) -> int | None:
     """Delete a node, and give back the jobs and messages that it held; return the number of its jobs.
 
     *unless_renewed*: do nothing, and return `None`, if its lease has not run out.
     """
-    node_id = node if isinstance(node, int) else node.id
     removal = delete(nodes).where(nodes.c.id == node_id)
     if unless_renewed:
         removal = removal.where(nodes.c.lease_until <= now())

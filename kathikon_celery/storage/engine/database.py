@@ -114,7 +114,7 @@ class _Use:
                 self._turn.__exit__(None, None, None)
             if database.events and connection is not None and not connection.invalidated:
                 noted = database.events.take(connection)
-                happened = noted if error is None else happened
+                happened = noted if error is None else ()
             if connection is not None and error is None:
                 kept = {} if connection.invalidated else connection.info
                 database._keep(self._durable, connection)
