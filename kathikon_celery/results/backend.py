@@ -17,7 +17,7 @@ from kombu.utils.encoding import ensure_bytes
 from kathikon_celery.job import TERMINAL, Cause, Hold, Job, State, in_brief
 from kathikon_celery.publish import outbox
 from kathikon_celery.results.canvas import CanvasBackend
-from kathikon_celery.results.waiting import GIVE_UP, Wait
+from kathikon_celery.results.waiting import Wait
 from kathikon_celery.settings import Settings, mask
 from kathikon_celery.settings.brokers import broker_of, databases_of, is_kathikon
 from kathikon_celery.storage import Storage, prune, result_listeners, results
@@ -232,18 +232,10 @@ class KathikonBackend(CanvasBackend):
             if meta is not None and meta["status"] in READY_STATES:
                 remaining.discard(task_id)
                 yield task_id, meta
-        step, looks, storage, away_since = 0.0, 0, self.storage, None
+        step, looks, storage = 0.0, 0, self.storage
         with Wait(storage.database, remaining, storage.settings.poll_interval, on_message is not None) as wait:
             while not wait.is_over:
-                try:
-                    jobs, away_since = wait.take(step), None
-                except Exception as error:
-                    now = monotonic()
-                    away_since = away_since or now
-                    is_over = deadline is not None and now >= deadline
-                    if not is_lost(error) or is_over or now - away_since > GIVE_UP:
-                        raise
-                    jobs = []
+                jobs = wait.take(step)
                 for job in jobs:
                     meta = self._meta_of(job)
                     if on_message is not None:
@@ -261,7 +253,7 @@ class KathikonBackend(CanvasBackend):
                     on_interval()
                 left = LONG if deadline is None else deadline - monotonic()
                 if left <= 0:
-                    raise ResultTimeout("The operation timed out.")
+                    raise wait.loss or ResultTimeout("The operation timed out.")
                 step = min(pause, left) if on_interval else left
 
     def iter_native(

@@ -20,6 +20,7 @@ from celery.result import GroupResult, ResultSet
 from sqlalchemy import select
 
 from kathikon_celery.job import Job
+from kathikon_celery.results import desk as desks
 from kathikon_celery.results import waiting
 from kathikon_celery.storage import Storage, tables
 from kathikon_celery.storage.names import key
@@ -49,7 +50,7 @@ def app(shared_database_url: str, worker: WorkerProcess) -> Iterator[Celery]:
 def nobody_waits(app: Celery) -> bool:
     database = Storage.for_app(app).database
     with database.read() as connection:
-        return not connection.execute(select(tables.waits)).all() and not waiting._desk_of(database)._waits
+        return not connection.execute(select(tables.waits)).all() and not desks.desk_of(database)._waits
 
 
 def test_get_is_woken(app: Celery) -> None:
@@ -226,7 +227,7 @@ def test_nothing_is_kept_of_what_was_waited_for(app: Celery) -> None:
     gc.collect()
     assert not [ref for ref in kept if ref() is not None]
     assert not [one for one in gc.get_objects() if isinstance(one, waiting.Wait)]
-    desk = waiting._desk_of(Storage.for_app(app).database)
+    desk = desks.desk_of(Storage.for_app(app).database)
     assert (desk._waits, desk._by_key, desk._entered, desk._ended) == ({}, {}, set(), set())
 
 

@@ -16,7 +16,8 @@ from sqlalchemy import Connection, event, text
 from kathikon_celery.settings import Settings
 from kathikon_celery.storage import Storage, Unavailable
 from kathikon_celery.storage.engine import prepared
-from kathikon_celery.storage.engine.database import Database, Gate
+from kathikon_celery.storage.engine.database import Database
+from kathikon_celery.storage.engine.forks import Gate
 from tests.storage.actors import new_job, the_job
 
 SETTINGS = Settings()

@@ -1,11 +1,9 @@
-"""Connections: two engines for each database (durable and relaxed), transactions, and the handling of forks."""
+"""Connections: two engines for each database (durable and relaxed), and transactions."""
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property
@@ -20,6 +18,8 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
 from kathikon_celery.settings import shown
 from kathikon_celery.storage.dialects import OPTION, Dialect, dialect_for
+from kathikon_celery.storage.engine import forks
+from kathikon_celery.storage.engine.forks import Gate
 from kathikon_celery.storage.engine.wakeup import Wakeup
 from kathikon_celery.storage.errors import Unavailable, in_words, is_lost
 from kathikon_celery.storage.events import Event, Events
@@ -31,50 +31,8 @@ logger = logging.getLogger(__name__)
 #: Connections kept at hand beside the pool's, for each engine, and the seconds for which they are kept.
 MOST_IDLE, LONGEST_IDLE = 5, 60.0
 
-_databases: weakref.WeakSet[Database] = weakref.WeakSet()
 #: In a forked process the parent's connections, kept so that they are neither used nor closed here.
 _inherited: list[Any] = []
-
-
-class Gate:
-    """Counts the uses of the database, and can be shut until there are none."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
-        self._users = 0
-        self._shut = 0  # how often: two threads may fork at once
-        self._mine = threading.local()
-
-    def __enter__(self) -> None:
-        """Use the database; waits while the gate is shut. May be nested in one thread."""
-        depth: int = getattr(self._mine, "depth", 0)
-        with self._lock:
-            while self._shut and not depth:
-                self._changed.wait()
-            self._users += 1
-        self._mine.depth = depth + 1
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._mine.depth -= 1
-        with self._lock:
-            self._users -= 1
-            if self._shut:
-                self._changed.notify_all()
-
-    def shut(self) -> None:
-        """Wait until all other threads have left, and let none in."""
-        mine: int = getattr(self._mine, "depth", 0)
-        with self._changed:
-            self._shut += 1
-            while self._users > mine:
-                self._changed.wait()
-
-    def open(self) -> None:
-        """Undo one `shut`."""
-        with self._changed:
-            self._shut = max(0, self._shut - 1)
-            self._changed.notify_all()
 
 
 class _Use:
@@ -173,7 +131,7 @@ class Database:
         self._gate = self._new_gate()
         self._noticing = threading.Lock()
         self._idle: dict[bool, list[tuple[float, Connection]]] = {True: [], False: []}
-        _databases.add(self)
+        forks.watch(self)
 
     def __repr__(self) -> str:
         return f"<Database {shown(self.url)}>"
@@ -361,12 +319,19 @@ class Database:
         """SQLite's locks and memory belong to one process: no connection may be open during a fork."""
         return Gate() if self.dialect.closes_before_fork else nullcontext()
 
-    def _before_fork(self) -> None:
+    def before_fork(self) -> None:
+        """Close the connections that must not be open during a fork, and keep them closed."""
         if isinstance(self._gate, Gate):
             self._gate.shut()
             self._dispose()
 
-    def _after_fork_in_child(self) -> None:
+    def after_fork_in_parent(self) -> None:
+        """Undo `before_fork`."""
+        if isinstance(self._gate, Gate):
+            self._gate.open()
+
+    def after_fork_in_child(self) -> None:
+        """Leave the connections to the parent process."""
         _inherited.extend(self._idle.values())
         self._idle = {True: [], False: []}
         for name in ("_durable", "_relaxed", "_own"):
@@ -377,23 +342,3 @@ class Database:
         self.dialect = dialect_for(self.url)
         self._gate = self._new_gate()
         self._noticing = threading.Lock()
-
-
-def _before_fork() -> None:
-    for database in list(_databases):
-        database._before_fork()
-
-
-def _after_fork_in_parent() -> None:
-    for database in list(_databases):
-        if isinstance(database._gate, Gate):
-            database._gate.open()
-
-
-def _after_fork_in_child() -> None:
-    for database in list(_databases):
-        database._after_fork_in_child()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
