@@ -4,8 +4,8 @@ Importing this package registers the transport ``kathikon://`` with kombu. A Cel
 ``app.config_from_object("kathikon_celery.config")``. An app whose configuration can only set the broker uses
 ``kathikon+postgresql://…`` as its broker's URL (see `kathikon_celery.discovery`).
 
-`EmbeddedWorker`, a worker inside this process, and `bulk`, for sending many tasks at once, are imported at their
-first use: importing this package is light, and needs neither Celery nor SQLAlchemy.
+`EmbeddedWorker`, a worker inside this process, `bulk`, for sending many tasks at once, and `enqueue_in`, for sending
+tasks in a transaction of the application's, are imported at their first use: importing this package is light, and needs neither Celery nor SQLAlchemy.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from kombu.transport import TRANSPORT_ALIASES
 
 if TYPE_CHECKING:
     from kathikon_celery.publish.bulk import bulk
+    from kathikon_celery.publish.enqueue_in import enqueue_in
     from kathikon_celery.worker.embedded import EmbeddedWorker
 
-__all__ = ["EmbeddedWorker", "bulk"]
+__all__ = ["EmbeddedWorker", "bulk", "enqueue_in"]
 
 __version__ = "0.1.0"
 
@@ -34,4 +35,8 @@ def __getattr__(name: str) -> Any:
         from kathikon_celery.publish.bulk import bulk
 
         return bulk
+    if name == "enqueue_in":
+        from kathikon_celery.publish.enqueue_in import enqueue_in
+
+        return enqueue_in
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from time import monotonic
 
 from kathikon_celery.consume.reporting import Reports
@@ -45,12 +46,13 @@ class IdleState:
         """Whether the next look for jobs is due because of another process, not because of a pause that is over."""
         return self.looks_for_jobs and not self.look_from
 
-    def wake(self, wakeup: Wakeup) -> None:
-        """Another process has called: look at once."""
+    def wake(self, wakeup: Wakeup) -> datetime | None:
+        """Another process has called: look at once. Returns since when jobs may be ready that were not visible."""
         self.looks_for_jobs, self.look_from, self.will_be_woken = True, 0.0, False
-        self.notified = wakeup.jobs()
+        self.notified, since = wakeup.calls()
         if wakeup.called_all:
             self.is_called = True
+        return since
 
     def forget(self) -> None:
         """After an error: look for everything, and announce again that the node is idle."""

@@ -68,7 +68,8 @@ class Loop:
                 due_at = max(due_at, pause_until)
                 timeout = max(0.0, due_at - now)
                 if wakeup.wait(min(timeout, self._poll_interval)):
-                    idle.wake(wakeup)
+                    if (since := idle.wake(wakeup)) is not None:
+                        self._subscriptions.look_back_to(since)
                     due_soon = due_soon or wakeup.called_all
                 if timeout:
                     continue

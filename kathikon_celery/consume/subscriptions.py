@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from kathikon_celery.consume.delivery import Delivery
 from kathikon_celery.consume.pace import Pace
@@ -89,6 +90,11 @@ class Subscriptions:
     def every(self) -> list[Subscription]:
         with self.lock:
             return list(self._by_key.values())
+
+    def look_back_to(self, since: datetime) -> None:
+        """Make the next claims look at jobs that became ready at *since*: their transaction has committed only now."""
+        for one in self.every():
+            one.front.look_back_to(since)
 
     def forget_fronts(self, names: Iterable[str] | None = None) -> None:
         """Have the next claims search the whole queues with these keys, or all queues, from their beginning."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from kathikon_celery.job import Job
-from kathikon_celery.publish import outbox
+from kathikon_celery.publish import callers, outbox
 from kathikon_celery.storage import Storage
 
 
@@ -14,6 +14,9 @@ class Chunks:
     """The jobs that were sent within a block and are not written yet."""
 
     def __init__(self) -> None:
+        caller = callers.current()
+        #: Where the block began: what is sent in a transaction that was opened within it is not collected.
+        self.place = caller and caller.place
         self._jobs: dict[Storage, dict[str, Job]] = {}
 
     def add(self, storage: Storage, job: Job) -> None:
@@ -31,7 +34,7 @@ class Chunks:
     def _write(self, storage: Storage) -> None:
         chunk = self._jobs[storage]
         if chunk:
-            storage.insert_many(list(chunk.values()))
+            callers.write(storage, lambda there: there.insert_many(list(chunk.values())), chunk)
             self._jobs[storage] = {}
 
 

@@ -1,4 +1,4 @@
-"""Where a published job goes: into its row at once, with the end of the task that sends it, or into an open `bulk`."""
+"""Where a published job goes: into its row, at once or in the caller's transaction, with a task's end, or into a `bulk`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from celery._state import get_current_task
 
 from kathikon_celery.job import Hold, Job
-from kathikon_celery.publish import outbox
+from kathikon_celery.publish import callers, outbox
 from kathikon_celery.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,12 @@ def publish_new(storage: Storage, job: Job) -> None:
     """`publish` a job that is not the running task's own."""
     if (ending := outbox.current(storage.database)) is not None:
         ending.jobs.append(job)
-    elif (chunks := outbox.scope().chunks) is not None:
+        return
+    caller, chunks = callers.current(), outbox.scope().chunks
+    if chunks is not None and chunks.place == (caller and caller.place):
         chunks.add(storage, job)
+    elif caller is not None:
+        caller.write(storage, lambda there: there.backend.insert(job, soon=_is_soon(storage, job)), [job.id])
     else:
         storage.backend.insert(job, soon=_is_soon(storage, job))
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kathikon_celery.job import Job
 from kathikon_celery.storage.engine.database import Database
@@ -17,6 +17,7 @@ from kathikon_celery.storage.settle import TaskEnd
 
 if TYPE_CHECKING:
     from kathikon_celery.publish.bulk import Chunks
+    from kathikon_celery.publish.callers import Caller
     from kathikon_celery.results.carrier import Carrier
 
 
@@ -25,6 +26,8 @@ class Scope:
 
     #: The task's end that is being collected, and its database.
     collected: tuple[Database, TaskEnd] | None = None
+    #: The caller's open transaction; `False`: none, even if a finder would find one.
+    caller: Caller | Literal[False] | None = None
     #: The block of `bulk` that collects publications.
     chunks: Chunks | None = None
     #: Chord id -> body, for the end that is being collected; `None`: none is being collected.

@@ -15,7 +15,7 @@ from celery.result import AsyncResult, ResultSet, result_from_tuple
 from kombu.utils.encoding import ensure_bytes
 
 from kathikon_celery.job import TERMINAL, Cause, Hold, Job, State, in_brief
-from kathikon_celery.publish import outbox
+from kathikon_celery.publish import callers, outbox
 from kathikon_celery.results.canvas import CanvasBackend
 from kathikon_celery.results.waiting import Wait
 from kathikon_celery.settings import Settings, mask
@@ -227,6 +227,7 @@ class KathikonBackend(CanvasBackend):
         deadline = None if timeout is None else monotonic() + timeout
         pause = max(0.5 if interval is None else interval, SHORTEST_INTERVAL)
         remaining = set(task_ids)
+        callers.refuse_waiting(self.storage, remaining)
         for task_id in list(remaining):
             meta = self._cache.get(task_id)
             if meta is not None and meta["status"] in READY_STATES:
@@ -287,7 +288,8 @@ class KathikonBackend(CanvasBackend):
     # --- groups
 
     def _save_group(self, group_id: str, result: Any) -> Any:
-        results.save_group(self.storage.database, group_id, self._text({"result": result.as_tuple()}))
+        text = self._text({"result": result.as_tuple()})
+        callers.write(self.storage, lambda there: results.save_group(there.database, group_id, text))
         return result
 
     def _restore_group(self, group_id: str) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from celery.result import GroupResult, result_from_tuple
 
 from kathikon_celery.backports import Backend, name_group
 from kathikon_celery.job import Hold, State
-from kathikon_celery.publish import outbox
+from kathikon_celery.publish import callers, outbox
 from kathikon_celery.results.carrier import carry, written
 from kathikon_celery.storage import chords
 from kathikon_celery.storage.chords import Header, Part
@@ -132,21 +132,21 @@ class CanvasBackend(Backend):
         self.ensure_chords_allowed()
         name_group(body, header_result_args[0])
         if isinstance(header_result_args[1], _regen):  # a generator, consumed while the header is sent
-            chords.open(self.storage.database, header_result_args[0], [], None)
+            callers.write(self.storage, lambda there: chords.open(there.database, header_result_args[0], [], None))
             return
         result = self.app.GroupResult(*header_result_args)
         is_nested = any(isinstance(one, GroupResult) for one in result.results)
         structure = self._text({"result": result.as_tuple()}) if is_nested else None
         parts = [(task_id, position) for position, task_id in enumerate(_leaves(result))]
-        chords.open(self.storage.database, result.id, parts, structure)
+        callers.write(self.storage, lambda there: chords.open(there.database, result.id, parts, structure))
 
     def set_chord_size(self, group_id: str, chord_size: int) -> None:
         """Set the number of a chord's parts. Celery calls this before it sends the last part."""
-        chords.set_size(self.storage.database, group_id, chord_size)
+        callers.write(self.storage, lambda there: chords.set_size(there.database, group_id, chord_size))
 
     def add_to_chord(self, chord_id: str, result: Any) -> None:
         """Raise the number of a chord's parts by one: one of the parts is about to send another."""
-        chords.add_part(self.storage.database, chord_id)
+        callers.write(self.storage, lambda there: chords.add_part(there.database, chord_id))
 
     def on_chord_part_return(self, request: Any, state: str, result: Any, **kwargs: Any) -> None:
         """Count a part that has ended; the last part sends the chord's body."""

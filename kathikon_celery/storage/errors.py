@@ -31,6 +31,10 @@ class Forbidden(StorageError):
     """The connected role has no privilege to do what is needed."""
 
 
+class TransactionRefused(StorageError):
+    """An open transaction of the caller's cannot take a job: nothing was sent, and the transaction may be over."""
+
+
 class NotFound(StorageError):
     """There is no job with that id."""
 

@@ -94,6 +94,12 @@ class Storage:
             storage.setup()
         return storage
 
+    def on(self, database: Database) -> Storage:
+        """Return this storage on *database*, which is a transaction on the same tables."""
+        storage = Storage(settings=self.settings, database=database, backend=type(self.backend)(database))
+        storage._is_set_up = True
+        return storage
+
     def setup(self) -> None:
         """Create or upgrade the tables; cheap if that was done before. Raises `SchemaError` for newer tables."""
         if not self._is_set_up:

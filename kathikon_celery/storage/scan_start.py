@@ -44,6 +44,10 @@ class ScanStart:
         """Make the next claim a full scan: jobs were given back."""
         self._since.clear()
 
+    def look_back_to(self, since: datetime) -> None:
+        """Make the next claim look at jobs that became ready at *since*, and are visible only now."""
+        self._since = {priority: min(mark, since) for priority, mark in self._since.items()}
+
     def looked(self, found: Iterable[tuple[int, datetime]], everywhere: bool, took: float) -> None:
         """Note that a claim *took* so many seconds and found jobs with these priorities and moments, in their order."""
         first: dict[int, datetime] = {}

@@ -166,8 +166,8 @@ def test_a_publication_calls_one_idle_node_that_waits_for_its_queue(postgresql_s
     storage.insert(new_job())
     assert wakeups[1].wait(60)
     (job,) = storage.all()
-    assert wakeups[1].jobs() == {"default": job.seq}
-    assert wakeups[1].jobs() == {}
+    assert wakeups[1].calls() == ({"default": job.seq}, None)
+    assert wakeups[1].calls() == ({}, None)
     assert not wakeups[0].wait(0)
     storage.insert(new_job("2"))  # nobody waits for it any more
     assert not wakeups[1].wait(0.05)

@@ -7,12 +7,11 @@ from importlib import import_module
 from sqlalchemy import URL, Connection
 
 from kathikon_celery.storage.dialects.base import Dialect
+from kathikon_celery.storage.engine.prepared import OPTION
 from kathikon_celery.storage.errors import UnknownDatabase
 
 __all__ = ["OPTION", "Dialect", "dialect_class", "dialect_for", "dialect_of"]
 
-#: The option of an engine that names the dialect of its connections.
-OPTION = "kathikon_dialect"
 #: By the name that URLs begin with: the module of the dialect, and the class in it.
 _DIALECTS = {
     "sqlite": ("sqlite", "SQLite"),

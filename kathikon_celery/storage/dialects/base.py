@@ -19,7 +19,7 @@ from kathikon_celery.job import Hold
 from kathikon_celery.storage.dialects.parameters import Change, Changed, Claim, Pick, Taken, Upsert
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.wakeup import Wakeup
-from kathikon_celery.storage.errors import StorageError
+from kathikon_celery.storage.errors import StorageError, TransactionRefused
 
 
 class Dialect(ABC):
@@ -85,6 +85,29 @@ class Dialect(ABC):
     def incarnation(self, connection: Connection) -> object:
         """Return a value that changes when the server restarts: it may have forgotten what was not on disk."""
         return None
+
+    # --- transactions of others
+
+    @abstractmethod
+    def identity(self, connection: Connection) -> object:
+        """Return what the server says of which database *connection* writes to."""
+
+    @abstractmethod
+    def guest(self) -> Dialect:
+        """Return the dialect for a transaction of the caller's, whose calls lock no row of a node."""
+
+    def join(self, connection: Connection) -> None:
+        """Raise `TransactionRefused` when *connection*, the caller's, has no transaction and will not begin one."""
+        driver: Any = connection.connection.dbapi_connection
+        commits = getattr(driver, "autocommit", None)
+        if commits is True or (commits is not False and getattr(driver, "isolation_level", "") is None):
+            raise TransactionRefused(
+                "the connection has no open transaction and commits each statement by itself (autocommit);"
+                " begin a transaction, or send the task without this connection"
+            )
+
+    def call(self) -> None:
+        """Wake every node now, after a commit of the caller's that has not done so."""
 
     # --- transactions
 

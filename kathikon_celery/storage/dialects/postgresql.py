@@ -54,7 +54,7 @@ from kathikon_celery.storage.dialects.returning import (
     which_of,
 )
 from kathikon_celery.storage.engine import prepared
-from kathikon_celery.storage.engine.wakeup import ENDED, NEWS, PUBLISHED, Wakeup
+from kathikon_celery.storage.engine.wakeup import ENDED, NEWS, PUBLISHED, SINCE, Wakeup
 from kathikon_celery.storage.engine.wakeup import OUTCOME as OUTCOME_CALL
 from kathikon_celery.storage.errors import Forbidden, TablesInUse, Unavailable, UnknownDatabase, in_words
 from kathikon_celery.storage.tables import OUTCOME, first_fence, jobs, nodes, waits
@@ -124,6 +124,14 @@ _FLUSH = select(func.pg_logical_emit_message(true(), CHANNEL, ""))
 
 _WAKE = _woken(nodes.c.waiting.op("&&")(bindparam("queues", type_=ARRAY(TEXT))), bindparam("count", type_=Integer))
 _RING = select(func.pg_notify(CHANNEL, ""))
+#: Calls all nodes when the transaction commits, perhaps long after this statement.
+_RING_LATE = select(
+    func.pg_notify(CHANNEL, literal(SINCE).concat(cast(func.extract("epoch", func.statement_timestamp()), TEXT)))
+)
+_IDENTITY = text(
+    "SELECT system_identifier, current_database(), pg_is_in_recovery(), to_regclass('kathikon_jobs')::oid"
+    " FROM pg_control_system()"
+)
 _WAIT = (
     update(nodes).where(nodes.c.id == bindparam("node")).values(waiting=bindparam("queues", type_=nodes.c.waiting.type))
 )
@@ -285,6 +293,12 @@ class PostgreSQL(ReturningDialect):
             )
         return error
 
+    def identity(self, connection: Connection) -> object:
+        return tuple(connection.execute(_IDENTITY).one())
+
+    def guest(self) -> PostgreSQL:
+        return _Guest(self)
+
     def is_at_rest(self, connection: Any) -> bool:
         return connection.pgconn.transaction_status == IDLE  # type: ignore[no-any-return]
 
@@ -435,6 +449,31 @@ class PostgreSQL(ReturningDialect):
         connection.execute(text("SET LOCAL lock_timeout = '2s'"))
         connection.execute(select(func.pg_advisory_xact_lock(LOCK_SPACE, 0)))
         yield
+
+
+class _Guest(PostgreSQL):
+    """PostgreSQL in a transaction of the caller's: its NOTIFY comes with the commit, and no row of a node is locked."""
+
+    def __init__(self, host: PostgreSQL) -> None:
+        self.url = host.url
+
+    def join(self, connection: Connection) -> None:
+        driver: Any = connection.connection.driver_connection
+        status = getattr(getattr(driver, "pgconn", None), "transaction_status", IDLE)
+        if status == IDLE:
+            super().join(connection)
+
+    def publish(
+        self, connection: Connection, upsert: Upsert, values: Mapping[str, Any], later: bool, again: bool
+    ) -> None:
+        self.upsert(connection, upsert, values)
+        self.ring(connection)
+
+    def wake(self, connection: Connection, queues: Iterable[str], count: int) -> None:
+        self.ring(connection)
+
+    def ring(self, connection: Connection) -> None:
+        connection.execute(_RING_LATE)
 
 
 class Listener(Wakeup):

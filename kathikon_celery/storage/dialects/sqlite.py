@@ -7,7 +7,7 @@ import os
 import selectors
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from time import monotonic
@@ -134,6 +134,21 @@ class SQLite(ReturningDialect):
     def _stat(self) -> tuple[int, int]:
         found = os.stat(self.path)
         return found.st_dev, found.st_ino
+
+    def identity(self, connection: Connection) -> object:
+        path = next((path for _, name, path in connection.exec_driver_sql("PRAGMA database_list") if name == "main"), "")
+        try:
+            found = os.stat(path)
+        except OSError:  # a database in memory, or a deleted file
+            return None
+        return found.st_dev, found.st_ino
+
+    def guest(self) -> SQLite:
+        return _Guest(self)
+
+    def call(self) -> None:
+        with self.writing():
+            self._rings = self._rings_all = True
 
     def is_at_rest(self, connection: Any) -> bool:
         return not connection.in_transaction
@@ -319,6 +334,23 @@ class SQLite(ReturningDialect):
                 if self._results is not None:
                     os.close(self._results)
                     self._results = None
+
+
+class _Guest(SQLite):
+    """SQLite in a transaction of the caller's, whose commit nobody hears: see `Dialect.call`."""
+
+    def __init__(self, host: SQLite) -> None:
+        self.url = host.url
+        self._rings = self._rings_all = self._tells = False
+
+    def join(self, connection: Connection) -> None:
+        driver: Any = connection.connection.driver_connection
+        if not driver.in_transaction:
+            super().join(connection)
+            connection.exec_driver_sql("BEGIN IMMEDIATE")  # a savepoint alone would be a transaction of its own
+
+    def writing(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 @lru_cache(maxsize=64)

@@ -128,6 +128,7 @@ class Database:
         #: Called when another database has taken the place of this one: no row of ours is there.
         self.on_replaced: list[Callable[[], None]] = []
         self._on_disk = {True: publish_durability == "disk", False: worker_durability == "disk"}
+        self._identity: object = None
         self._gate = self._new_gate()
         self._noticing = threading.Lock()
         self._idle: dict[bool, list[tuple[float, Connection]]] = {True: [], False: []}
@@ -135,6 +136,14 @@ class Database:
 
     def __repr__(self) -> str:
         return f"<Database {shown(self.url)}>"
+
+    @property
+    def identity(self) -> object:
+        """What the server says of which database this is: equal for each connection to it, whatever the URL."""
+        if self._identity is None:
+            with self.read() as connection:
+                self._identity = self.dialect.identity(connection)
+        return self._identity
 
     @cached_property
     def _durable(self) -> Engine:
@@ -308,6 +317,7 @@ class Database:
                     idle.pop()[1].close()
 
     def _dispose(self) -> None:
+        self._identity = None
         self._give_back()
         for name in ("_durable", "_relaxed", "_own"):
             engine: Engine | None = self.__dict__.pop(name, None)

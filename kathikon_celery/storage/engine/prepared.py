@@ -18,6 +18,9 @@ from sqlalchemy.sql.expression import BindParameter
 from kathikon_celery.internals import LIBPQ, PREPARED, is_usable
 from kathikon_celery.storage.engine import libpq
 
+#: The option of our engines that names the dialect of their connections.
+OPTION = "kathikon_dialect"
+
 
 @lru_cache(maxsize=8)
 def _compiler(dialect: Dialect) -> Any:
@@ -159,8 +162,11 @@ def _is_libpq_usable(dialect: Dialect) -> bool:
 
 
 def _is_watched(connection: Connection) -> bool:
-    """Whether SQLAlchemy has to run the statement: its events have listeners, or we do not know this version."""
-    if not is_usable(PREPARED):
+    """Whether SQLAlchemy has to run the statement.
+
+    Its events have listeners, or we do not know this version, or the connection is the caller's.
+    """
+    if not is_usable(PREPARED) or OPTION not in connection.get_execution_options():
         return True
     if not (connection._has_events or connection.engine._has_events):  # SQLAlchemy's own short cut
         return False

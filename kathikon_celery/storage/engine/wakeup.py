@@ -5,11 +5,14 @@ from __future__ import annotations
 import selectors
 import socket
 from contextlib import suppress
+from datetime import datetime, timezone
 
 #: First character of a NOTIFY payload: o = outcome JSON, e = ended, key follows, n = progress, key follows.
 OUTCOME, ENDED, NEWS = "o", "e", "n"
 #: p = a job was published: its ``seq``, a space and its queue's key follow.
 PUBLISHED = "p"
+#: s = jobs were published at this moment, seconds since 1970 by the database's clock, and are visible only now.
+SINCE = "s"
 
 
 class Wakeup:
@@ -50,11 +53,17 @@ class Wakeup:
         """Read the call that another process made; return false when it was not for us."""
         return False
 
-    def jobs(self) -> dict[str, int]:
-        """Return queue key -> ``seq`` of a job that the last calls were about, and forget the calls."""
+    def calls(self) -> tuple[dict[str, int], datetime | None]:
+        """Return what the last calls said, and forget them.
+
+        First queue key -> ``seq`` of a job that was published. Then the earliest moment at which jobs were published
+        that are visible only now.
+        """
         named, self.named = self.named, []
-        calls = (call[len(PUBLISHED) :].partition(" ") for call in named if call.startswith(PUBLISHED))
-        return {queue: int(seq) for seq, _, queue in calls}
+        jobs = (call[len(PUBLISHED) :].partition(" ") for call in named if call.startswith(PUBLISHED))
+        late = [float(call[len(SINCE) :]) for call in named if call.startswith(SINCE)]
+        since = datetime.fromtimestamp(min(late), timezone.utc) if late else None
+        return {queue: int(seq) for seq, _, queue in jobs}, since
 
     def close(self) -> None:
         """Stop listening."""
