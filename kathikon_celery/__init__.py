@@ -5,7 +5,8 @@ Importing this package registers the transport ``kathikon://`` with kombu. A Cel
 ``kathikon+postgresql://…`` as its broker's URL (see `kathikon_celery.discovery`).
 
 `EmbeddedWorker`, a worker inside this process, `bulk`, for sending many tasks at once, and `enqueue_in`, for sending
-tasks in a transaction of the application's, are imported at their first use: importing this package is light, and needs neither Celery nor SQLAlchemy.
+tasks in a transaction of the application's, are imported at their first use: importing this package is light, and needs
+neither Celery nor SQLAlchemy.
 """
 
 from __future__ import annotations

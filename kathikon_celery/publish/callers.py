@@ -38,16 +38,14 @@ class Caller:
     ) -> None:
         self._connection, self._on_commit, self._savepoint = connection, on_commit, savepoint
         self._guests: dict[Storage, Storage | None] = {}
-        self._calls: set[Storage] = set()
 
     def write(self, storage: Storage, step: Callable[[Storage], Any], ids: Iterable[str] = ()) -> None:
         """Run *step* on the storage in the transaction; in another database: on *storage*, after the commit."""
         guest = self._guest(storage)
         if guest is not None:
             step(guest)
-            if self._on_commit is not None and storage not in self._calls:
-                self._calls.add(storage)
-                self._on_commit(lambda: self._called(storage))
+            if self._on_commit is not None and not storage.database.dialect.calls_with_commit:
+                self._on_commit(storage.database.dialect.call)
         elif self._on_commit is not None:
             self._on_commit(lambda: step(storage))
         else:
@@ -65,9 +63,9 @@ class Caller:
             self._guests[storage] = storage.on(Guest(storage.database, connection)) if is_same and connection else None
         return self._guests[storage]
 
-    def _called(self, storage: Storage) -> None:
-        self._calls.discard(storage)
-        storage.database.dialect.call()
+    def is_at_home(self, storage: Storage) -> bool:
+        """Whether the transaction is one of the storage's database."""
+        return self._guest(storage) is not None
 
     @property
     def place(self) -> object:

@@ -1,4 +1,4 @@
-"""Where a published job goes: into its row, at once or in the caller's transaction, with a task's end, or into a `bulk`."""
+"""Where a published job goes: into its row, now or with the caller's transaction or a task's end, or into a `bulk`."""
 
 from __future__ import annotations
 

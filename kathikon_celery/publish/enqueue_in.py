@@ -13,7 +13,6 @@ from kathikon_celery.publish import outbox
 from kathikon_celery.publish.callers import Caller
 from kathikon_celery.storage import Storage
 from kathikon_celery.storage.engine import guest
-from kathikon_celery.storage.engine import guest
 
 #: Returns the caller of a transaction of another kind, such as the alias of a Django database; `None`: it is none.
 kinds: list[Callable[[Any], Caller | None]] = []

@@ -32,7 +32,6 @@ from sqlalchemy.exc import DBAPIError
 from kathikon_celery.internals import SENDING, is_usable
 from kathikon_celery.job import Job
 from kathikon_celery.publish.destination import publish_new
-from kathikon_celery.publish.enqueue_in import enqueue_in
 from kathikon_celery.publish.envelope import PUBLICATION, checked_priority, common, dumps_call, fold_call
 from kathikon_celery.routing import Router
 from kathikon_celery.storage import Storage
@@ -115,9 +114,6 @@ class Sender:
 
     def __call__(self, name: str, args: Any = None, kwargs: Any = None, *more: Any, **options: Any) -> Any:
         """Send the task called *name*; see `celery.Celery.send_task`."""
-        if "transaction" in options and (transaction := options.pop("transaction")) is not None:
-            with enqueue_in(transaction):
-                return self(name, args, kwargs, *more, **options)
         app, parent = self._app, get_current_worker_task()
         if more or not _is_plain(args, kwargs, options) or (parent is not None and not _is_child(parent, options)):
             return type(app).send_task(app, name, args, kwargs, *more, **options)

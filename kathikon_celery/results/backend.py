@@ -14,6 +14,7 @@ from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import AsyncResult, ResultSet, result_from_tuple
 from kombu.utils.encoding import ensure_bytes
 
+from kathikon_celery import frameworks
 from kathikon_celery.job import TERMINAL, Cause, Hold, Job, State, in_brief
 from kathikon_celery.publish import callers, outbox
 from kathikon_celery.results.canvas import CanvasBackend
@@ -67,6 +68,7 @@ class KathikonBackend(CanvasBackend):
 
     def __init__(self, app: Any, url: str | None = None, **kwargs: Any) -> None:
         super().__init__(app=app, url=url, **kwargs)
+        frameworks.install()
         databases_of([url or ""], "result_backend")
         self._own_url = url if url and not url.startswith("kathikon:") else None
 

@@ -13,14 +13,17 @@ from kombu.serialization import registry
 from kombu.transport import virtual
 from kombu.utils import json as kombu_json
 from kombu.utils.uuid import uuid
+from sqlalchemy import Connection
 
 from kathikon_celery.consume.delivery import BACK, Delivery, Outcome, Verdict
 from kathikon_celery.job import Cause, State, in_brief
-from kathikon_celery.publish import outbox
+from kathikon_celery.publish import callers, outbox
 from kathikon_celery.publish.destination import publish
+from kathikon_celery.publish.enqueue_in import enqueue_in
 from kathikon_celery.publish.envelope import check_call, fold, loads, priority_of, task_of, to_job, unfold
 from kathikon_celery.results.carrier import CARRIED
 from kathikon_celery.storage import Storage, messages, prune, topology
+from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.names import key
 from kathikon_celery.transport.exchanges import TopicExchange
 
@@ -144,6 +147,18 @@ class Channel(virtual.Channel):
 
     # --- exchanges, queues, bindings
 
+    def _declared(self, is_there: Callable[[Connection], bool], declare: Callable[[Database], Any]) -> None:
+        """Run *declare*; a database with one writer, whose turn the caller's open transaction has, runs it in there."""
+        caller = callers.current()
+        if caller is None or not self._database.dialect.has_one_writer or not caller.is_at_home(self._storage):
+            self._tried(lambda: declare(self._database))
+        elif not self._tried(lambda: self._read(is_there)):
+            caller.write(self._storage, lambda there: declare(there.database))
+
+    def _read(self, read: Callable[[Connection], T]) -> T:
+        with self._database.read() as connection:
+            return read(connection)
+
     def exchange_declare(
         self, exchange: str | None = None, type: str = "direct", durable: bool = False, auto_delete: bool = False,  # noqa: A002
         arguments: dict[str, Any] | None = None, nowait: bool = False, passive: bool = False,
@@ -160,7 +175,8 @@ class Channel(virtual.Channel):
             raise ChannelError(f"exchange {name!r} has the type {kind!r}; Kathikon has {allowed}")
         there = self._exchange_type(name)
         if there is None:
-            there = self._tried(lambda: topology.declare_exchange(self._database, name, kind))
+            self._declared(lambda _: False, lambda database: topology.declare_exchange(database, name, kind))
+            there = self._exchange_type(name) or kind
         if there != kind:
             raise ChannelError(f"exchange {name!r} exists with the type {there!r}; it cannot be declared as {kind!r}")
 
@@ -187,15 +203,16 @@ class Channel(virtual.Channel):
         else:
             options = arguments or {}
             expires, ttl = options.get("x-expires"), options.get("x-message-ttl")
-            self._tried(
-                lambda: topology.declare_queue(
-                    self._database,
+            self._declared(
+                lambda connection: topology.queue_exists(connection, name),
+                lambda database: topology.declare_queue(
+                    database,
                     name,
                     durable=durable,
                     auto_delete=auto_delete or exclusive,
                     expires=expires / 1000 if expires is not None else None,
                     message_ttl=ttl / 1000 if ttl is not None else None,
-                )
+                ),
             )
             if auto_delete:
                 self._auto_delete.add(name)
@@ -239,7 +256,11 @@ class Channel(virtual.Channel):
     def queue_bind(
         self, queue: str, exchange: str | None = None, routing_key: str = "", arguments: Any = None, **kwargs: Any
     ) -> None:
-        self._tried(lambda: topology.bind(self._database, queue, exchange or "amq.direct", routing_key or ""))
+        place = exchange or "amq.direct"
+        self._declared(
+            lambda connection: (queue, routing_key or "") in topology.bound(connection, place),
+            lambda database: topology.bind(database, queue, place, routing_key or ""),
+        )
 
     def queue_unbind(
         self, queue: str, exchange: str | None = None, routing_key: str = "", arguments: Any = None, **kwargs: Any
@@ -276,6 +297,10 @@ class Channel(virtual.Channel):
 
     def basic_publish(self, message: dict[str, Any], exchange: str, routing_key: str, **kwargs: Any) -> None:
         """Publish a message: a Celery task as a job, any other as a stored message. It is on disk when this returns."""
+        if (transaction := message["properties"].pop("transaction", None)) is not None:
+            with enqueue_in(transaction):
+                self.basic_publish(message, exchange, routing_key, **kwargs)
+            return
         message["properties"].setdefault("delivery_info", {}).update(exchange=exchange, routing_key=routing_key)
         queues = self._route(exchange, routing_key) if exchange else [routing_key]
         task = task_of(message)
@@ -288,7 +313,8 @@ class Channel(virtual.Channel):
                 " queue is bound; bind one, or send it to a queue"
             )
         if len(queues) > 1:  # a job's id has one row: a task for several queues becomes messages
-            self._put_now(queues, message)  # not with the sending task's end: rather twice than never
+            # Not with the sending task's end: rather twice than never.
+            callers.write(self._storage, lambda there: self._put_now(queues, message, there.database))
             return
         attempts = self._storage.settings.max_attempts
         publish(self._storage, to_job(message, task, queues[0], attempts, self.connection.local_zone()))
@@ -302,13 +328,13 @@ class Channel(virtual.Channel):
             return
         self._put_now(queues, message)
 
-    def _put_now(self, queues: list[str], message: dict[str, Any]) -> None:
+    def _put_now(self, queues: list[str], message: dict[str, Any], database: Database | None = None) -> None:
         envelope, body = fold(message)
         properties = message["properties"]
         expiration = properties.get("expiration")
         try:
             messages.put(
-                self._database,
+                database or self._database,
                 queues,
                 envelope,
                 body,

@@ -14,6 +14,7 @@ from kombu.transport import virtual
 from sqlalchemy.exc import DBAPIError
 
 import kathikon_celery.hook  # noqa: F401 (a worker that has imported this one gets our parts)
+from kathikon_celery import frameworks
 from kathikon_celery.consume.delivery import Delivery
 from kathikon_celery.consume.intake import Intake
 from kathikon_celery.publish import fast_path
@@ -147,6 +148,7 @@ class Transport(virtual.Transport):
             raise
         if (app := app_named((self.client.transport_options or {}).get(APP_OPTION))) is not None:
             fast_path.install(app)
+        frameworks.install()
         return cast("Transport", super().establish_connection())
 
     def verify_connection(self, connection: Any) -> bool:

@@ -42,6 +42,10 @@ class Dialect(ABC):
     keeps_old_rows = False
     #: Whether `complete_and_claim` alone takes less time than `change_held` and `claim` in one transaction.
     completes_and_claims = False
+    #: Whether only one transaction at a time can write.
+    has_one_writer = False
+    #: Whether the verbs of `guest` wake the nodes when the caller commits.
+    calls_with_commit = False
     #: Whether no connection may be open while the process forks.
     closes_before_fork = False
     #: Statements that this kind of database runs after a migration, by its number, such as for indexes of its own.
@@ -107,7 +111,7 @@ class Dialect(ABC):
             )
 
     def call(self) -> None:
-        """Wake every node now, after a commit of the caller's that has not done so."""
+        """Wake every node now, after a commit of the caller's; needed unless the dialect ``calls_with_commit``."""
 
     # --- transactions
 

@@ -244,6 +244,7 @@ class PostgreSQL(ReturningDialect):
     enters_waits = True
     keeps_old_rows = True
     completes_and_claims = True
+    calls_with_commit = True
 
     writable: ClassVar[Mapping[str, Any]] = {"target_session_attrs": "read-write"}
 

@@ -82,6 +82,7 @@ class SQLite(ReturningDialect):
 
     name = "sqlite"
     closes_before_fork = True
+    has_one_writer = True
 
     def __init__(self, url: URL) -> None:
         super().__init__(url)
@@ -136,9 +137,9 @@ class SQLite(ReturningDialect):
         return found.st_dev, found.st_ino
 
     def identity(self, connection: Connection) -> object:
-        path = next((path for _, name, path in connection.exec_driver_sql("PRAGMA database_list") if name == "main"), "")
+        files = {name: path for _, name, path in connection.exec_driver_sql("PRAGMA database_list")}
         try:
-            found = os.stat(path)
+            found = os.stat(files["main"])
         except OSError:  # a database in memory, or a deleted file
             return None
         return found.st_dev, found.st_ino

@@ -115,8 +115,8 @@ async def connected_async(driver: str, driver_connection: Any) -> AsyncConnectio
 
 def _engine(driver: str, connection: Callable[[], Any]) -> Engine:
     """Return an engine for the only *connection*, made by hand: SQLAlchemy's own would roll back at the first use."""
-    kind = make_url(f"{driver}://").get_dialect()
-    dialect: Any = kind(dbapi=kind.import_dbapi())
+    kind: Any = make_url(f"{driver}://").get_dialect()
+    dialect = kind(dbapi=kind.import_dbapi())
     dialect.server_version_info = OLDEST
     for step in ("do_begin", "do_commit", "do_rollback", "do_close", "do_terminate"):
         setattr(dialect, step, _leave_alone)

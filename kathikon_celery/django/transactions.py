@@ -1,0 +1,81 @@
+"""Django's open transactions: a task that is sent within one is there exactly if the transaction is committed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from django.db import connections, transaction
+from django.utils.connection import ConnectionDoesNotExist
+from sqlalchemy import Connection
+
+from kathikon_celery.publish import callers, enqueue_in
+from kathikon_celery.publish.callers import Caller
+from kathikon_celery.storage import Storage
+from kathikon_celery.storage.engine import guest
+
+#: First part of the module of Django's driver -> SQLAlchemy's name of that driver.
+DRIVERS = {"psycopg": "postgresql+psycopg", "psycopg2": "postgresql+psycopg2", "sqlite3": "sqlite+pysqlite"}
+
+#: Attribute of Django's connection: the driver's connection, and the `Caller` that writes to that.
+_KEPT = "kathikon_caller"
+
+
+def install() -> None:
+    """Send tasks in Django's open transactions. May be called twice."""
+    if find not in callers.finders:
+        callers.finders.append(find)
+        enqueue_in.kinds.append(of_alias)
+
+
+def find() -> Caller | None:
+    """Return the open transaction of this thread. Of several, that of Kathikon's database is written to."""
+    found = [_of_connection(one) for one in connections.all(initialized_only=True) if one.in_atomic_block]
+    return Several(found) if len(found) > 1 else found[0] if found else None
+
+
+def of_alias(alias: Any) -> Caller | None:
+    """Return the transaction of the database *alias*; `None`: that is no text. Raises `TypeError`."""
+    if not isinstance(alias, str):
+        return None
+    try:
+        connection = connections[alias]
+    except ConnectionDoesNotExist as error:
+        raise TypeError(f"{alias!r} is no alias in DATABASES; there are {', '.join(map(repr, connections))}") from error
+    connection.ensure_connection()
+    return _of_connection(connection)
+
+
+def _of_connection(connection: Any) -> Caller:
+    driver_connection, caller = getattr(connection, _KEPT, (None, None))
+    if caller is None or driver_connection is not connection.connection:
+        caller = Caller(
+            lambda storage: _connected(connection),
+            partial(transaction.on_commit, using=connection.alias),
+            lambda: tuple(connection.savepoint_ids),
+        )
+        setattr(connection, _KEPT, (connection.connection, caller))
+    return caller
+
+
+def _connected(connection: Any) -> Connection | None:
+    driver = DRIVERS.get(connection.Database.__name__.partition(".")[0])
+    return None if driver is None else guest.connected(driver, connection.connection)
+
+
+class Several(Caller):
+    """Open transactions of several databases: in Kathikon's, or else after the commit of the first one."""
+
+    def __init__(self, open_ones: Sequence[Caller]) -> None:
+        self._open = open_ones
+
+    def write(self, storage: Storage, step: Callable[[Storage], Any], ids: Iterable[str] = ()) -> None:
+        """See `Caller.write`."""
+        chosen = next((one for one in self._open if one.is_at_home(storage)), self._open[0])
+        chosen.write(storage, step, ids)
+
+    @property
+    def place(self) -> object:
+        """See `Caller.place`."""
+        return tuple(one.place for one in self._open)
