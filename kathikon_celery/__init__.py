@@ -18,9 +18,10 @@ from kombu.transport import TRANSPORT_ALIASES
 if TYPE_CHECKING:
     from kathikon_celery.publish.bulk import bulk
     from kathikon_celery.publish.enqueue_in import enqueue_in
+    from kathikon_celery.results.completion import current_session
     from kathikon_celery.worker.embedded import EmbeddedWorker
 
-__all__ = ["EmbeddedWorker", "bulk", "enqueue_in"]
+__all__ = ["EmbeddedWorker", "bulk", "current_session", "enqueue_in"]
 
 __version__ = "0.1.0"
 
@@ -40,4 +41,8 @@ def __getattr__(name: str) -> Any:
         from kathikon_celery.publish.enqueue_in import enqueue_in
 
         return enqueue_in
+    if name == "current_session":
+        from kathikon_celery.results.completion import current_session
+
+        return current_session
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -142,6 +142,7 @@ TRACING = Part(
         "celery.app.trace:task_has_custom(task, attr)",
         "celery.app.trace:trace_ok_t.retstr",
         "celery.app.trace:trace_ok_t._replace",
+        "celery.app.trace:TraceInfo(state, retval)",
     ),
 )
 

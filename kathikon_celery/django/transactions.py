@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from django.db import connections, transaction
@@ -50,8 +50,9 @@ def of_alias(alias: Any) -> Caller | None:
 def _of_connection(connection: Any) -> Caller:
     driver_connection, caller = getattr(connection, _KEPT, (None, None))
     if caller is None or driver_connection is not connection.connection:
+        connected = cache(partial(_connected, connection))
         caller = Caller(
-            lambda storage: _connected(connection),
+            lambda storage: connected(),
             partial(transaction.on_commit, using=connection.alias),
             lambda: tuple(connection.savepoint_ids),
         )

@@ -37,11 +37,11 @@ class Caller:
         savepoint: Callable[[], object] = lambda: None,
     ) -> None:
         self._connection, self._on_commit, self._savepoint = connection, on_commit, savepoint
-        self._guests: dict[Storage, Storage | None] = {}
+        self._guests: dict[Storage, tuple[Connection, Storage | None]] = {}
 
     def write(self, storage: Storage, step: Callable[[Storage], Any], ids: Iterable[str] = ()) -> None:
         """Run *step* on the storage in the transaction; in another database: on *storage*, after the commit."""
-        guest = self._guest(storage)
+        guest = self.guest(storage)
         if guest is not None:
             step(guest)
             if self._on_commit is not None and not storage.database.dialect.calls_with_commit:
@@ -55,17 +55,20 @@ class Caller:
             )
         _uncommitted.add(ids)
 
-    def _guest(self, storage: Storage) -> Storage | None:
-        if storage not in self._guests:
-            storage.setup()
-            connection = self._connection(storage)
-            is_same = connection is not None and same_database(storage.database, connection)
-            self._guests[storage] = storage.on(Guest(storage.database, connection)) if is_same and connection else None
-        return self._guests[storage]
+    def guest(self, storage: Storage) -> Storage | None:
+        """Return the storage in the transaction; `None`: that is one of another database."""
+        storage.setup()
+        connection = self._connection(storage)
+        known, guest = self._guests.get(storage, (None, None))
+        if connection is not known and connection is not None:
+            is_same = same_database(storage.database, connection)
+            guest = storage.on(Guest(storage.database, connection)) if is_same else None
+            self._guests[storage] = connection, guest
+        return guest if connection is not None else None
 
     def is_at_home(self, storage: Storage) -> bool:
         """Whether the transaction is one of the storage's database."""
-        return self._guest(storage) is not None
+        return self.guest(storage) is not None
 
     @property
     def place(self) -> object:

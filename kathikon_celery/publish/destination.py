@@ -22,6 +22,8 @@ def publish(storage: Storage, job: Job) -> None:
     hold = _hold_on(job.id)
     if hold is None:
         publish_new(storage, job)
+    elif (completion := outbox.scope().completion) is not None:
+        completion.publish_own(job)
     elif not storage.backend.insert(job, hold, soon=_is_soon(storage, job)):
         outbox.change(refused=job.id)
         logger.warning(

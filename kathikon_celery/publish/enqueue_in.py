@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from weakref import ref
 
@@ -41,7 +41,7 @@ class enqueue_in:  # noqa: N801 (used as a function)
     """
 
     def __init__(self, transaction: Any) -> None:
-        self._caller = caller_of(transaction)
+        self._caller = False if transaction is False else caller_of(transaction)
         self._within = outbox.within(caller=self._caller)
 
     def __enter__(self) -> None:
@@ -89,10 +89,8 @@ class AsyncCaller(Caller):
             await self._run(write)
 
 
-def caller_of(transaction: Any) -> Caller | bool:
+def caller_of(transaction: Any) -> Caller:
     """Return what writes in *transaction*. Raises `TypeError`."""
-    if transaction is False:
-        return False
     for kind in (_of_sqlalchemy, _of_driver, *kinds):
         if (found := kind(transaction)) is not None:
             return found
@@ -179,12 +177,11 @@ def _of_driver(transaction: Any) -> Caller | None:
 
 
 def _of_connection(driver_connection: Any, name: str, driver: str) -> Caller:
-    def connection(storage: Storage) -> Connection | None:
-        if storage.database.dialect.name != name:
-            return None
+    @cache
+    def connected() -> Connection:
         return guest.connected(driver, driver_connection)
 
-    return Caller(connection, None)
+    return Caller(lambda storage: connected() if storage.database.dialect.name == name else None, None)
 
 
 async def _run_on_psycopg(driver_connection: Any, write: Callable[[Caller], None]) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kathikon_celery.publish.bulk import Chunks
     from kathikon_celery.publish.callers import Caller
     from kathikon_celery.results.carrier import Carrier
+    from kathikon_celery.results.completion import Completion
 
 
 class Scope:
@@ -28,6 +29,8 @@ class Scope:
     collected: tuple[Database, TaskEnd] | None = None
     #: The caller's open transaction; `False`: none, even if a finder would find one.
     caller: Caller | Literal[False] | None = None
+    #: The transaction that the running task's end will commit.
+    completion: Completion | None = None
     #: The block of `bulk` that collects publications.
     chunks: Chunks | None = None
     #: Chord id -> body, for the end that is being collected; `None`: none is being collected.

@@ -22,6 +22,7 @@ from kathikon_celery.backports import Backend, name_group
 from kathikon_celery.job import Hold, State
 from kathikon_celery.publish import callers, outbox
 from kathikon_celery.results.carrier import carry, written
+from kathikon_celery.results.completion import NOTHING
 from kathikon_celery.storage import chords
 from kathikon_celery.storage.chords import Header, Part
 from kathikon_celery.storage.settle import Incomplete, JobEnd, TaskEnd
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from kathikon_celery.storage import Storage
 
 logger = logging.getLogger(__name__)
-
-_NOTHING = dict.fromkeys(("status", "result", "traceback", "meta"))
 
 
 def hold_by(request: Any, task_id: str) -> Hold | None:
@@ -64,7 +63,8 @@ class CanvasBackend(Backend):
         self, task_id: str, result: Any, request: Any = None, store_result: bool = True, *args: Any, **kwargs: Any
     ) -> None:
         """Store the result, publish what follows the task, and count the task in its chord, in one transaction."""
-        if not store_result and not (request and request.chord) and outbox.current(self.storage.database) is None:
+        is_collecting = outbox.current(self.storage.database) is not None or outbox.scope().completion is not None
+        if not store_result and not (request and request.chord) and not is_collecting:
             return  # no result, no chord, nothing collected: nothing to write
         with self._ending(task_id, request, State.COMPLETED):
             super().mark_as_done(task_id, result, request, store_result, *args, **kwargs)
@@ -75,6 +75,9 @@ class CanvasBackend(Backend):
         """Store the failure, publish the errbacks, and fail the tasks that were to follow, in one transaction."""
         if outbox.scope().bodies is None:
             outbox.take(self.storage.database)  # drop what was collected to follow a success
+            if (completion := outbox.scope().completion) is not None:
+                outbox.change(completion=None)
+                completion.roll_back()
         with self._ending(task_id, request, State.DEAD):
             super().mark_as_failure(task_id, exc, traceback, request, *args, **kwargs)
 
@@ -94,25 +97,31 @@ class CanvasBackend(Backend):
             with outbox.into(database, ending):
                 yield
             is_stored = any(end.task_id == task_id for end in ending.ends)
-            if hold is not None and not is_stored and (ending.jobs or ending.parts):
-                ending.ends.insert(0, JobEnd(task_id=task_id, hold=hold, state=state, written=_NOTHING))
+            completion = outbox.scope().completion
+            if hold is not None and not is_stored and (ending.jobs or ending.parts or completion is not None):
+                ending.ends.insert(0, JobEnd(task_id=task_id, hold=hold, state=state, written=NOTHING))
             # The worker reports an end without a result too. After a server crash that report would restore the end
             # alone: so it is on disk.
-            if not self._settle(ending, on_disk=not is_stored) and not outbox.scope().is_reported:
+            if completion is not None:
+                outbox.change(completion=None)
+                with completion.errors():
+                    is_ours = self._settle(completion.storage, ending)
+                completion.end(task_id, is_ours)
+            elif not self._settle(self.storage, ending, on_disk=not is_stored) and not outbox.scope().is_reported:
                 logger.warning(
                     "Kathikon: job %s had ended, or had been given to others, before it ended here;"
                     " this end changed nothing", task_id,
                 )  # fmt: skip
 
-    def _settle(self, ending: TaskEnd, on_disk: bool = False) -> bool:
-        if not (ending.ends or ending.parts or ending.jobs) or carry(ending):
+    def _settle(self, storage: Storage, ending: TaskEnd, on_disk: bool = False) -> bool:
+        if not (ending.ends or ending.parts or ending.jobs) or (storage is self.storage and carry(ending)):
             return True
         database = self.storage.database
         known = outbox.scope().bodies or {}
         prepared: dict[str, TaskEnd] = {}
         while True:
             try:
-                is_ours = self.storage.backend.settle(ending, prepared, on_disk)
+                is_ours = storage.backend.settle(ending, prepared, on_disk)
                 if is_ours:
                     written(ending)
                 for one in (ending, *prepared.values()) if is_ours else ():

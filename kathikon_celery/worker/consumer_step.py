@@ -12,6 +12,7 @@ from celery.worker.consumer.tasks import Tasks
 from kathikon_celery.settings import mask
 from kathikon_celery.transport.transport import Transport
 from kathikon_celery.worker.celery_pool import CeleryPool
+from kathikon_celery.worker.completing import end_transactions
 from kathikon_celery.worker.prefork.ahead import request_of
 from kathikon_celery.worker.prefork.pool import FastPool
 from kathikon_celery.worker.tracing import carry_results
@@ -32,6 +33,7 @@ class ConsumerStep(bootsteps.StartStopStep):
         intake = transport.intake
         intake.own_node.name = c.hostname
         for task in c.app.tasks.values():  # the pools whose tasks run in this process
+            end_transactions(task)
             carry_results(task, intake.storage)
         self.pool = intake.pool = CeleryPool(c, intake.storage)
 

@@ -15,6 +15,7 @@ from kathikon_celery.nodes.own import OwnNode
 from kathikon_celery.routing import configure, declare_queues
 from kathikon_celery.settings.brokers import is_kathikon
 from kathikon_celery.storage import Storage
+from kathikon_celery.worker.completing import complete_in_transaction, end_transactions
 from kathikon_celery.worker.consumer_step import ConsumerStep, SentJobs
 from kathikon_celery.worker.log_filters import add_filters
 from kathikon_celery.worker.request import Request, acknowledge_at_the_end, joined
@@ -32,6 +33,7 @@ PATIENCE = 3600.0
 def _in_child(app: Celery, storage: Storage, **kwargs: Any) -> None:
     """Called in a pool child, which has built its tracers."""
     for task in app.tasks.values():
+        end_transactions(task)
         carry_results(task, storage)
 
 
@@ -60,6 +62,7 @@ def install(sender: Any, **kwargs: Any) -> None:
             task.Request = joined(symbol_by_name(task.Request))
         if not issubclass(symbol_by_name(task.Request), Request):
             acknowledge_at_the_end(task)
+        complete_in_transaction(task, storage)
         collect_successors(task, storage)
         if storage.settings.retry_failed and not task.name.startswith("celery."):
             retry_failed(task, storage.settings.max_attempts)
