@@ -114,6 +114,8 @@ REQUESTS = Part(
     "the request",
     "Celery's request acknowledges, and a row says less of why a task has ended",
     (
+        "celery.concurrency.base:BasePool.apply_async > on_apply",
+        "celery.concurrency.base:apply_target(target, args, kwargs, callback, accept_callback)",
         "celery.worker.request:Request.__init__ > _decoded",
         "celery.worker.request:Request.__init__ > _body",
         "celery.worker.request:Request.__init__ > _content_type",

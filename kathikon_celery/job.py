@@ -104,7 +104,10 @@ LONGEST_REASON = 1000
 
 def in_brief(error: object) -> str:
     """Return *error* as a text of at most `LONGEST_REASON` characters."""
-    text = repr(error) if isinstance(error, BaseException) else str(error)
+    try:
+        text = repr(error) if isinstance(error, BaseException) else str(error)
+    except Exception as failure:  # of a class of the application
+        text = f"<{type(error).__name__}, which has no text: {type(failure).__name__}>"
     return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 1]}…"
 
 

@@ -12,6 +12,7 @@ from celery.worker.consumer.tasks import Tasks
 from kathikon_celery.settings import mask
 from kathikon_celery.transport.transport import Transport
 from kathikon_celery.worker.celery_pool import CeleryPool
+from kathikon_celery.worker.in_process import report_errors
 from kathikon_celery.worker.prefork.ahead import request_of
 from kathikon_celery.worker.prefork.pool import FastPool
 from kathikon_celery.worker.tracing import carry_results
@@ -33,6 +34,7 @@ class ConsumerStep(bootsteps.StartStopStep):
         intake.own_node.name = c.hostname
         for task in c.app.tasks.values():  # the pools whose tasks run in this process
             carry_results(task, intake.storage)
+        report_errors(c.pool)
         self.pool = intake.pool = CeleryPool(c, intake.storage)
 
     def stop(self, c: Any) -> None:

@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
-from functools import cache
+import logging
+from collections.abc import Callable
+from functools import cache, wraps
 from threading import Lock
 from typing import Any
 
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery import states
-from celery.exceptions import Ignore, InvalidTaskError, Reject, Retry, TaskRevokedError, WorkerLostError
+from celery.exceptions import (
+    Ignore,
+    InvalidTaskError,
+    Reject,
+    Retry,
+    TaskRevokedError,
+    WorkerLostError,
+    WorkerShutdown,
+    WorkerTerminate,
+)
 from celery.worker import state as worker_state
 from celery.worker.request import Request as CeleryRequest
 
-from kathikon_celery.consume.delivery import CRASHED, DONE, PASSED_ON, REPLACED, WRITTEN, Delivery, Outcome, Verdict
+from kathikon_celery.consume.delivery import (
+    CRASHED,
+    DONE,
+    LOST,
+    PASSED_ON,
+    REPLACED,
+    WRITTEN,
+    Delivery,
+    Outcome,
+    Verdict,
+)
 from kathikon_celery.job import Cause, State, in_brief
 from kathikon_celery.publish import outbox
 from kathikon_celery.results.carrier import Carried
-from kathikon_celery.storage.transitions import LOST_AT_MOST_ONCE
 from kathikon_celery.transport.channel import Delivered
+
+logger = logging.getLogger(__name__)
 
 #: The text of the `Ignore` that `Task.on_replace` raises. The last task of the replacement has the replaced one's id.
 REPLACED_BY_NEW_TASK = "Replaced by new task"
@@ -26,6 +48,41 @@ REPLACED_BY_NEW_TASK = "Replaced by new task"
 def _ended(state: State, cause: Cause, reason: str, traceback: str | None = None) -> Outcome:
     status = states.FAILURE if state is State.DEAD else states.REVOKED
     return Outcome(Verdict.ENDED, state, cause, reason, status, traceback)
+
+
+def _settles(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a *callback* of the pool, after which the delivery is settled, whatever else the callback has raised."""
+
+    @wraps(callback)
+    def settle(self: Request, *args: Any, **options: Any) -> Any:
+        try:
+            return callback(self, *args, **options)
+        except (WorkerShutdown, WorkerTerminate):
+            raise
+        except BaseException as error:  # also MemoryError and SystemExit, which would end the worker
+            logger.exception(
+                "Kathikon: task %s[%s] has ended, and what follows its end has raised %s", self.name, self.id,
+                in_brief(error),
+            )  # fmt: skip
+            return None
+        finally:
+            self._settle()
+
+    return settle
+
+
+def _lost(einfo: ExceptionInfo) -> ExceptionInfo:
+    """Return the error of a task that a pool without processes has reported as `WorkerLostError`.
+
+    Errors that are no `Exception` are treated as the prefork pool treats them: those that would end its process count
+    as a lost process, the others as raised.
+    """
+    error = einfo.exception
+    error = error.exc if isinstance(error, ExceptionWithTraceback) else error
+    cause = error.__context__ if isinstance(error, WorkerLostError) else None
+    if cause is None or isinstance(cause, Exception | SystemExit | KeyboardInterrupt):
+        return einfo
+    return ExceptionInfo((type(cause), cause, cause.__traceback__))
 
 
 def _check_limits(limits: Any) -> None:
@@ -69,7 +126,10 @@ class Request(CeleryRequest):
         super().__init_subclass__(**kwargs)
         succeeded, execute = cls.on_success, cls.execute_using_pool
 
+        @_settles
         def on_success(self: Request, failed__retval__runtime: Any, **options: Any) -> Any:
+            if isinstance(failed__retval__runtime, ExceptionInfo):  # see in_process.py
+                return self.on_failure(_lost(failed__retval__runtime))
             failed, carried, _ = failed__retval__runtime
             if not failed:  # now: Celery does it in its event loop's next turn, which a shutdown skips
                 self._on_ack = self._message.ack_log_error
@@ -77,10 +137,7 @@ class Request(CeleryRequest):
                 self._set_outcome(
                     WRITTEN if carried.written is None else Outcome(Verdict.DONE, written=carried.written)
                 )
-            try:
-                return succeeded(self, failed__retval__runtime, **options)
-            finally:
-                self._end_of_early_task()
+            return succeeded(self, failed__retval__runtime, **options)
 
         def execute_using_pool(self: Request, pool: Any, **options: Any) -> Any:
             if not self._decision.acquire(blocking=False):
@@ -109,33 +166,36 @@ class Request(CeleryRequest):
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         if self._delivery is not None:
             self._intake.accepted(self._delivery)
-        super().on_accepted(pid, time_accepted)
+        try:
+            super().on_accepted(pid, time_accepted)
+        except Exception as error:  # the task runs all the same
+            logger.exception("Kathikon: the start of task %s[%s] has raised %s", self.name, self.id, in_brief(error))
 
+    @_settles
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         self._decide(exc_info)
         self._has_failed = True
-        try:
-            return super().on_failure(exc_info, send_failed_event, return_ok)
-        finally:
-            self._end_of_early_task()
+        return super().on_failure(exc_info, send_failed_event, return_ok)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
-        if not soft:
-            self._set_outcome(_ended(State.DEAD, Cause.TIME_LIMIT, f"hard time limit ({timeout} s) exceeded"))
-        try:
-            with outbox.within(is_reported=self._has_failed):  # by billiard: Celery's report is the second
-                super().on_timeout(soft, timeout)
-        finally:
-            if not soft:
-                self._end_of_early_task()
+        if soft:
+            super().on_timeout(soft, timeout)
+        else:
+            self._on_hard_timeout(timeout)
 
+    @_settles
+    def _on_hard_timeout(self, timeout: float) -> None:
+        self._set_outcome(_ended(State.DEAD, Cause.TIME_LIMIT, f"hard time limit ({timeout} s) exceeded"))
+        with outbox.within(is_reported=self._has_failed):  # by billiard: Celery's report is the second
+            super().on_timeout(False, timeout)
+
+    @_settles
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         state, cause = (State.DISCARDED, Cause.EXPIRED) if expired else (State.CANCELLED, Cause.REVOKED)
         self._set_outcome(_ended(state, cause, reason))
         if self._delivery is not None:
             self._delivery.stored = self.store_errors
         super()._announce_revoked(reason, terminated, signum, expired)
-        self._end_of_early_task()
 
     def acknowledge(self) -> None:
         delivery = self._delivery
@@ -143,7 +203,7 @@ class Request(CeleryRequest):
             delivery.stored = True
         if delivery is None or not delivery.early or delivery.outcome.verdict is Verdict.ENDED:
             super().acknowledge()
-        elif not self.acknowledged:  # the task is about to run: `_end_of_early_task` reports its end
+        elif not self.acknowledged:  # the task is about to run: `_settle` reports its end
             self._message.channel.unacknowledged.discard(delivery.tag)
             self.acknowledged = True
 
@@ -166,7 +226,7 @@ class Request(CeleryRequest):
         elif isinstance(error, Reject):
             if not error.requeue:
                 # Celery does nothing for what follows a rejected task: the lifeline does.
-                reason = in_brief(f"rejected: {error.reason}")
+                reason = in_brief(f"rejected: {in_brief(error.reason)}")
                 self._set_outcome(Outcome(Verdict.ENDED, State.DISCARDED, Cause.REJECTED, reason))
         elif isinstance(error, (WorkerLostError, SystemExit, KeyboardInterrupt)) and self.task.reject_on_worker_lost:
             self._set_outcome(CRASHED)
@@ -174,17 +234,17 @@ class Request(CeleryRequest):
             cause = Cause.LOST if isinstance(error, WorkerLostError) else Cause.RAISED
             self._set_outcome(_ended(State.DEAD, cause, in_brief(error), str(exc_info.traceback)))
 
-    def _end_of_early_task(self) -> None:
-        """Report the end of a task that was acknowledged before it ran."""
-        if self._delivery is not None and self._delivery.early:
-            outcome = self._delivery.outcome
-            if outcome.verdict is Verdict.CRASHED:
-                outcome = _ended(
-                    State.DEAD,
-                    Cause.LOST_ONCE,
-                    LOST_AT_MOST_ONCE,
-                )
-            self._intake.finish(self._delivery.tag, outcome)
+    def _settle(self) -> None:
+        """Report how the task has ended, if Celery has not: it was acknowledged before it ran, or a callback failed."""
+        delivery = self._delivery
+        if delivery is None or (self.acknowledged and not delivery.early):
+            return
+        outcome = delivery.outcome
+        if self._already_cancelled:
+            outcome = delivery.when_left
+        elif delivery.early and outcome.verdict is Verdict.CRASHED:
+            outcome = LOST
+        self._intake.finish(delivery.tag, outcome)
 
 
 def acknowledge_at_the_end(task: Any) -> None:
