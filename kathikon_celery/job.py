@@ -44,6 +44,7 @@ class Cause(str, Enum):
     UNREGISTERED = "unregistered"  # the worker does not know the task
     REJECTED = "rejected"  # the task raised Celery's Reject, or a consumer rejected the message
     EXPIRED = "expired"  # the job waited longer than its `expires`
+    REFUSED = "refused"  # the database cannot store how the task ended
     REVOKED = "revoked"  # revoked before the task ran, or terminated while the task ran
 
     def __str__(self) -> str:

@@ -11,6 +11,7 @@ from kathikon_celery.consume.ledger import Batch, Claimed, Ledger
 from kathikon_celery.consume.recovery import Recovery
 from kathikon_celery.consume.subscriptions import Subscription
 from kathikon_celery.storage import Storage, messages
+from kathikon_celery.storage.errors import is_refusal
 
 
 class Transaction:
@@ -45,10 +46,18 @@ class Transaction:
                 or (for_jobs and names and self._claiming.is_worth_while(names, for_messages))
             ):
                 claimed = self._write(batch, wanted, names, for_messages)
-        except BaseException:
-            ledger.put_back(batch)
+        except BaseException as error:
             self._idle.is_called = True
-            raise
+            was_refused = False
+            try:
+                if batch.reports and is_refusal(error):
+                    was_refused = self._recovery.report_singly(batch.reports)
+                    batch = batch._replace(reports=[])
+            finally:
+                ledger.put_back(batch)
+            if not was_refused:
+                raise
+            return True
         self._recovery.written(now, batch.reports)
         ledger.written(batch.started, claimed)
         return bool(claimed or batch.to_mark or batch.reports)

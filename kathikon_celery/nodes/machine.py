@@ -21,11 +21,14 @@ def machine() -> str:
 
 
 def is_running(pid: int, started: float) -> bool:
-    """Whether the process *pid* of this machine, started at *started* (epoch seconds), still runs."""
+    """Whether the process *pid* of this machine, started at *started* (epoch seconds), still runs.
+
+    No process has a *pid* that is none, such as -1.
+    """
     try:
         process = psutil.Process(pid)
         return abs(process.create_time() - started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, ValueError, TypeError, OverflowError):
         return False
     except psutil.AccessDenied:
         return True

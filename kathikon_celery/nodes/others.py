@@ -8,12 +8,14 @@ this node has held its own lease for long enough without a gap: after an outage 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from typing import Any, Protocol
 
 from kathikon_celery.nodes.machine import is_running, machine
 from kathikon_celery.storage import Storage, nodes, prune, topology
-from kathikon_celery.storage.errors import is_lost
+from kathikon_celery.storage.errors import in_words, is_lost, is_refusal
 from kathikon_celery.storage.nodes import Node
 
 logger = logging.getLogger(__name__)
@@ -72,7 +74,7 @@ class Watch:
             free = {node.id for node in suspects if nodes.is_lock_free(self.storage.database, connection, node.id)}
         for node in others:
             if why := self._is_dead(node, node.id in free):
-                self._rescue(node, why)
+                self._try(node.id, partial(self._rescue, node, why))
         if monotonic() >= self._orphans_at:
             self._remove_orphans()
             self._orphans_at = monotonic() + ORPHANS
@@ -111,7 +113,16 @@ class Watch:
             orphans = nodes.orphans(connection)
         for node_id in orphans:
             if node_id != self.own_node.id:
-                self.storage.backend.remove_node(node_id)
+                self._try(node_id, partial(self.storage.backend.remove_node, node_id))
+
+    def _try(self, node_id: int, rescue: Callable[[], Any]) -> None:
+        """Call *rescue*; log its error, which may come from a corrupt row, and go on with the other nodes."""
+        try:
+            rescue()
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            logger.error("Kathikon: what node %s held could not be given back: %s", node_id, in_words(error))
 
     def _rescue(self, node: Node, why: str) -> None:
         self._unlocked.pop(node.id, None)

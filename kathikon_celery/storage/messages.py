@@ -28,7 +28,7 @@ from kathikon_celery.storage.dialects.parameters import Change, Pick
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.names import key
-from kathikon_celery.storage.tables import FREE, jobs, messages, queues, ready_in
+from kathikon_celery.storage.tables import FREE, jobs, messages, next_fence, queues, ready_in
 
 
 @dataclass(slots=True, kw_only=True)
@@ -131,8 +131,8 @@ def there(connection: Connection, queues: Sequence[str]) -> list[str]:
 
 _READY = first(bindparam("from_queue")).where(_FRESH).limit(bindparam("at_most", type_=Integer()))
 _PICK = Pick(messages, (_READY,), "kathikon_messages_ready")
-_KEPT = Change(messages, {"node_id": bindparam("by_node"), "fence": messages.c.fence + 1})
-_RETURNED = Change(messages, {"node_id": null(), "fence": messages.c.fence + 1})
+_KEPT = Change(messages, {"node_id": bindparam("by_node"), "fence": next_fence(messages)})
+_RETURNED = Change(messages, {"node_id": null(), "fence": next_fence(messages)})
 
 
 def take(

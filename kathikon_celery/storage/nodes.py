@@ -32,7 +32,7 @@ from kathikon_celery.storage.dialects import Dialect, dialect_of
 from kathikon_celery.storage.dialects.parameters import Change
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.finish import note_crashes
-from kathikon_celery.storage.tables import HELD, jobs, messages, nodes, queues
+from kathikon_celery.storage.tables import HELD, jobs, messages, next_fence, nodes, queues
 from kathikon_celery.storage.topology import delete_queue
 
 
@@ -160,7 +160,7 @@ def _rescued() -> Any:
 _FREED = (
     update(messages)
     .where(HELD, messages.c.node_id == bindparam("node"))
-    .values(node_id=null(), fence=messages.c.fence + 1)
+    .values(node_id=null(), fence=next_fence(messages))
 )
 _AUTO_DELETED = select(queues.c.name).where(queues.c.node_id == bindparam("node"), queues.c.auto_delete)
 _DISOWNED = update(queues).where(queues.c.node_id == bindparam("node")).values(node_id=null(), used_at=now())

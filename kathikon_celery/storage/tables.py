@@ -19,6 +19,7 @@ from sqlalchemy import (
     UniqueConstraint,
     and_,
     bindparam,
+    case,
     desc,
     literal_column,
     text,
@@ -138,6 +139,20 @@ def _(element: ready_in, compiler: Any, **options: Any) -> str:
 @compiles(due_at)
 def _(element: due_at, compiler: Any, **options: Any) -> str:
     return str(compiler.process(element.clauses, **options))
+
+
+#: Highest value of an `Integer` column.
+HIGHEST = 2**31 - 1
+
+
+def one_more(column: ColumnElement[int]) -> ColumnElement[int]:
+    """Return *column* plus one, or its value if that is the highest: one such row must not stop a whole statement."""
+    return case((column < HIGHEST, column + 1), else_=column)
+
+
+def next_fence(table: Table) -> ColumnElement[int]:
+    """Return the fence of a row of *table* after its next claim, return or publication."""
+    return case((table.c.fence.between(0, HIGHEST - 1), table.c.fence + 1), else_=1)
 
 
 class first_fence(FunctionElement[int]):  # noqa: N801

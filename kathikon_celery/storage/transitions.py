@@ -38,7 +38,7 @@ from sqlalchemy.sql.expression import ColumnElement
 from kathikon_celery.job import HELD, TERMINAL, WAITING, Cause, Job, State, sources
 from kathikon_celery.storage.clock import Instant, now
 from kathikon_celery.storage.dialects.parameters import Change, Condition, NewRow, Upsert
-from kathikon_celery.storage.tables import first_fence, jobs, state_in
+from kathikon_celery.storage.tables import first_fence, jobs, next_fence, one_more, state_in
 
 #: The reason on the row of a job whose process was lost too often.
 LOST_TOO_OFTEN = "the process that ran it was lost, as often as max_attempts allows"
@@ -68,7 +68,7 @@ WRITTEN = {name: bindparam(f"new_{name}", type_=Text()) for name in ("status", "
 _END: dict[str, Any] = {"ended_at": now(), "node_id": null()}
 #: The columns that change whenever a job enters a state, by the database's clock.
 BRINGS: Mapping[State, Mapping[str, Any]] = {
-    State.CLAIMED: {"claimed_at": now(), "fence": jobs.c.fence + 1, "attempts": jobs.c.attempts + 1},
+    State.CLAIMED: {"claimed_at": now(), "fence": next_fence(jobs), "attempts": one_more(jobs.c.attempts)},
     State.RUNNING: {"started_at": now()},
     State.WAITING_FOR_CHILDREN: {"node_id": null()},
     # A job that ends before its start is written keeps started_at NULL; claimed_at is the best estimate then.
@@ -127,7 +127,7 @@ def published(brought: Mapping[str, Any], later: bool, own: bool, again: bool) -
         return {
             **{name: new[name] for name in columns},
             **{name: null() for name in OF_A_RUN},
-            "fence": jobs.c.fence + 1,
+            "fence": next_fence(jobs),
             "acked": false(),
             "attempts": case((has_ended, literal_column("0")), else_=jobs.c.attempts),
             "crashes": case((has_ended, literal_column("0")), else_=jobs.c.crashes),
@@ -170,7 +170,7 @@ def returned(*where: Condition, crashed: Any) -> Change:
 
     A crashed job becomes dead if it must not run again (``acked``) or has reached ``max_attempts`` crashes.
     """
-    crashes = jobs.c.crashes + case((crashed, 1), else_=0)
+    crashes = case((crashed, one_more(jobs.c.crashes)), else_=jobs.c.crashes)
     lost = and_(crashed, or_(jobs.c.acked, crashes >= jobs.c.max_attempts))
     why = case((jobs.c.acked, LOST_AT_MOST_ONCE), else_=LOST_TOO_OFTEN)
     cause = case((jobs.c.acked, Cause.LOST_ONCE.value), else_=Cause.LOST.value)
@@ -182,7 +182,7 @@ def returned(*where: Condition, crashed: Any) -> Change:
         "crashes": crashes,
         "node_id": null(),
         "acked": false(),
-        "fence": jobs.c.fence + 1,
+        "fence": next_fence(jobs),
         "claimed_at": case((lost, jobs.c.claimed_at), else_=null()),
         "started_at": case((lost, jobs.c.started_at), else_=null()),
         **dict.fromkeys(WRITTEN, null()),
@@ -258,7 +258,7 @@ def put_back(job: Job, old: State) -> dict[str, Any]:
     if job.state in BRINGS:
         return {"state": job.state.value, **BRINGS[job.state]}
     due = job.scheduled_at if job.state in WAITING and job.scheduled_at else now()
-    waits: dict[str, Any] = {"available_at": due, "acked": false(), "fence": jobs.c.fence + 1}
+    waits: dict[str, Any] = {"available_at": due, "acked": false(), "fence": next_fence(jobs)}
     if old in TERMINAL:
         waits |= {"attempts": 0, "crashes": 0}
     return {"state": job.state.value, **dict.fromkeys(OF_A_RUN, null()), **waits}

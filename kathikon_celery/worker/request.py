@@ -201,6 +201,8 @@ class Request(CeleryRequest):
         delivery = self._delivery
         if delivery is not None and not self.ignore_result and delivery.outcome.written is None:
             delivery.stored = True
+        if self._has_failed and delivery is not None:
+            return  # `_settle` reports the end when the failure, which Celery acknowledges first, is stored
         if delivery is None or not delivery.early or delivery.outcome.verdict is Verdict.ENDED:
             super().acknowledge()
         elif not self.acknowledged:  # the task is about to run: `_settle` reports its end
@@ -235,10 +237,12 @@ class Request(CeleryRequest):
             self._set_outcome(_ended(State.DEAD, cause, in_brief(error), str(exc_info.traceback)))
 
     def _settle(self) -> None:
-        """Report how the task has ended, if Celery has not: it was acknowledged before it ran, or a callback failed."""
+        """Report how the task has ended, unless it was acknowledged after its end."""
         delivery = self._delivery
         if delivery is None or (self.acknowledged and not delivery.early):
             return
+        self.acknowledged = True
+        self._message.channel.unacknowledged.discard(delivery.tag)
         outcome = delivery.outcome
         if self._already_cancelled:
             outcome = delivery.when_left

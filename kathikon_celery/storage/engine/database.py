@@ -21,8 +21,9 @@ from kathikon_celery.storage.dialects import OPTION, Dialect, dialect_for
 from kathikon_celery.storage.engine import forks
 from kathikon_celery.storage.engine.forks import Gate
 from kathikon_celery.storage.engine.wakeup import Wakeup
-from kathikon_celery.storage.errors import Unavailable, in_words, is_lost
+from kathikon_celery.storage.errors import UNSTORABLE, Unavailable, in_words, is_lost
 from kathikon_celery.storage.events import Event, Events
+from kathikon_celery.storage.names import is_only_ascii, only_ascii
 
 T = TypeVar("T")
 
@@ -249,12 +250,16 @@ class Database:
     def patiently(self, call: Callable[[bool], T], patient: bool = True) -> T:
         """Return *call*(again). After a lost connection, call again: immediately, then for `patience` seconds.
 
-        *again*: an earlier try may have been committed although its answer was lost. Raises `Unavailable`.
+        *again*: an earlier try may have been committed although its answer was lost. Raises `Unavailable`. If the
+        database cannot store a text, call once more with `only_ascii`.
         """
         again = False
         try:
             return call(again)
         except Exception as error:
+            if isinstance(error, UNSTORABLE) and not is_only_ascii():
+                with only_ascii():
+                    return self.patiently(call, patient)
             if not is_lost(error):
                 raise self.dialect.explain(error) from error
             lost = error
