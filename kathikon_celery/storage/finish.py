@@ -117,7 +117,10 @@ def add_error(connection: Connection, seq: int, reason: str, fence: int) -> None
     if row is None:
         return
     # A retry may run already, or have ended. A claim adds 1 to the fence, and so does the next publication or return.
-    attempt = max(1, row.attempts - (row.fence - fence) // 2)
+    try:
+        attempt = max(1, row.attempts - (row.fence - fence) // 2)
+    except TypeError:  # SQLite has texts in columns of numbers, if somebody writes them
+        attempt = 1
     at: datetime = row.at
     try:
         every = errors_of(row.errors)

@@ -44,6 +44,7 @@ from sqlalchemy.sql.expression import ColumnElement, Select
 from kathikon_celery.job import Hold
 from kathikon_celery.settings import shown
 from kathikon_celery.storage.clock import now, seconds_until
+from kathikon_celery.storage.dialects import moments
 from kathikon_celery.storage.dialects.parameters import Change, Changed, Claim, Upsert
 from kathikon_celery.storage.dialects.returning import (
     BROUGHT,
@@ -271,6 +272,9 @@ class PostgreSQL(ReturningDialect):
             # A connection whose data is not acknowledged is lost after `UNANSWERED`; TCP itself takes minutes.
             "tcp_user_timeout": UNANSWERED,
         }
+
+    def on_connect(self, connection: Any, on_disk: bool) -> None:
+        moments.adapt(connection)
 
     def _explained(self, error: Exception) -> Exception:
         cause = getattr(error, "orig", None)

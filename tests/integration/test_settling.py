@@ -1,0 +1,141 @@
+"""A delivery is settled, and its slot comes back, whatever the task, Celery's callbacks or the database do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from celery import Celery
+from celery.result import AsyncResult
+from sqlalchemy import DDL
+
+from kathikon_celery import bulk
+from kathikon_celery.job import Cause, State
+from kathikon_celery.storage import Storage
+from tests.integration.conftest import Jobs, Workers, client_of
+from tests.support.workers import WorkerProcess
+
+#: Where the task raises what -> the end of the job: cause, crashes, and a part of what `result.result` is.
+LOST = (State.DEAD, Cause.LOST, 2, "WorkerLostError")
+RETURNED = (State.COMPLETED, None, 0, "'returned'")
+ENDS = {
+    ("body", "SystemExit"): LOST,
+    ("body", "KeyboardInterrupt"): LOST,
+    ("body", "GeneratorExit"): (State.DEAD, Cause.RAISED, 0, "GeneratorExit"),
+    ("body", "Own"): (State.DEAD, Cause.RAISED, 0, "Own"),
+    ("body", "MemoryError"): (State.DEAD, Cause.RAISED, 0, "MemoryError"),
+    ("body", "Mute"): (State.DEAD, Cause.RAISED, 0, "Mute"),
+    ("body", "Unpicklable"): (State.DEAD, Cause.RAISED, 0, "Unpicklable"),
+    ("before_start", "SystemExit"): LOST,
+    ("before_start", "Own"): (State.DEAD, Cause.RAISED, 0, "Own"),
+    ("on_success", "MemoryError"): RETURNED,
+    ("on_success", "SystemExit"): RETURNED,
+    ("on_failure", "RuntimeError"): (State.DEAD, Cause.RAISED, 0, "the task's own"),
+    ("on_failure", "MemoryError"): (State.DEAD, Cause.RAISED, 0, "the task's own"),
+    ("on_failure", "SystemExit"): (State.DEAD, Cause.RAISED, 0, "the task's own"),
+    ("on_failure", "Own"): (State.DEAD, Cause.RAISED, 0, "the task's own"),
+    ("on_retry", "RuntimeError"): (State.DEAD, Cause.RAISED, 0, "MaxRetriesExceeded"),
+    ("on_retry", "SystemExit"): (State.DEAD, Cause.RAISED, 0, "MaxRetriesExceeded"),
+    ("after_return", "MemoryError"): RETURNED,
+    ("after_return", "SystemExit"): RETURNED,
+    ("task_prerun", "SystemExit"): LOST,
+    ("task_postrun", "Own"): RETURNED,
+    ("task_failure", "SystemExit"): (State.DEAD, Cause.RAISED, 0, "the task's own"),
+    ("object", ""): (State.DEAD, Cause.RAISED, 0, "EncodeError"),
+    ("refused", ""): (State.DEAD, Cause.RAISED, 0, "refused by a trigger"),
+    ("body", "forbidden"): (State.DEAD, Cause.REFUSED, 0, "cannot store how the task ended"),
+}
+#: These cost a pool process each, and a second until there is another.
+LEAVES_OUT = {
+    "prefork": {
+        ("body", "KeyboardInterrupt"), ("before_start", "SystemExit"), ("on_success", "SystemExit"),
+        ("on_retry", "SystemExit"), ("after_return", "SystemExit"), ("task_prerun", "SystemExit"),
+        ("task_failure", "SystemExit"),
+    },
+}  # fmt: skip
+
+#: The database refuses one result, and each text of another failure.
+TRIGGERS = {
+    "sqlite": [
+        """CREATE TRIGGER refuses BEFORE UPDATE ON kathikon_jobs
+        WHEN NEW.result LIKE '%%refuse this%%' OR NEW.reason LIKE '%%forbidden%%'
+        BEGIN SELECT RAISE(ABORT, 'refused by a trigger'); END"""
+    ],
+    "postgresql": [
+        """CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql
+        AS $$ BEGIN RAISE EXCEPTION 'refused by a trigger'; END $$""",
+        """CREATE TRIGGER refuses BEFORE UPDATE ON kathikon_jobs FOR EACH ROW
+        WHEN (NEW.result LIKE '%%refuse this%%' OR NEW.reason LIKE '%%forbidden%%') EXECUTE FUNCTION refuse()""",
+    ],
+}
+
+
+@pytest.fixture(scope="module", params=["prefork", "threads", "gevent", "solo"])
+def pool(request: pytest.FixtureRequest) -> str:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def worker(shared_workers: Workers, pool: str) -> WorkerProcess:
+    if pool == "gevent":
+        pytest.importorskip("gevent")
+    for earlier in shared_workers.started:
+        earlier.kill9()
+    return shared_workers(app="tests.support.bad_ends", pool=pool, name=pool, concurrency=1)
+
+
+@pytest.fixture
+def app(shared_database_url: str, worker: WorkerProcess) -> Iterator[Celery]:
+    """A client, and a database with a trigger that refuses some rows."""
+    with client_of(shared_database_url, kathikon_max_attempts=2) as app:
+        database = Storage.for_app(app).database
+        kind = database.dialect.name if hasattr(database.dialect, "name") else shared_database_url.split(":")[0]
+        kind = "sqlite" if kind.startswith("sqlite") else "postgresql"
+        with database.write() as connection:
+            for statement in TRIGGERS[kind]:
+                connection.execute(DDL(statement))
+        yield app
+        with database.write() as connection:
+            suffix = "" if kind == "sqlite" else " ON kathikon_jobs"
+            connection.execute(DDL(f"DROP TRIGGER refuses{suffix}"))
+            if kind == "postgresql":
+                connection.execute(DDL("DROP FUNCTION refuse"))
+
+
+def test_each_end_is_written_and_the_only_slot_comes_back(
+    app: Celery, jobs: Jobs, worker: WorkerProcess, pool: str
+) -> None:
+    wanted = {end: ENDS[end] for end in ENDS if end not in LEAVES_OUT.get(pool, ())}
+    pid = worker.pid
+    sent = {end: app.send_task("end", end) for end in wanted}
+    found = {}
+    for end, result in sent.items():
+        job = jobs.wait(result, State.DEAD, State.COMPLETED)
+        found[end] = (job.state, job.cause, job.crashes, _result(result))
+    assert {end: one for end, one in found.items() if not _fits(one, wanted[end])} == {}
+    assert app.send_task("say", ("goes on",)).get(timeout=60) == "goes on"
+    assert (worker.running, worker.pid) == (True, pid)
+
+
+def test_a_refused_report_keeps_no_other_back(app: Celery, jobs: Jobs, worker: WorkerProcess) -> None:
+    with bulk():
+        sent = [app.send_task("say", (number,)) for number in range(40)]
+        refused = app.send_task("say", ("refuse this",))
+        forbidden = app.send_task("end", ("body", "forbidden"))
+        sent += [app.send_task("say", (number,)) for number in range(40, 80)]
+    assert [result.get(timeout=60) for result in sent] == list(range(80))
+    assert jobs.wait(refused, State.DEAD).cause in (Cause.RAISED, Cause.REFUSED)
+    assert jobs.wait(forbidden, State.DEAD).cause is Cause.REFUSED
+    assert {jobs.wait(result, State.COMPLETED).attempts for result in sent} == {1}
+
+
+def _result(result: AsyncResult) -> str:
+    try:
+        result.get(timeout=60, propagate=False)
+    except Exception as error:
+        return repr(error)
+    return repr(result.result)
+
+
+def _fits(found: tuple[object, ...], wanted: tuple[object, ...]) -> bool:
+    return found[:3] == wanted[:3] and str(wanted[3]) in str(found[3])
