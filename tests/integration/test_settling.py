@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 from celery import Celery
 from celery.result import AsyncResult
-from sqlalchemy import DDL
+from sqlalchemy import NullPool, create_engine
 
 from kathikon_celery import bulk
 from kathikon_celery.job import Cause, State
+from kathikon_celery.settings import Settings
 from kathikon_celery.storage import Storage
 from tests.integration.conftest import Jobs, Workers, client_of
 from tests.support.workers import WorkerProcess
@@ -45,27 +47,28 @@ ENDS = {
     ("refused", ""): (State.DEAD, Cause.RAISED, 0, "refused by a trigger"),
     ("body", "forbidden"): (State.DEAD, Cause.REFUSED, 0, "cannot store how the task ended"),
 }
-#: These cost a pool process each, and a second until there is another.
+#: These cost a pool process each, and billiard some seconds until there is another.
 LEAVES_OUT = {
     "prefork": {
-        ("body", "KeyboardInterrupt"), ("before_start", "SystemExit"), ("on_success", "SystemExit"),
-        ("on_retry", "SystemExit"), ("after_return", "SystemExit"), ("task_prerun", "SystemExit"),
-        ("task_failure", "SystemExit"),
+        ("body", "SystemExit"), ("body", "KeyboardInterrupt"), ("before_start", "SystemExit"),
+        ("on_success", "SystemExit"), ("on_retry", "SystemExit"), ("after_return", "SystemExit"),
+        ("task_prerun", "SystemExit"), ("task_failure", "SystemExit"),
     },
 }  # fmt: skip
 
-#: The database refuses one result, and each text of another failure.
+#: The database refuses one result, and that another task has raised.
 TRIGGERS = {
     "sqlite": [
-        """CREATE TRIGGER refuses BEFORE UPDATE ON kathikon_jobs
-        WHEN NEW.result LIKE '%%refuse this%%' OR NEW.reason LIKE '%%forbidden%%'
+        """CREATE TRIGGER IF NOT EXISTS refuses BEFORE UPDATE ON kathikon_jobs
+        WHEN NEW.result LIKE '%refuse this%' OR NEW.cause = 'raised' AND NEW.body LIKE '%forbidden%'
         BEGIN SELECT RAISE(ABORT, 'refused by a trigger'); END"""
     ],
     "postgresql": [
-        """CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql
+        """CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql
         AS $$ BEGIN RAISE EXCEPTION 'refused by a trigger'; END $$""",
-        """CREATE TRIGGER refuses BEFORE UPDATE ON kathikon_jobs FOR EACH ROW
-        WHEN (NEW.result LIKE '%%refuse this%%' OR NEW.reason LIKE '%%forbidden%%') EXECUTE FUNCTION refuse()""",
+        """CREATE OR REPLACE TRIGGER refuses BEFORE UPDATE ON kathikon_jobs FOR EACH ROW
+        WHEN (NEW.result LIKE '%refuse this%' OR NEW.cause = 'raised' AND NEW.body LIKE '%forbidden%')
+        EXECUTE FUNCTION refuse()""",
     ],
 }
 
@@ -87,19 +90,14 @@ def worker(shared_workers: Workers, pool: str) -> WorkerProcess:
 @pytest.fixture
 def app(shared_database_url: str, worker: WorkerProcess) -> Iterator[Celery]:
     """A client, and a database with a trigger that refuses some rows."""
+    engine = create_engine(shared_database_url, poolclass=NullPool)
+    with closing(Storage(shared_database_url, Settings())) as storage:
+        storage.setup()
+    with engine.begin() as connection:
+        for statement in TRIGGERS[engine.name]:
+            connection.exec_driver_sql(statement)
     with client_of(shared_database_url, kathikon_max_attempts=2) as app:
-        database = Storage.for_app(app).database
-        kind = database.dialect.name if hasattr(database.dialect, "name") else shared_database_url.split(":")[0]
-        kind = "sqlite" if kind.startswith("sqlite") else "postgresql"
-        with database.write() as connection:
-            for statement in TRIGGERS[kind]:
-                connection.execute(DDL(statement))
         yield app
-        with database.write() as connection:
-            suffix = "" if kind == "sqlite" else " ON kathikon_jobs"
-            connection.execute(DDL(f"DROP TRIGGER refuses{suffix}"))
-            if kind == "postgresql":
-                connection.execute(DDL("DROP FUNCTION refuse"))
 
 
 def test_each_end_is_written_and_the_only_slot_comes_back(
