@@ -137,7 +137,8 @@ def is_any_suspect(dialect: Dialect) -> ColumnElement[bool]:
 def others(connection: Connection, node_id: int) -> list[Node]:
     """Return all nodes but this one."""
     columns = (nodes.c.id, nodes.c.name, nodes.c.machine, nodes.c.pid, nodes.c.pid_started)
-    query = select(*columns, seconds_until(nodes.c.lease_until).label("lease")).where(nodes.c.id != node_id)
+    lease = func.coalesce(seconds_until(nodes.c.lease_until), 0.0)  # NULL: `lease_until` is no moment
+    query = select(*columns, lease.label("lease")).where(nodes.c.id != node_id)
     return [Node(*row) for row in connection.execute(query)]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
-from celery import Celery
+from celery import Celery, signature
 from celery.result import AsyncResult
 from sqlalchemy import NullPool, create_engine
 
@@ -43,6 +43,8 @@ ENDS = {
     ("task_prerun", "SystemExit"): LOST,
     ("task_postrun", "Own"): RETURNED,
     ("task_failure", "SystemExit"): (State.DEAD, Cause.RAISED, 0, "the task's own"),
+    ("early", "SystemExit"): (State.DEAD, Cause.LOST, 0, "WorkerLostError"),
+    ("early", "Own"): (State.DEAD, Cause.RAISED, 0, "Own"),
     ("object", ""): (State.DEAD, Cause.RAISED, 0, "EncodeError"),
     ("refused", ""): (State.DEAD, Cause.RAISED, 0, "refused by a trigger"),
     ("body", "forbidden"): (State.DEAD, Cause.REFUSED, 0, "cannot store how the task ended"),
@@ -52,7 +54,7 @@ LEAVES_OUT = {
     "prefork": {
         ("body", "SystemExit"), ("body", "KeyboardInterrupt"), ("before_start", "SystemExit"),
         ("on_success", "SystemExit"), ("on_retry", "SystemExit"), ("after_return", "SystemExit"),
-        ("task_prerun", "SystemExit"), ("task_failure", "SystemExit"),
+        ("task_prerun", "SystemExit"), ("task_failure", "SystemExit"), ("early", "SystemExit"),
     },
 }  # fmt: skip
 
@@ -60,14 +62,14 @@ LEAVES_OUT = {
 TRIGGERS = {
     "sqlite": [
         """CREATE TRIGGER IF NOT EXISTS refuses BEFORE UPDATE ON kathikon_jobs
-        WHEN NEW.result LIKE '%refuse this%' OR NEW.cause = 'raised' AND NEW.body LIKE '%forbidden%'
+        WHEN instr(NEW.result, 'refuse this') OR NEW.cause = 'raised' AND instr(NEW.body, 'forbidden')
         BEGIN SELECT RAISE(ABORT, 'refused by a trigger'); END"""
     ],
     "postgresql": [
         """CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql
         AS $$ BEGIN RAISE EXCEPTION 'refused by a trigger'; END $$""",
         """CREATE OR REPLACE TRIGGER refuses BEFORE UPDATE ON kathikon_jobs FOR EACH ROW
-        WHEN (NEW.result LIKE '%refuse this%' OR NEW.cause = 'raised' AND NEW.body LIKE '%forbidden%')
+        WHEN (strpos(NEW.result, 'refuse this') > 0 OR NEW.cause = 'raised' AND strpos(NEW.body, 'forbidden') > 0)
         EXECUTE FUNCTION refuse()""",
     ],
 }
@@ -105,7 +107,7 @@ def test_each_end_is_written_and_the_only_slot_comes_back(
 ) -> None:
     wanted = {end: ENDS[end] for end in ENDS if end not in LEAVES_OUT.get(pool, ())}
     pid = worker.pid
-    sent = {end: app.send_task("end", end) for end in wanted}
+    sent = {end: app.send_task("end_early" if end[0] == "early" else "end", end) for end in wanted}
     found = {}
     for end, result in sent.items():
         job = jobs.wait(result, State.DEAD, State.COMPLETED)
@@ -113,6 +115,14 @@ def test_each_end_is_written_and_the_only_slot_comes_back(
     assert {end: one for end, one in found.items() if not _fits(one, wanted[end])} == {}
     assert app.send_task("say", ("goes on",)).get(timeout=60) == "goes on"
     assert (worker.running, worker.pid) == (True, pid)
+
+
+def test_the_errback_of_an_error_that_the_tracer_does_not_catch_is_sent(app: Celery, jobs: Jobs) -> None:
+    for number in range(5):
+        errback = signature("say", (number,), immutable=True).set(task_id=f"errback {number}")
+        app.send_task("end", ("body", "Own"), link_error=errback)
+        assert app.AsyncResult(errback.options["task_id"]).get(timeout=60) == number
+        errback.freeze()
 
 
 def test_a_refused_report_keeps_no_other_back(app: Celery, jobs: Jobs, worker: WorkerProcess) -> None:

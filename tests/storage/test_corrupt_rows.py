@@ -145,18 +145,26 @@ def test_an_extreme_value_keeps_no_other_job_from_its_way(
 
 
 @pytest.mark.parametrize(
-    ("column", "value"), [("pid", -1), ("pid", 0), ("pid", HIGHEST), ("pid_started", -1e300), ("pid_started", "NaN")]
+    ("column", "value"),
+    [
+        ("pid", -1),
+        ("pid", 0),
+        ("pid", HIGHEST),
+        ("pid_started", -1e300),
+        ("pid_started", "NaN"),
+        ("lease_until", "infinity"),
+    ],
 )
 def test_a_node_that_is_no_process_stops_no_rescue(
     three: Storage, worker: Worker, column: str, value: object, caplog: pytest.LogCaptureFixture
 ) -> None:
+    spoilt = literal_column(f"'{value}'") if isinstance(value, str) else value
     worker.claim(10)
     with three.database.write() as connection:
         connection.execute(insert(nodes).from_select(COPIED, select(*(nodes.c[name] for name in COPIED))))
-        of_us = update(nodes).values(machine=machine())
-        connection.execute(of_us)
+        connection.execute(update(nodes).values(machine=machine()))
         nonsense = table("kathikon_nodes", sa_column("id"), sa_column(column))
-        connection.execute(update(nonsense).where(nonsense.c.id != worker.id).values({column: value}))
+        connection.execute(update(nonsense).where(nonsense.c.id != worker.id).values({column: spoilt}))
     watch = Watch(three, SimpleNamespace(id=-1, lease=60.0, unbroken=0.0))
     watch.look()
     assert watch.is_calm() is False

@@ -69,6 +69,11 @@ def end(self: Task, place: str, error: str) -> Any:
     return {"object": object(), "refused": "refuse this"}.get(place, "returned")
 
 
+@app.task(name="end_early", acks_late=False)
+def end_early(place: str, error: str) -> None:
+    fail("early", (place, error))
+
+
 @app.task(name="say")
 def say(value: Any) -> Any:
     return value
