@@ -122,6 +122,7 @@ REQUESTS = Part(
         "celery.worker.request:Request.__init__ > _content_encoding",
         "celery.worker.request:Request.__init__ > _message",
         "celery.worker.request:Request.__init__ > _on_ack",
+        "celery.worker.request:Request.__init__ > _on_reject",
         "celery.worker.request:Request.on_success(self, failed__retval__runtime)",
         "celery.worker.request:Request.on_accepted(self, pid, time_accepted)",
         "celery.worker.request:Request.on_failure(self, exc_info, send_failed_event, return_ok)",

@@ -175,6 +175,7 @@ class Request(CeleryRequest):
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         self._decide(exc_info)
         self._has_failed = True
+        self._on_reject = self._message.reject_log_error  # now, as in `on_success`
         return super().on_failure(exc_info, send_failed_event, return_ok)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
