@@ -13,12 +13,13 @@ from celery.exceptions import NotRegistered, Reject, TaskRevokedError, WorkerLos
 from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import AsyncResult, ResultSet, result_from_tuple
 from kombu.utils.encoding import ensure_bytes
+from sqlalchemy.engine import URL, make_url
 
 from kathikon_celery.job import TERMINAL, Cause, Hold, Job, State, in_brief
 from kathikon_celery.publish import outbox
 from kathikon_celery.results.canvas import CanvasBackend
 from kathikon_celery.results.waiting import Wait
-from kathikon_celery.settings import Settings, mask
+from kathikon_celery.settings import Settings, absolute, shown
 from kathikon_celery.settings.brokers import broker_of, databases_of, is_kathikon
 from kathikon_celery.storage import Storage, prune, result_listeners, results
 from kathikon_celery.storage.errors import is_lost
@@ -87,10 +88,14 @@ class KathikonBackend(CanvasBackend):
         return self._own_url is None and is_kathikon(broker_of(self.app.conf))
 
     def as_uri(self, include_password: bool = False) -> str:
-        """Return the URL, without its password unless *include_password*."""
-        if self._own_url is None:
-            return "kathikon://"
-        return f"kathikon+{self._own_url if include_password else mask(self._own_url)}"
+        """Return the URL of the database, also if only the settings name it; its password if *include_password*."""
+        return f"kathikon+{shown(self._url, include_password)}"
+
+    @cached_property
+    def _url(self) -> URL:
+        if self._own_url is not None:
+            return absolute(make_url(self._own_url))
+        return Storage.for_app(self.app, setup=False).database.url
 
     def __reduce__(self, args: Any = (), kwargs: Any = None) -> Any:
         return super().__reduce__(args, dict(kwargs or {}, url=self._own_url))

@@ -12,23 +12,33 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from click import ClickException
-from sqlalchemy.engine import URL, make_url
 
 from kathikon_celery.settings import checks
 from kathikon_celery.settings.checks import QueueSettings
-from kathikon_celery.settings.urls import checked_url, mask, parse_url, shown
+from kathikon_celery.settings.urls import absolute, checked_url, mask, parse_url, shown
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
-__all__ = ["QueueSettings", "SettingError", "SettingWarning", "Settings", "checked_url", "mask", "parse_url", "shown"]
+__all__ = [
+    "QueueSettings",
+    "SettingError",
+    "SettingWarning",
+    "Settings",
+    "absolute",
+    "checked_url",
+    "mask",
+    "parse_url",
+    "shown",
+]
 
 _PREFIX = "kathikon_"
 _TEST_PREFIX = "KATHIKON_TEST_"
@@ -160,13 +170,6 @@ class Settings:
         """Whether the tables live as long as the process: ``ram``, or ``auto`` in a notebook that sets no database."""
         return self.copies == "ram" or (self.copies == "auto" and "database_url" not in self.sources and _in_notebook())
 
-    def engine_url(self) -> URL:
-        """Return `database_url` for SQLAlchemy's ``create_engine``, the path of a SQLite file made absolute."""
-        url = make_url(self.database_url)
-        if url.get_backend_name() == "sqlite" and url.database and not url.database.startswith("file:"):
-            url = url.set(database=os.path.abspath(url.database))
-        return url
-
     def retention_for(self, state: str) -> float | None:
         """Return the seconds that a job in *state* stays; None for ever, as in a state that is not terminal."""
         return self.retention_period.get(str(state))
@@ -217,9 +220,14 @@ def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, str, st
             name = key[len(_PREFIX) :].lower()
             if name not in _CHECKS:
                 hint = checks.did_you_mean(key, (_PREFIX.upper() + known.upper() for known in _CHECKS))
-                warnings.warn(f"{key} in the environment is no setting of Kathikon{hint}", SettingWarning, stacklevel=2)
+                _warn_once(f"{key} in the environment is no setting of Kathikon{hint}")
             elif value.strip():
                 yield name, value.strip(), f"environment variable {key}"
+
+
+@cache
+def _warn_once(text: str) -> None:
+    warnings.warn_explicit(text, SettingWarning, "<environment>", 1)
 
 
 def _from_pyproject(directory: str | os.PathLike[str] | None) -> Iterator[tuple[str, Any, str]]:

@@ -6,6 +6,8 @@ import io
 import logging
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -76,6 +78,8 @@ def _upgrade(database: Database) -> None:
                 " they were made by a newer kathikon-celery; install that version or a newer one"
             )
         _alembic(attributes={"connection": connection, "dialect": database.dialect})
+    done = "created" if version is None else f"upgraded from version {version!r}"
+    logger.info("Kathikon: the tables of %r are %s; their version is %r", database, done, HEAD)
 
 
 def _is_newer_and_usable(version: str | None) -> bool:
@@ -96,16 +100,28 @@ def ddl(url: str | URL, since: str | None = None) -> str:
 
 
 def _alembic(attributes: dict[str, Any], out: io.StringIO | None = None, since: str | None = None) -> None:
-    from alembic import command  # slow to import, and needed once in the life of a schema
+    with _turn, _quietly():
+        from alembic import command  # slow to import, and needed once in the life of a schema
 
-    config = _config()
-    config.attributes.update(attributes)
-    with _turn:
+        config = _config()
+        config.attributes.update(attributes)
         if out is None:
             command.upgrade(config, HEAD)
         else:
             config.output_buffer = out
             command.upgrade(config, f"{since}:{HEAD}" if since else HEAD, sql=True)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep what alembic says of its own steps out of the user's log."""
+    log = logging.getLogger("alembic")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _config() -> Any:
@@ -118,6 +134,7 @@ def _config() -> Any:
 
 
 def _known() -> set[str]:
-    from alembic.script import ScriptDirectory
+    with _turn, _quietly():
+        from alembic.script import ScriptDirectory
 
     return {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}

@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from kathikon_celery.settings import shown
+from kathikon_celery.settings import absolute, shown
 from kathikon_celery.storage.dialects import OPTION, Dialect, dialect_for
 from kathikon_celery.storage.engine import forks
 from kathikon_celery.storage.engine.forks import Gate
@@ -114,7 +114,7 @@ class Database:
         connect_timeout: float = 4.0,
         alternates: Sequence[str] = (),
     ) -> None:
-        self.url = make_url(url)
+        self.url = absolute(make_url(url))
         #: What the transactions of this process do to jobs.
         self.events = Events()
         self._servers = [self.url, *map(make_url, alternates)]
