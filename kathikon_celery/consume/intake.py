@@ -181,6 +181,7 @@ class Intake:
             self.own_node.enter()
             self.own_node.on_reborn.append(self._recovery.reborn)
             self.own_node.holds.append(ledger.holds)
+            self.own_node.consumes.append(self.subscriptions.of_jobs)
             self._database.on_replaced.append(self._replaced)
             ledger.wakeup = self._database.wakeup(self.own_node.id)
             ledger.is_closed = False
@@ -193,6 +194,7 @@ class Intake:
             self._ledger.wakeup.close()
         self.own_node.on_reborn.remove(self._recovery.reborn)
         self.own_node.holds.remove(self._ledger.holds)
+        self.own_node.consumes.remove(self.subscriptions.of_jobs)
         self._database.on_replaced.remove(self._replaced)
         self.own_node.leave()
 

@@ -86,6 +86,10 @@ class Subscriptions:
         with self.lock:
             return list(self._by_key)
 
+    def of_jobs(self) -> list[str]:
+        """The names of the queues whose jobs are run: not those of remote control and events."""
+        return [one.queue for one in self.every() if not one.no_ack]
+
     def every(self) -> list[Subscription]:
         with self.lock:
             return list(self._by_key.values())

@@ -49,6 +49,8 @@ class OwnNode:
         #: may be given back, so a consumer holds the lock `claiming` while it claims or reports.
         self.holds: list[Callable[[], set[Hold]]] = []
         self.claiming = threading.Lock()
+        #: For each consumer of this process a function that returns the queues whose jobs it runs.
+        self.consumes: list[Callable[[], list[str]]] = []
         #: Whether a worker's lifeline and pruner run in this process. Otherwise the lease's thread watches the others,
         #: so that plain kombu programs need no worker beside them.
         self.is_watched = False
@@ -58,6 +60,7 @@ class OwnNode:
         self._thread: threading.Thread | None = None
         self._renewed = 0.0
         self._is_lost = False  # a renewal has found no row of ours
+        self._told: tuple[int, list[str]] = (0, [])  # the id and the queues that were last written
 
     def _replaced(self) -> None:
         """The database was replaced: another node may get our id, so the lease's thread registers a new one."""
@@ -146,6 +149,7 @@ class OwnNode:
                     if complained or self.is_due():
                         self._renew()
                     holder.hold(self.id)
+                    self._tell_queues()
                     complained = False
                 except Exception as error:
                     holder.drop()
@@ -161,6 +165,13 @@ class OwnNode:
                         watch.try_to_look()
         finally:
             holder.drop()
+
+    def _tell_queues(self) -> None:
+        """Write the queues of this node if they have changed, but not while its consumers still begin one by one."""
+        told = self.id, sorted({name for names in list(self.consumes) for name in names()})
+        if told != self._told and self.unbroken >= LOOK / 2:
+            nodes.consume(self.storage.database, *told)
+            self._told = told
 
     def _renew(self) -> None:
         database = self.storage.database

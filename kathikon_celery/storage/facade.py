@@ -57,6 +57,8 @@ class Storage:
             backend = _backend_class(self.settings.storage_backend)(self.database)
         self.backend: StorageBackend = backend
         self._is_set_up = False
+        #: Whether nothing names a database, so that the jobs are in a file of the working directory.
+        self.is_on_default_file = False
         self.database.on_replaced.append(self._replaced)
 
     def _replaced(self) -> None:
@@ -82,6 +84,7 @@ class Storage:
                 database = _databases.setdefault(place, _database_of(urls, settings))
                 database.connect_timeout = connect_timeout or database.connect_timeout
             storage = _storages.setdefault(name, cls(settings=settings, database=database))
+            storage.is_on_default_file = not (urls or settings.in_ram or "database_url" in settings.sources)
         return storage
 
     @classmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -68,6 +70,26 @@ def renew(database: Database, node_id: int, lease: float) -> bool:
     """Make the lease last *lease* seconds from now; return false when the node was taken for dead."""
     with database.once() as connection:
         return connection.execute(_RENEW, {"node": node_id, "lease": lease}).rowcount > 0
+
+
+def consume(database: Database, node_id: int, queue_names: Sequence[str]) -> None:
+    """Note the queues whose jobs the node runs."""
+    with database.once() as connection:
+        connection.execute(update(nodes).where(nodes.c.id == node_id).values(queues=json.dumps(list(queue_names))))
+
+
+def consumed(connection: Connection) -> list[set[str] | None]:
+    """Return for each living node that runs jobs the queues of these jobs; `None`: that is not known (yet)."""
+    found = connection.execute(select(nodes.c.queues).where(nodes.c.lease_until > now())).scalars()
+    return [None if text is None else set(json.loads(text)) for text in found if text != "[]"]
+
+
+def without_consumer(queue_names: Iterable[str], known: Sequence[set[str] | None]) -> list[str]:
+    """Return those queues that none of the nodes consumes; *known*: the answer of `consumed`."""
+    if None in known:
+        return []
+    everywhere = {name for names in known for name in names or ()}
+    return [name for name in queue_names if name not in everywhere]
 
 
 class Holder:

@@ -19,6 +19,7 @@ from kathikon_celery.job import Cause, State, in_brief
 from kathikon_celery.publish import outbox
 from kathikon_celery.publish.destination import publish
 from kathikon_celery.publish.envelope import check_call, fold, loads, priority_of, task_of, to_job, unfold
+from kathikon_celery.publish.unconsumed import watch
 from kathikon_celery.results.carrier import CARRIED
 from kathikon_celery.storage import Storage, messages, prune, topology
 from kathikon_celery.storage.names import key
@@ -291,6 +292,7 @@ class Channel(virtual.Channel):
             self._put_now(queues, message)  # not with the sending task's end: rather twice than never
             return
         attempts = self._storage.settings.max_attempts
+        watch(self._storage, queues[0])
         publish(self._storage, to_job(message, task, queues[0], attempts, self.connection.local_zone()))
 
     def _put(self, queues: list[str], message: dict[str, Any], **kwargs: Any) -> None:

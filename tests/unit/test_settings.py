@@ -197,8 +197,7 @@ def test_module_named_kathikon_celery_in_conf_is_no_setting(load: Any) -> None:
 
 def test_unknown_variable_is_one_warning(load: Any) -> None:
     with pytest.warns(SettingWarning, match="KATHIKON_LEESE in the environment .*did you mean KATHIKON_LEASE") as seen:
-        assert load(None, {"KATHIKON_LEESE": "3"}).lease == 20
-        assert load(None, {"KATHIKON_LEESE": "3"}).lease == 20
+        assert [load(None, {"KATHIKON_LEESE": "3"}).lease for _ in range(3)] == [20, 20, 20]
     assert [one.filename for one in seen] == ["<environment>"]  # no line of code is to blame
     load(None, {"KATHIKON_TEST_ANYTHING": "x", "OTHER": "y"})  # warnings are errors in this suite
 
