@@ -75,12 +75,12 @@ def renew(database: Database, node_id: int, lease: float) -> bool:
 def consume(database: Database, node_id: int, queue_names: Sequence[str]) -> None:
     """Note the queues whose jobs the node runs."""
     with database.once() as connection:
-        connection.execute(update(nodes).where(nodes.c.id == node_id).values(queues=json.dumps(list(queue_names))))
+        connection.execute(update(nodes).where(nodes.c.id == node_id).values(consumes=json.dumps(list(queue_names))))
 
 
 def consumed(connection: Connection) -> list[set[str] | None]:
     """Return for each living node that runs jobs the queues of these jobs; `None`: that is not known (yet)."""
-    found = connection.execute(select(nodes.c.queues).where(nodes.c.lease_until > now())).scalars()
+    found = connection.execute(select(nodes.c.consumes).where(nodes.c.lease_until > now())).scalars()
     return [None if text is None else set(json.loads(text)) for text in found if text != "[]"]
 
 

@@ -258,7 +258,7 @@ nodes = Table(
     #: The queues that an idle node waits for; NULL while it is busy (PostgreSQL wakes by it).
     Column("waiting", Text().with_variant(postgresql.ARRAY(postgresql.TEXT(collation="C")), "postgresql")),
     #: The queues whose jobs the node runs, a list in JSON; NULL: not known (yet).
-    Column("queues", Text()),
+    Column("consumes", Text()),
     sqlite_autoincrement=True,
 )
 

@@ -109,7 +109,9 @@ class TestUnconsumed:
     def test_each_queue_once(self, app: Celery, caplog: pytest.LogCaptureFixture) -> None:
         storage = Storage.for_app(app)
 
-        any_task = app.task(name="any")(lambda: None)
+        def nothing() -> None: ...
+
+        any_task = app.task(name="any")(nothing)
         worker = nodes.register(storage.database, "worker", "here", 1, 1.0, lease=60.0)
         nodes.consume(storage.database, worker, ["default", "mail"])
         for queue in ("default", "mail", "post", "post", "parcels"):
