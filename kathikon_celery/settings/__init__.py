@@ -105,7 +105,8 @@ class Settings:
     #: The class that stores jobs.
     storage_backend: str = _setting("kathikon_celery.storage.sql:SQLBackend", checks.import_path)
 
-    #: ``disc``: tables in the database; ``ram``: tables that live as long as the process; ``auto``: see `in_ram`.
+    #: ``disc``: tables in the database; ``ram``: tables that live as long as the process; ``auto``: see `in_ram` and
+    #: `in_tests`.
     copies: str = _setting("auto", checks.choice("auto", "ram", "disc"))
 
     #: A worker that has not renewed its lease for so long is taken for dead.
@@ -169,6 +170,12 @@ class Settings:
     def in_ram(self) -> bool:
         """Whether the tables live as long as the process: ``ram``, or ``auto`` in a notebook that sets no database."""
         return self.copies == "ram" or (self.copies == "auto" and "database_url" not in self.sources and _in_notebook())
+
+    @property
+    def in_tests(self) -> bool:
+        """Whether the jobs go to tables in memory because Django's tests run here; not if ``copies`` is ``disc``."""
+        tests = getattr(sys.modules.get("django.test.utils"), "_TestState", None)
+        return self.copies != "disc" and hasattr(tests, "saved_data")  # since Django's setup_test_environment()
 
     def retention_for(self, state: str) -> float | None:
         """Return the seconds that a job in *state* stays; None for ever, as in a state that is not terminal."""

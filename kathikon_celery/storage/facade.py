@@ -74,6 +74,8 @@ class Storage:
         Of several *urls*, the first server that can be written to is used. *connect_timeout* (seconds) counts only in
         the first call for a database.
         """
+        if settings.in_tests:
+            urls = [_ram_url()]
         name = (*urls, settings, *sorted(settings.sources))
         storage = _storages.get(name)
         if storage is None:

@@ -44,6 +44,7 @@ def isolated(app: Celery, url: str) -> Iterator[Celery]:
         "broker_read_url": broker,
         "broker_write_url": broker,
         "result_backend": "kathikon",
+        "kathikon_copies": "disc",  # this very database, also in Django's tests
         "kathikon_publish_durability": "server",
     }
     # Up to Celery 5.6, a name with the namespace, wherever it is set, comes before the name without it.
