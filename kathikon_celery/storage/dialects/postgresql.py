@@ -435,9 +435,10 @@ class PostgreSQL(ReturningDialect):
 
     @contextmanager
     def migrating(self, connection: Connection) -> Iterator[None]:
+        connection.execute(text("SET LOCAL lock_timeout = '20s'"))  # another process may create the tables just now
+        connection.execute(select(func.pg_advisory_xact_lock(LOCK_SPACE, 0)))
         # Every statement of the fleet waits behind an ALTER TABLE that waits for a lock.
         connection.execute(text("SET LOCAL lock_timeout = '2s'"))
-        connection.execute(select(func.pg_advisory_xact_lock(LOCK_SPACE, 0)))
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import selectors
 import threading
@@ -37,9 +38,11 @@ try:
 except ImportError:  # pragma: no cover (not Linux: a file is looked at every `LOOK` seconds)
     inotify_simple = None
 
+logger = logging.getLogger(__name__)
+
 #: Seconds for which SQLite itself waits for a lock that another process has in spite of the lock file.
 BUSY = 60.0
-#: Seconds between two looks at a file on a system without inotify.
+#: Seconds between two looks at a file if there is no inotify.
 LOOK = 0.01
 
 #: Length in bytes of the lock file's head, which changes when all nodes are called, not only those that wait for a job.
@@ -355,15 +358,30 @@ class _Turn:
         self._dialect._end_turn()
 
 
+def _inotify_on(path: Path) -> Any:
+    """Return an inotify instance that watches *path*; `None` if the system has no inotify, or no more of it to give."""
+    if inotify_simple is None:
+        return None
+    try:
+        found = inotify_simple.INotify(nonblocking=True)
+        found.add_watch(path, inotify_simple.flags.MODIFY)
+    except OSError as error:
+        logger.warning(
+            "Kathikon: there is no inotify for %s, so this process looks at the file every %g ms: %s; see the system's"
+            " settings fs.inotify.max_user_instances and fs.inotify.max_user_watches", path, LOOK * 1000, error
+        )  # fmt: skip
+        return None
+    return found
+
+
 class Bell(Wakeup):
     """Hears writes to a file."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path = path
-        self._inotify = inotify_simple.INotify(nonblocking=True) if inotify_simple else None
+        self._inotify = _inotify_on(path)
         if self._inotify is not None:
-            self._inotify.add_watch(path, inotify_simple.flags.MODIFY)
             self._selector.register(self._inotify.fileno(), selectors.EVENT_READ)
         self._last = self._stamp()
 
