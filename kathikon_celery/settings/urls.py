@@ -45,7 +45,7 @@ def shown(url: URL, include_password: bool = False) -> str:
 
 def absolute(url: URL) -> URL:
     """Return *url*; if it names a SQLite file, with the full path of the file."""
-    if url.get_backend_name() == "sqlite" and url.database and not url.database.startswith("file:"):
+    if url.get_backend_name() == "sqlite" and url.database and not url.database.startswith(("file:", ":memory:")):
         return url.set(database=os.path.abspath(url.database))
     return url
 
