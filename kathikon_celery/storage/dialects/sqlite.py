@@ -362,10 +362,13 @@ def _inotify_on(path: Path) -> Any:
     """Return an inotify instance that watches *path*; `None` if the system has no inotify, or no more of it to give."""
     if inotify_simple is None:
         return None
+    found = None
     try:
         found = inotify_simple.INotify(nonblocking=True)
         found.add_watch(path, inotify_simple.flags.MODIFY)
     except OSError as error:
+        if found is not None:
+            found.close()
         logger.warning(
             "Kathikon: there is no inotify for %s, so this process looks at the file every %g ms: %s; see the system's"
             " settings fs.inotify.max_user_instances and fs.inotify.max_user_watches", path, LOOK * 1000, error
