@@ -108,7 +108,8 @@ class Storage:
     def insert(self, job: Job) -> None:
         """Publish *job*. It is committed, and on disk if the settings say so, when this returns.
 
-        If the id is known, its row waits again and keeps its errors.
+        If the id is known, its row waits again and keeps its errors. The same object again is a repetition, as after a
+        lost connection, and changes nothing; a job that was read by `fetch` is another publication.
         """
         self.backend.insert(job)
 
@@ -203,6 +204,7 @@ def _database_of(urls: Sequence[str], settings: Settings) -> Database:
         first,
         publish_durability=settings.publish_durability,
         worker_durability=settings.worker_durability,
+        silence=settings.lease / 2,
         alternates=alternates,
     )
 

@@ -37,6 +37,7 @@ def jobs_of(connection: Connection, query: Select[Any], values: dict[str, Any] |
 def _job_of(row: Any) -> Job:
     """Return the job of *row*. Raises `ValueError`, `TypeError` or `AttributeError` for a corrupt one."""
     values = dict(row)
+    values.pop("publication", None)  # a job that is inserted after it was read is another publication
     values["state"] = State(values["state"])
     values["cause"] = cause_of(values.get("cause"))
     values["errors"] = errors_of(values["errors"])

@@ -54,7 +54,9 @@ def setup(database: Database) -> None:
     until = monotonic() + PATIENCE
     while True:
         try:
-            return _upgrade(database)
+            _upgrade(database)
+            with database.read() as connection:
+                return database.dialect.set_up(connection)
         except Exception as error:
             explained = database.explain(error)
             if not isinstance(explained, TablesInUse) or monotonic() > until:

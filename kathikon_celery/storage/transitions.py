@@ -102,14 +102,13 @@ def _due(later: bool) -> dict[str, Any]:
     }
 
 
-def published(brought: Mapping[str, Any], later: bool, own: bool, again: bool) -> Upsert:
+def published(brought: Mapping[str, Any], later: bool, own: bool) -> Upsert:
     """A new row for a job; an existing row with the same id waits again, if it is of another publication.
 
     Arguments:
         brought: columns of the message -> their parameters.
         later: the job has a due time.
         own: the caller has locked the existing row, which waits again without a condition.
-        again: an earlier try may have been committed. Otherwise a row that has ended waits again in any case.
     """
     columns = {**brought, **_due(later)}
     values = {
@@ -136,7 +135,7 @@ def published(brought: Mapping[str, Any], later: bool, own: bool, again: bool) -
 
     def is_another(new: NewRow) -> ColumnElement[bool]:
         other: ColumnElement[bool] = jobs.c.publication != new["publication"]
-        return other if again else or_(other, has_ended)
+        return other
 
     return Upsert(jobs, (jobs.c.id,), values, changes, None if own else is_another)
 

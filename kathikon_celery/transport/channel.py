@@ -114,6 +114,8 @@ class Channel(virtual.Channel):
 
     def __init__(self, connection: Transport, **kwargs: Any) -> None:
         super().__init__(connection, **kwargs)
+        #: As `connection`, which kombu sets to None when it closes the channel: a publisher may still have the channel.
+        self._transport = connection
         self._storage = connection.storage
         self._database = connection.storage.database
         self._intake = connection.intake
@@ -201,7 +203,7 @@ class Channel(virtual.Channel):
             if auto_delete:
                 self._auto_delete.add(name)
             if exclusive:
-                self.connection.exclusive.add(name)
+                self._transport.exclusive.add(name)
                 self._intake.start()  # become a node: when a node dies, its exclusive queues are deleted
                 self._own(name, True)
             elif expires is not None:
@@ -293,7 +295,7 @@ class Channel(virtual.Channel):
             return
         attempts = self._storage.settings.max_attempts
         watch(self._storage, queues[0])
-        publish(self._storage, to_job(message, task, queues[0], attempts, self.connection.local_zone()))
+        publish(self._storage, to_job(message, task, queues[0], attempts, self._transport.local_zone()))
 
     def _put(self, queues: list[str], message: dict[str, Any], **kwargs: Any) -> None:
         if not queues:
@@ -319,9 +321,9 @@ class Channel(virtual.Channel):
                 durable=properties.get("delivery_mode") != 1,
             )
         except Exception as error:
-            if properties.get("delivery_mode") != 1 or not self.connection.is_worker:
+            if properties.get("delivery_mode") != 1 or not self._transport.is_worker:
                 raise
-            self.connection.lost_transient(error)
+            self._transport.lost_transient(error)
 
     def _route(self, exchange: str, routing_key: str) -> list[str]:
         def read() -> tuple[str, list[tuple[str, str]]]:
@@ -363,7 +365,7 @@ class Channel(virtual.Channel):
             self._intake.finish(
                 delivery.tag, Outcome(Verdict.ENDED, State.DEAD, Cause.UNREADABLE, in_brief(str(error)))
             )
-            self.connection.corrupt(delivery, error)
+            self._transport.corrupt(delivery, error)
             return None
         message.delivery = delivery
         if message.errors:  # of its decompression
@@ -423,14 +425,14 @@ class Channel(virtual.Channel):
 
     def drain_events(self, timeout: float | None = None, callback: Any = None) -> None:
         """Deliver one message. Raises `TimeoutError` if none comes within *timeout* seconds."""
-        self.connection.drain_events(self.connection, timeout=timeout)
+        self._transport.drain_events(self._transport, timeout=timeout)
 
     def close(self) -> None:
         """Cancel the consumers, and give back unacknowledged deliveries that the pool does not have."""
         if self.closed:
             return
         self.closed = True
-        transport = self.connection
+        transport = self._transport
         for tag in list(self._consumers):
             self.basic_cancel(tag)
         for tag in self.unacknowledged:

@@ -46,11 +46,11 @@ class Dialect(ABC):
     closes_before_fork = False
     #: Statements that this kind of database runs after a migration, by its number, such as for indexes of its own.
     after_migrations: ClassVar[Mapping[str, Sequence[str]]] = {}
-    #: Arguments of the driver's connect() that refuse a server which cannot be written to.
-    writable: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, url: URL) -> None:
         self.url = url
+        #: How many connections were found to be lost so far. Perhaps others are lost as well that send nothing.
+        self.losses = 0
 
     # --- connections
 
@@ -58,8 +58,27 @@ class Dialect(ABC):
     def connect_args(self, timeout: float, on_disk: bool, publishes: bool) -> dict[str, Any]:
         """Return arguments of the driver's connect(). *timeout*: seconds. *on_disk*: commits wait for the disk."""
 
+    def connect(self, connect: Callable[..., Any], arguments: Mapping[str, Any], silence: float) -> Any:
+        """Return a connection by the driver's *connect*, called with *arguments*.
+
+        Arguments:
+            silence: seconds without an answer after which it is asked whether the connection is lost.
+        """
+        return connect(**arguments)
+
     def on_connect(self, connection: Any, on_disk: bool) -> None:
         """Prepare a new connection of the driver."""
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Whether a driver's *error* says that its connection is of no more use, although it may be open."""
+        return False
+
+    def is_writable(self, connection: Any) -> bool:
+        """Whether the server can be written to, as far as a connection of the driver has told. Sends no statement."""
+        return True
+
+    def set_up(self, connection: Connection) -> None:
+        """Note that the tables exist."""
 
     @abstractmethod
     def is_at_rest(self, connection: Any) -> bool:
@@ -69,7 +88,7 @@ class Dialect(ABC):
         """Raise `Unavailable` if connecting would fail with a less clear error."""
 
     def is_replaced(self) -> bool:
-        """Whether the URL now means another database than the one that we are connected to."""
+        """Whether the URL now means another database, or other tables, than those that we have used."""
         return False
 
     def close(self) -> None:
@@ -324,7 +343,7 @@ class Dialect(ABC):
         return None
 
     def check_held(self, lock: Any) -> None:
-        """Raise `Unavailable` when the connection that holds the lock is gone. Sends no statement."""
+        """Raise `Unavailable` when the lock's connection is gone. Sends a statement only after new `losses`."""
 
     def has_free_lock(self, node_id: ColumnElement[int]) -> ColumnElement[bool]:
         """Return the condition that no process holds the lock of the node *node_id*, a column."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import selectors
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from itertools import chain
+from math import inf
 from time import monotonic
-from typing import Any, ClassVar
+from typing import Any
 
 from sqlalchemy import (
     URL,
@@ -45,6 +47,7 @@ from kathikon_celery.job import Hold
 from kathikon_celery.settings import shown
 from kathikon_celery.storage.clock import now, seconds_until
 from kathikon_celery.storage.dialects import moments
+from kathikon_celery.storage.dialects.base import Dialect
 from kathikon_celery.storage.dialects.parameters import Change, Changed, Claim, Upsert
 from kathikon_celery.storage.dialects.returning import (
     BROUGHT,
@@ -54,7 +57,7 @@ from kathikon_celery.storage.dialects.returning import (
     upserting,
     which_of,
 )
-from kathikon_celery.storage.engine import prepared
+from kathikon_celery.storage.engine import answers, prepared
 from kathikon_celery.storage.engine.wakeup import ENDED, NEWS, PUBLISHED, Wakeup
 from kathikon_celery.storage.engine.wakeup import OUTCOME as OUTCOME_CALL
 from kathikon_celery.storage.errors import Forbidden, TablesInUse, Unavailable, UnknownDatabase, in_words
@@ -74,8 +77,19 @@ LONGEST_CALL = 7900
 FORBIDDEN = "42501"
 #: SQLSTATE: no lock within ``lock_timeout``.
 LOCKED = "55P03"
+#: SQLSTATE: the server cannot be written to any more, the database or our tables are not there any more, or a prepared
+#: statement is of tables that have changed. Another connection may do better. (Other losses close the connection.)
+_USELESS = {"25006", "0A000", "55000", "57P04", "3D000", "3F000"}
+#: SQLSTATE: there is no such table.
+NO_TABLE = "42P01"
+#: Whether the server reports that sessions cannot write (PostgreSQL 14 and newer).
+_READ_ONLY = (b"in_hot_standby", b"default_transaction_read_only")
+#: Which backend serves a connection, and the table that says whether the tables are still those that we know.
+_IDENTITY = f"SELECT pg_backend_pid(), pg_postmaster_start_time(), to_regclass('{nodes.fullname}')::oid::bigint"
 #: Arguments of psycopg's connect() that are not libpq's.
 _OPTIONS_OF_PSYCOPG = ("autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory")
+#: libpq's option for the kind of server that is wanted, and its value for one that can be written to.
+_TARGET, _WRITABLE = "target_session_attrs", "read-write"
 #: libpq's status of a connection outside of any transaction.
 IDLE = 0
 #: Seconds between two attempts to listen again after a lost connection.
@@ -238,10 +252,12 @@ class PostgreSQL(ReturningDialect):
     keeps_old_rows = True
     completes_and_claims = True
 
-    writable: ClassVar[Mapping[str, Any]] = {"target_session_attrs": "read-write"}
-
     def __init__(self, url: URL) -> None:
         super().__init__(url)
+        #: Number of the table of nodes when we have last seen it; `None`: we have not.
+        self._tables: int | None = None
+        self._is_replaced = False
+        self._must_be_writable = url.query.get(_TARGET, os.environ.get("PGTARGETSESSIONATTRS", _WRITABLE)) == _WRITABLE
         try:
             import psycopg
         except ImportError as error:
@@ -262,6 +278,7 @@ class PostgreSQL(ReturningDialect):
         if publishes:  # else PostgreSQL plans each of the first five INSERTs, which takes as long as the INSERT
             options["plan_cache_mode"] = "force_generic_plan"
         return {
+            **({_TARGET: _WRITABLE} if self._must_be_writable else {}),
             "connect_timeout": max(2, round(timeout)),
             "application_name": "kathikon",
             "options": " ".join(f"-c {name}={value}" for name, value in options.items()),
@@ -273,8 +290,38 @@ class PostgreSQL(ReturningDialect):
             "tcp_user_timeout": UNANSWERED,
         }
 
+    def connect(self, connect: Callable[..., Any], arguments: Mapping[str, Any], silence: float) -> Any:
+        return answers.connect(arguments, silence)
+
     def on_connect(self, connection: Any, on_disk: bool) -> None:
+        was, connection.autocommit = connection.autocommit, True
+        *connection.identity, tables = connection.execute(_IDENTITY).fetchone()
+        connection.autocommit = was
+        self._see(tables)
         moments.adapt(connection)
+
+    def _see(self, tables: int | None) -> None:
+        if self._tables is not None and tables != self._tables:
+            self._is_replaced = True
+        elif tables is not None:
+            self._tables = tables
+
+    def set_up(self, connection: Connection) -> None:
+        self._see(connection.exec_driver_sql(_IDENTITY).one()[-1])
+
+    def is_replaced(self) -> bool:
+        return self._is_replaced
+
+    def close(self) -> None:
+        self._tables, self._is_replaced = None, False
+
+    def is_lost(self, error: BaseException) -> bool:
+        state = getattr(error, "sqlstate", None)
+        return state in _USELESS or (state == NO_TABLE and CHANNEL in str(error))
+
+    def is_writable(self, connection: Any) -> bool:
+        status = connection.pgconn.parameter_status
+        return not self._must_be_writable or (status(_READ_ONLY[0]) != b"on" and status(_READ_ONLY[1]) != b"on")
 
     def _explained(self, error: Exception) -> Exception:
         cause = getattr(error, "orig", None)
@@ -368,7 +415,7 @@ class PostgreSQL(ReturningDialect):
         prepared.rows(connection, _RING, {})
 
     def wakeup(self, connect: Callable[[], Any], node_id: int | None) -> Wakeup:
-        return Listener(connect, [CHANNEL] if node_id is None else [CHANNEL, f"{CHANNEL}_{node_id}"])
+        return Listener(self, connect, [CHANNEL] if node_id is None else [CHANNEL, f"{CHANNEL}_{node_id}"])
 
     def _told(
         self,
@@ -396,7 +443,7 @@ class PostgreSQL(ReturningDialect):
         connection.execute(_LEAVE, {"keys": keys, "listener": listener, "at_most": 2 * len(keys)})
 
     def hearing(self, connect: Callable[[], Any], listener: int) -> Wakeup:
-        heard = Listener(connect, [f"{RESULTS_CHANNEL}{listener}"])
+        heard = Listener(self, connect, [f"{RESULTS_CHANNEL}{listener}"])
         heard.listen()
         return heard
 
@@ -404,21 +451,32 @@ class PostgreSQL(ReturningDialect):
         return connection.execute(select(func.pg_postmaster_start_time())).scalar()
 
     def hold(self, connect: Callable[[], Any], node_id: int) -> Any:
-        connection = connect()
-        # Do not wait: until the server notices that our last connection is gone, the lease alone counts.
-        lock = connection.execute("SELECT pg_try_advisory_lock(%s, %s)", (LOCK_SPACE, node_id % 2**31))
-        if lock.fetchone() == (True,):
-            return connection
+        losses, connection = self.losses, connect()
+        try:
+            # Do not wait: until the server notices that our last connection is gone, the lease alone counts.
+            lock = connection.execute("SELECT pg_try_advisory_lock(%s, %s)", (LOCK_SPACE, node_id % 2**31))
+            if lock.fetchone() == (True,):
+                connection.losses = losses
+                return connection
+        except Exception as error:
+            connection.close()
+            raise Unavailable(f"the connection that holds the lease is gone: {in_words(error)}") from error
         connection.close()
         return None
 
     def check_held(self, lock: Any) -> None:
         try:
-            # A server that ends a connection says so; keepalives find the loss of a silent server.
+            if lock.losses != self.losses:
+                losses = self.losses
+                lock.execute("SELECT 1")
+                lock.losses = losses
+            # A server that ends a connection says so.
             lock.pgconn.consume_input()  # the server's last message, if any
             lock.pgconn.consume_input()  # and the end of the connection
         except Exception as error:
             raise Unavailable(f"the connection that holds the lease is gone: {in_words(error)}") from error
+        if not self.is_writable(lock):
+            raise Unavailable("the connection that holds the lease is to a server that cannot be written to now")
 
     def has_free_lock(self, node_id: ColumnElement[int]) -> ColumnElement[bool]:
         locks = table("pg_locks", column("locktype"), column("classid"), column("objid"), column("database"))
@@ -435,6 +493,7 @@ class PostgreSQL(ReturningDialect):
 
     @contextmanager
     def migrating(self, connection: Connection) -> Iterator[None]:
+        connection.connection.driver_connection.longest = inf  # type: ignore[union-attr]
         connection.execute(text("SET LOCAL lock_timeout = '20s'"))  # another process may create the tables just now
         connection.execute(select(func.pg_advisory_xact_lock(LOCK_SPACE, 0)))
         # Every statement of the fleet waits behind an ALTER TABLE that waits for a lock.
@@ -443,10 +502,12 @@ class PostgreSQL(ReturningDialect):
 
 
 class Listener(Wakeup):
-    """Hears NOTIFY on *channels*, and reconnects by itself after a loss."""
+    """Hears NOTIFY on *channels*, and reconnects by itself after a loss, also of another connection."""
 
-    def __init__(self, connect: Callable[[], Any], channels: list[str]) -> None:
+    def __init__(self, dialect: Dialect, connect: Callable[[], Any], channels: list[str]) -> None:
         super().__init__()
+        self._dialect = dialect
+        self._losses = 0
         self._connect = connect
         self._channels = channels
         self._connection: Any = None
@@ -455,6 +516,7 @@ class Listener(Wakeup):
     def listen(self) -> bool:
         """Connect and LISTEN; return false while the database is away."""
         self._next_attempt = monotonic() + RECONNECT
+        self._losses = self._dialect.losses
         try:
             connection = self._connect()
             for channel in self._channels:
@@ -467,6 +529,8 @@ class Listener(Wakeup):
         return True
 
     def wait(self, timeout: float) -> bool:
+        if self._losses != self._dialect.losses and self._connection is not None:
+            self._forget()  # it may be silent for ever
         if self._connection is None:
             if monotonic() >= self._next_attempt and self.listen():
                 self.called_all = True

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -55,7 +55,12 @@ class _Use:
             if not self._writes:
                 database.dialect.check_usable()
             # Before the turn: connecting takes the turn for a moment, and a pool has a lock for its first connection.
-            self._connection = database._connect(self._durable)
+            self._connection = connection = database._connect(self._durable)
+            # A statement that reads would not fail.
+            if not self._writes and not database.dialect.is_writable(connection.connection.driver_connection):
+                connection.invalidate()
+                database.dialect.losses += 1
+                raise Unavailable(f"{database!r} cannot be written to now")
             if self._writes:
                 turn = database.dialect.writing()
                 turn.__enter__()
@@ -102,6 +107,7 @@ class Database:
         publish_durability: ``disk`` when a commit of `write(durable=True)` must be on disk, ``server`` when not.
         worker_durability: as *publish_durability*, for all other commits.
         connect_timeout: seconds after which an attempt to connect is given up.
+        silence: seconds without an answer after which it is asked whether a connection is lost.
         alternates: URLs of further servers that have the same data. The first one that can be written to is used.
     """
 
@@ -112,6 +118,7 @@ class Database:
         publish_durability: str = "disk",
         worker_durability: str = "server",
         connect_timeout: float = 4.0,
+        silence: float = 10.0,
         alternates: Sequence[str] = (),
     ) -> None:
         self.url = absolute(make_url(url))
@@ -119,7 +126,7 @@ class Database:
         self.events = Events()
         self._servers = [self.url, *map(make_url, alternates)]
         self.dialect: Dialect = dialect_for(self.url)
-        self.connect_timeout = connect_timeout
+        self.connect_timeout, self.silence = connect_timeout, silence
         #: Seconds for which `patiently` tries again when the database is away: 0 for producers, more for workers.
         self.patience = 0.0
         #: Number of connections made so far; it grows after a loss.
@@ -162,22 +169,23 @@ class Database:
             execution_options={OPTION: self.dialect},
             **options,
         )
+        usual = engine.dialect.is_disconnect
+        engine.dialect.is_disconnect = partial(self._is_disconnect, usual)  # type: ignore[method-assign]
         event.listen(engine, "do_connect", self._do_connect)
         event.listen(engine, "connect", lambda connection, _: self._on_connect(connection, on_disk))
         return engine
 
     def _do_connect(self, dialect: Any, _: Any, args: list[Any], options: dict[str, Any]) -> Any:
-        """Return a connection of the driver for SQLAlchemy's event; with `None` SQLAlchemy connects."""
+        """Return a connection of the driver, for SQLAlchemy's event."""
         self.dialect.check_usable()
         if len(self._servers) == 1:
-            return None
+            return self.dialect.connect(partial(dialect.connect, *args), options, self.silence)
         _, own = dialect.create_connect_args(self.url)
         ours = {name: value for name, value in options.items() if name not in own}
-        ours.update(self.dialect.writable)
         for url in list(self._servers):
             args, named = dialect.create_connect_args(url)
             try:
-                connection = dialect.connect(*args, **named, **{k: v for k, v in ours.items() if k not in named})
+                connection = self.dialect.connect(partial(dialect.connect, *args), {**ours, **named}, self.silence)
             except dialect.loaded_dbapi.OperationalError as error:
                 lost = error
             else:  # the next attempt, in any thread, begins with this server
@@ -185,15 +193,19 @@ class Database:
                 return connection
         raise lost
 
+    def _is_disconnect(self, usual: Callable[..., bool], error: Exception, *of: Any) -> bool:
+        """Whether a driver's *error* says that its connection is lost: the one place that decides this."""
+        is_lost = self.dialect.is_lost(error) or usual(error, *of)
+        self.dialect.losses += is_lost
+        return is_lost
+
     def _on_connect(self, connection: Any, on_disk: bool) -> None:
         self.opened += 1
         self.dialect.on_connect(connection, on_disk)
 
     def _connect(self, durable: bool) -> Connection:
         """Return a connection for one use: one kept at hand, or else, at a higher cost, one of the pool."""
-        if self.dialect.is_replaced():
-            self._notice()
-            raise Unavailable(f"{self!r} was deleted or replaced while it was in use; what it held is gone")
+        self._check_replaced()
         idle = self._idle[durable]
         while idle:
             try:
@@ -203,7 +215,18 @@ class Database:
             if monotonic() - since < LONGEST_IDLE:
                 return connection
             connection.close()
-        return (self._durable if durable else self._relaxed).connect()
+        connection = (self._durable if durable else self._relaxed).connect()
+        try:
+            self._check_replaced()  # a new connection may be the first that sees it
+        except Unavailable:
+            connection.close()
+            raise
+        return connection
+
+    def _check_replaced(self) -> None:
+        if self.dialect.is_replaced():
+            self._notice()
+            raise Unavailable(f"{self!r} was deleted or replaced while it was in use; what it held is gone")
 
     def _notice(self) -> None:
         """Call `on_replaced`, in one of the threads that notice the replacement; the others do not wait."""

@@ -188,6 +188,7 @@ class _errors:  # noqa: N801 (a context manager; as a generator it would cost as
         lost = connection.dialect.is_disconnect(error, connection.connection, None)
         if lost:
             with suppress(DBAPIError):  # SQLAlchemy notices the loss, and drops the connections in its pool
+                connection.connection.driver_connection.close()  # type: ignore[union-attr]
                 connection.exec_driver_sql("SELECT 1")
             connection.invalidate(error)
         raise DBAPIError.instance(
