@@ -17,6 +17,7 @@ from celery.canvas import _chain as chain
 from celery.canvas import _regen, maybe_signature
 from celery.exceptions import ChordError
 from celery.result import GroupResult, result_from_tuple
+from kombu.exceptions import OperationalError
 
 from kathikon_celery.backports import Backend, name_group
 from kathikon_celery.job import Hold, State
@@ -24,6 +25,7 @@ from kathikon_celery.publish import outbox
 from kathikon_celery.results.carrier import carry, written
 from kathikon_celery.storage import chords
 from kathikon_celery.storage.chords import Header, Part
+from kathikon_celery.storage.errors import in_words, is_lost
 from kathikon_celery.storage.settle import Incomplete, JobEnd, TaskEnd
 
 if TYPE_CHECKING:
@@ -39,6 +41,17 @@ def hold_by(request: Any, task_id: str) -> Hold | None:
     if getattr(request, "id", None) != task_id:
         return None
     return Hold.of_tag((getattr(request, "properties", None) or {}).get("delivery_tag"))
+
+
+@contextmanager
+def _sending() -> Iterator[None]:
+    """Raise what ``delay()`` raises if the database is away: Celery sends a chord through broker and backend."""
+    try:
+        yield
+    except Exception as error:
+        if not is_lost(error):
+            raise
+        raise OperationalError(in_words(error)) from error
 
 
 class CanvasBackend(Backend):
@@ -127,6 +140,7 @@ class CanvasBackend(Backend):
 
     # --- chords
 
+    @_sending()
     def apply_chord(self, header_result_args: Any, body: Any, **kwargs: Any) -> None:
         """Insert the chord and its parts. Celery calls this before it sends the header."""
         self.ensure_chords_allowed()
@@ -140,10 +154,12 @@ class CanvasBackend(Backend):
         parts = [(task_id, position) for position, task_id in enumerate(_leaves(result))]
         chords.open(self.storage.database, result.id, parts, structure)
 
+    @_sending()
     def set_chord_size(self, group_id: str, chord_size: int) -> None:
         """Set the number of a chord's parts. Celery calls this before it sends the last part."""
         chords.set_size(self.storage.database, group_id, chord_size)
 
+    @_sending()
     def add_to_chord(self, chord_id: str, result: Any) -> None:
         """Raise the number of a chord's parts by one: one of the parts is about to send another."""
         chords.add_part(self.storage.database, chord_id)

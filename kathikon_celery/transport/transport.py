@@ -94,6 +94,8 @@ class Transport(virtual.Transport):
 
     def __init__(self, client: Any, **kwargs: Any) -> None:
         super().__init__(client, **kwargs)
+        #: As those of `client`, which kombu sets to None when it closes the connection.
+        self._options = client.transport_options or {}
         client.cycle = None  # `Database` finds the server that can be reached, for all connections
         #: Queues that are deleted when this connection is closed.
         self.exclusive: set[str] = set()
@@ -107,7 +109,7 @@ class Transport(virtual.Transport):
 
     @property
     def _app(self) -> Celery | None:
-        return app_of_connection(self.client.transport_options or {})
+        return app_of_connection(self._options)
 
     @property
     def storage(self) -> Storage:
@@ -151,7 +153,7 @@ class Transport(virtual.Transport):
         except Unavailable:
             type(self).on_unreachable()
             raise
-        if (app := app_named((self.client.transport_options or {}).get(APP_OPTION))) is not None:
+        if (app := app_named(self._options.get(APP_OPTION))) is not None:
             fast_path.install(app)
         return cast("Transport", super().establish_connection())
 
