@@ -493,12 +493,16 @@ class PostgreSQL(ReturningDialect):
 
     @contextmanager
     def migrating(self, connection: Connection) -> Iterator[None]:
-        connection.connection.driver_connection.longest = inf  # type: ignore[union-attr]
-        connection.execute(text("SET LOCAL lock_timeout = '20s'"))  # another process may create the tables just now
-        connection.execute(select(func.pg_advisory_xact_lock(LOCK_SPACE, 0)))
-        # Every statement of the fleet waits behind an ALTER TABLE that waits for a lock.
-        connection.execute(text("SET LOCAL lock_timeout = '2s'"))
-        yield
+        driver: Any = connection.connection.driver_connection
+        driver.longest = inf  # the tables may be large
+        try:
+            connection.execute(text("SET LOCAL lock_timeout = '20s'"))  # another process may create the tables just now
+            connection.execute(select(func.pg_advisory_xact_lock(LOCK_SPACE, 0)))
+            # Every statement of the fleet waits behind an ALTER TABLE that waits for a lock.
+            connection.execute(text("SET LOCAL lock_timeout = '2s'"))
+            yield
+        finally:
+            driver.longest = None
 
 
 class Listener(Wakeup):

@@ -16,7 +16,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 #: So many times the silence that makes us ask, a server may work on one statement.
-MOST_PERIODS = 10
+MOST_PERIODS = 6
 #: What the backend of a connection does: a row, if it works on a statement.
 _AT_WORK = """
 SELECT wait_event FROM pg_stat_activity

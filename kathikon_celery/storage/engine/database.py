@@ -216,11 +216,10 @@ class Database:
                 return connection
             connection.close()
         connection = (self._durable if durable else self._relaxed).connect()
-        try:
-            self._check_replaced()  # a new connection may be the first that sees it
-        except Unavailable:
+        if self.dialect.is_replaced():  # a new connection may be the first that sees it
+            connection.invalidate()
             connection.close()
-            raise
+            self._check_replaced()
         return connection
 
     def _check_replaced(self) -> None:
