@@ -141,7 +141,8 @@ def test_a_database_that_is_replaced_by_an_empty_one(postgresql_url: str, tmp_pa
             wait_until(lambda: len(client.control.ping(timeout=1)) == 2, what="two answers")
         for one in (worker, other):
             assert "taken for dead" not in one.log
-            assert "Traceback" not in one.log
+            # Celery restarts the greenlet that hears remote control, after its traceback.
+            assert pool == "gevent" or "Traceback" not in one.log
             assert one.stop() == 0
 
 

@@ -257,6 +257,7 @@ class PostgreSQL(ReturningDialect):
         #: Number of the table of nodes when we have last seen it; `None`: we have not.
         self._tables: int | None = None
         self._is_replaced = False
+        self._life = 0  # how often we have begun anew
         self._must_be_writable = url.query.get(_TARGET, os.environ.get("PGTARGETSESSIONATTRS", _WRITABLE)) == _WRITABLE
         try:
             import psycopg
@@ -291,13 +292,17 @@ class PostgreSQL(ReturningDialect):
         }
 
     def connect(self, connect: Callable[..., Any], arguments: Mapping[str, Any], silence: float) -> Any:
-        return answers.connect(arguments, silence)
+        life = self._life
+        connection = answers.connect(arguments, silence)
+        connection.life = life
+        return connection
 
     def on_connect(self, connection: Any, on_disk: bool) -> None:
         was, connection.autocommit = connection.autocommit, True
         *connection.identity, tables = connection.execute(_IDENTITY).fetchone()
         connection.autocommit = was
-        self._see(tables)
+        if connection.life == self._life:  # else it may have seen the tables that are replaced
+            self._see(tables)
         moments.adapt(connection)
 
     def _see(self, tables: int | None) -> None:
@@ -313,6 +318,7 @@ class PostgreSQL(ReturningDialect):
         return self._is_replaced
 
     def close(self) -> None:
+        self._life += 1
         self._tables, self._is_replaced = None, False
 
     def is_lost(self, error: BaseException) -> bool:
