@@ -13,9 +13,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import psutil
 from kombu.utils.url import maybe_sanitize_url
@@ -34,6 +34,7 @@ APP = "tests.endurance.app"
 ACK_WINDOW = 1.0
 
 Figures = dict[str, Any]
+T = TypeVar("T")
 
 
 class Disturbance(NamedTuple):
@@ -97,7 +98,8 @@ class Run:
             if self._database:
                 cleanup.enter_context(self._database)
             self.purge()
-            cleanup.callback(self.purge)
+            if not self._database:
+                cleanup.callback(self.purge)
             self._cleanup = cleanup.pop_all()
         return self
 
@@ -196,6 +198,14 @@ class Run:
         """Wait until every job is sent and done; False if some never are."""
         self.sent()
         return self.wait(lambda: not self.journal.unfinished())
+
+    def move(self, broker: str) -> None:
+        """From now on, processes are started on this broker, and rows read there."""
+        self.broker = self.environ["ENDURANCE_BROKER"] = broker
+
+    def keep(self, resource: AbstractContextManager[T]) -> T:
+        """Enter *resource*; it is left at the end of the run, after all processes have ended that began later."""
+        return self._cleanup.enter_context(resource)
 
     def logs(self) -> str:
         """What workers and producers have logged, one after the other."""

@@ -154,7 +154,10 @@ def test_a_commit_that_waits_for_a_standby_is_told_and_has_an_end(
         apps.add.delay(1, 1)
         configure(server, "SET synchronous_standby_names = 'nobody'")
         try:
-            with caplog.at_level(logging.WARNING), pytest.raises(OperationalError, match="on a statement, which is ended"):
+            with (
+                caplog.at_level(logging.WARNING),
+                pytest.raises(OperationalError, match="on a statement, which is ended"),
+            ):
                 apps.add.apply_async((1, 1), retry_policy={"max_retries": 0}, task_id="waits")
         finally:
             configure(server, "RESET synchronous_standby_names")

@@ -69,6 +69,19 @@ class PostgreSQLServer:
         self.stop(mode)
         self.start()
 
+    def standby(self) -> PostgreSQLServer:
+        """Return a server, not started yet, that repeats what is written to this one (streaming replication)."""
+        other = PostgreSQLServer()
+        source = f"host=127.0.0.1 port={self.port} user=postgres"
+        other._run("pg_basebackup", f"--dbname={source}", "--checkpoint=fast", "--no-sync", "--write-recovery-conf")
+        with (other.data / "postgresql.conf").open("a") as file:
+            file.write(f"port = {other.port}\n")
+        return other
+
+    def promote(self) -> None:
+        """Make a standby a primary, which can be written to."""
+        self._run("pg_ctl", "promote", "--wait")
+
     def destroy(self) -> None:
         """Stop the server if it runs, and remove its files."""
         if (self.data / "postmaster.pid").exists():

@@ -27,7 +27,11 @@ class Proxy:
         with suppress(OSError):  # cut
             while True:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(self._behind)
+                try:
+                    server = socket.create_connection(self._behind)
+                except OSError:
+                    client.close()
+                    continue
                 self._sockets += [client, server]
                 for one, other in ((client, server), (server, client)):
                     threading.Thread(target=self._pass_on, args=(one, other), daemon=True).start()
