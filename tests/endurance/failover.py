@@ -104,7 +104,7 @@ def failover(
         "workers_lost": sum(not worker.running for worker in workers),
         "consumed_after": len({one.worker for job in late for one in run.journal.attempts[job]}),
         "silence": round(next((start for start in starts if start > last), float("inf")) - last, 2),
-        "hung": sum(job.state.value not in ("completed",) for job in run.rows().values()),
+        "left_over": sum(job.state.value != "completed" for job in run.rows().values()),
     }
 
 
