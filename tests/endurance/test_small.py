@@ -9,6 +9,7 @@ import pytest
 from tests.endurance.child_recycling import child_recycling
 from tests.endurance.client_memory import client_memory
 from tests.endurance.database_restart import database_restart
+from tests.endurance.failover import failover
 from tests.endurance.harness import Figures, Run
 from tests.endurance.kill_chords import kill_chords
 from tests.endurance.kill_workers import kill_workers
@@ -67,6 +68,13 @@ def test_nothing_is_lost_when_the_database_restarts(cluster_run: Run) -> None:
 def test_nothing_is_lost_when_connections_are_cut(cluster_run: Run) -> None:
     figures = terminate_backends(cluster_run, times=4, every=1.0, rate=20.0)
     assert_figures(figures, **NOT_LOST, workers_lost=0)
+
+
+@pytest.mark.postgresql
+@pytest.mark.parametrize("how", ["crash", "silence", "demote"])
+def test_a_synchronous_standby_takes_the_place_of_its_primary(cluster_run: Run, how: str) -> None:
+    figures = failover(cluster_run, how=how, rate=20.0, before=1.0, away=0.5, after=4.0)
+    assert_figures(figures, **NOT_LOST, lost=0, workers_lost=0, consumed_after=2)
 
 
 def test_many_processes_share_a_sqlite_file(sqlite_url: str) -> None:
