@@ -75,7 +75,7 @@ def failover(
     workers = []
     for proxy in proxies[:2]:
         run.move(f"kathikon+{proxy.url}")
-        workers += run.start_ready("--pool", pool)
+        workers += run.start_ready(pool=pool)
     jobs: list[int] = []
     for proxy in proxies[2:]:
         run.move(f"kathikon+{proxy.url}")
