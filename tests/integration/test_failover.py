@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 from celery import chord
 from kombu.exceptions import OperationalError
-from sqlalchemy import NullPool, create_engine, make_url
+from sqlalchemy import Connection, NullPool, create_engine, make_url
 
-from kathikon_celery.storage import Storage
+from kathikon_celery.job import State
+from kathikon_celery.storage import Storage, Unavailable
 from kathikon_celery.storage.engine import answers
 from tests.integration.conftest import Journal, client_of
+from tests.storage.actors import Worker
 from tests.support import apps
 from tests.support.postgresql import PostgreSQLServer
 from tests.support.proxy import Proxy
@@ -165,3 +167,41 @@ def test_a_commit_that_waits_for_a_standby_is_told_and_has_an_end(
         apps.add.apply_async((1, 1), task_id="waits")
         with closing(Storage.for_app(client)) as storage:
             assert [job.id for job in storage.all()].count("waits") == 1
+
+
+def test_a_publication_that_celery_repeats_after_lost_answers_runs_no_ended_job_again(
+    postgresql_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commit arrived, its answer did not, and the job has ended when Celery tries again."""
+    with client_of(postgresql_url) as client, closing(Storage.for_app(client)) as storage:
+        assert is_refused() is False
+        storage.reset()
+        worker = Worker(storage)
+        once, lost = storage.database.once, []
+
+        @contextmanager
+        def lossy(durable: bool = False) -> Iterator[Connection]:
+            with once(durable) as connection:
+                yield connection
+            if durable and len(lost) < 3:
+                lost.append(None)
+                for job in worker.claim(10):
+                    worker.complete(job)
+                raise Unavailable("the answer was lost")
+
+        monkeypatch.setattr(storage.database, "once", lossy)
+        apps.add.apply_async((1, 1), task_id="sent once", retry_policy={"interval_start": 0, "interval_step": 0})
+        assert len(lost) == 3
+        assert [(job.id, job.state, job.attempts) for job in storage.all()] == [("sent once", State.COMPLETED, 1)]
+
+
+def test_a_channel_that_kombu_has_closed_publishes(postgresql_url: str) -> None:
+    """Kombu closes it when it declares a queue in vain, and then publishes on it."""
+    with client_of(postgresql_url) as client, client.connection_for_write() as connection:
+        producer = connection.Producer(serializer="json")
+        task = client.amqp.as_task_v2("sent", apps.add.name, (1, 1))
+        assert producer.channel.storage.counts() == {}
+        connection.collect()
+        producer.publish(task.body, routing_key="default", headers=task.headers, **task.properties)
+        with closing(Storage.for_app(client)) as storage:
+            assert [job.id for job in storage.all()] == ["sent"]
