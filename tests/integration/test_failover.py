@@ -12,7 +12,6 @@ from celery import chord
 from kombu.exceptions import OperationalError
 from sqlalchemy import Connection, NullPool, create_engine, make_url
 
-from kathikon_celery.job import State
 from kathikon_celery.storage import Storage, Unavailable
 from kathikon_celery.storage.engine import answers
 from tests.integration.conftest import Journal, client_of
@@ -177,7 +176,7 @@ def test_a_publication_that_celery_repeats_after_lost_answers_runs_no_ended_job_
         assert is_refused() is False
         storage.reset()
         worker = Worker(storage)
-        once, lost = storage.database.once, []
+        once, lost, ended = storage.database.once, [], []
 
         @contextmanager
         def lossy(durable: bool = False) -> Iterator[Connection]:
@@ -186,13 +185,13 @@ def test_a_publication_that_celery_repeats_after_lost_answers_runs_no_ended_job_
             if durable and len(lost) < 3:
                 lost.append(None)
                 for job in worker.claim(10):
-                    worker.complete(job)
+                    ended.append((job.id, worker.complete(job)))
                 raise Unavailable("the answer was lost")
 
         monkeypatch.setattr(storage.database, "once", lossy)
         apps.add.apply_async((1, 1), task_id="sent once", retry_policy={"interval_start": 0, "interval_step": 0})
         assert len(lost) == 3
-        assert [(job.id, job.state, job.attempts) for job in storage.all()] == [("sent once", State.COMPLETED, 1)]
+        assert ended == [("sent once", 1)]
 
 
 def test_a_channel_that_kombu_has_closed_publishes(postgresql_url: str) -> None:
