@@ -184,8 +184,7 @@ def test_a_publication_that_celery_repeats_after_lost_answers_runs_no_ended_job_
                 yield connection
             if durable and len(lost) < 3:
                 lost.append(None)
-                for job in worker.claim(10):
-                    ended.append((job.id, worker.complete(job)))
+                ended.extend((job.id, worker.complete(job)) for job in worker.claim(10))
                 raise Unavailable("the answer was lost")
 
         monkeypatch.setattr(storage.database, "once", lossy)
