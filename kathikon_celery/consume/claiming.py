@@ -109,9 +109,10 @@ class Claiming:
             announces, done = False, ()
             now = monotonic()
             for job in jobs:
-                early, outcome = pool.is_early(job.task), pool.outcome_of(job.task)
+                keeps, outcome = pool.keeps(job.task), pool.outcome_of(job.task)
+                early = not keeps and pool.is_early(job.task)
                 carried = not early and len(jobs) > slots
-                delivery = Delivery(job, name, now, early, carried=carried, outcome=outcome)
+                delivery = Delivery(job, name, now, early, is_kept=keeps, carried=carried, outcome=outcome)
                 if early:
                     delivery.is_silent = pool.is_silent(job.task)
                 claimed.append((subscription, delivery))

@@ -75,6 +75,8 @@ class Delivery:
     running: bool = False
     #: Celery stores result and state, and reports a row that has moved on: the intake need not warn again.
     stored: bool = False
+    #: The task has a `Strategy` of its own, which keeps the delivery: it needs no slot until it goes to the pool.
+    is_kept: bool = False
     #: Jobs wait behind this one: its result is written in the worker's batch, not in a transaction of its own.
     carried: bool = False
     #: How the delivery has ended if the consumer acknowledges it; the worker's request changes this.

@@ -93,7 +93,7 @@ class Intake:
 
         Raises `Unavailable` if the database was replaced: the consumer must connect, and declare its queues, again.
         """
-        handed, ledger = 0, self._ledger
+        handed, are_kept, ledger = 0, False, self._ledger
         loss, ledger.loss = ledger.loss, None
         if loss is not None:
             raise loss
@@ -104,7 +104,10 @@ class Intake:
             subscription.allowed = 0
             while handed != most and (delivery := ledger.hand_out(subscription)) is not None:
                 handed += 1
+                are_kept = are_kept or delivery.is_kept
                 subscription.deliver(delivery)
+        if are_kept:  # they need no slot: there is room for more
+            self.look()
         return handed
 
     def wait(self, timeout: float) -> bool:
@@ -155,6 +158,19 @@ class Intake:
         delivery.accepted = monotonic()
         if not delivery.running:
             self._ledger.notify()
+
+    def leaves_strategy(self, delivery: Delivery, early: bool) -> bool:
+        """The `Strategy` that has kept *delivery* passes it on to the pool; false if the task must not run.
+
+        The start of an *early* task is on disk when this returns.
+        """
+        self._ledger.needs_slot(delivery)
+        if early and delivery.tag in self._ledger.in_hand:
+            with self._database.write(durable=True) as connection:
+                if not self.storage.backend.started(connection, [delivery.hold], acked=True):
+                    return False
+            delivery.early = delivery.marked = delivery.running = True
+        return True
 
     def acknowledge(self, tag: str) -> None:
         """Report that the delivery has ended as its `Delivery.outcome` says."""

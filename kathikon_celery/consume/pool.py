@@ -20,6 +20,8 @@ class Pool(Protocol):
     claims_ahead: bool = True
     #: Services whose questions the idle intake asks in one statement with its own look for work.
     askers: Sequence[Asker] = ()
+    #: How many deliveries in hand are kept by a `Strategy` of their task. The ledger counts them, under its lock.
+    kept: int = 0
 
     def slots(self) -> int | None:
         """How many jobs the pool can run at once; `None` where there is no pool."""
@@ -43,6 +45,10 @@ class Pool(Protocol):
 
     def is_silent(self, task: str) -> bool:
         """Whether the pool accepts an early *task* without notifying the intake: its requests are not Kathikon's."""
+        return False
+
+    def keeps(self, task: str) -> bool:
+        """Whether *task* has a `Strategy` of its own, which may keep deliveries before the pool gets them."""
         return False
 
     def outcome_of(self, task: str) -> Outcome:

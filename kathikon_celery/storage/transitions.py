@@ -220,7 +220,9 @@ def ended_from_afar(ended: State | None) -> Upsert:
     """A new row for a result that is written without a claim; an existing row gets the result instead.
 
     An existing row also enters the state *ended*, unless a worker holds it; `None`: the result is progress of a task
-    that goes on. A SUCCESS is never overwritten. Parameters: those of `WRITTEN`, ``of_id``, ``why`` and ``because``.
+    that goes on. A SUCCESS is never overwritten. A job that was completed without a result gets a failure as its
+    result, and stays completed: a strategy of its own may acknowledge a task first, and store the failure then.
+    Parameters: those of `WRITTEN`, ``of_id``, ``why`` and ``because``.
     """
     becomes = ended or State.COMPLETED
     reason, cause = bindparam("why", type_=Text()), bindparam("because", type_=Text())
@@ -231,19 +233,22 @@ def ended_from_afar(ended: State | None) -> Upsert:
         **WRITTEN,
     )  # fmt: skip
 
+    is_late = and_(jobs.c.state == State.COMPLETED.value, jobs.c.status.is_(None))
+    stays = or_(IS_HELD, is_late) if ended is State.DEAD else IS_HELD
+
     def changes(new: NewRow) -> dict[str, Any]:
         changed: dict[str, Any] = dict(WRITTEN)
         if ended:
-            changed["state"] = case((IS_HELD, jobs.c.state), else_=ended.value)
-            changed["ended_at"] = case((IS_HELD, null()), else_=now())
-            changed["reason"] = case((IS_HELD, jobs.c.reason), else_=reason)
-            changed["cause"] = case((IS_HELD, jobs.c.cause), else_=cause)
+            changed["state"] = case((stays, jobs.c.state), else_=ended.value)
+            changed["ended_at"] = case((IS_HELD, null()), (stays, jobs.c.ended_at), else_=now())
+            changed["reason"] = case((stays, jobs.c.reason), else_=reason)
+            changed["cause"] = case((stays, jobs.c.cause), else_=cause)
         if ended is State.CANCELLED:  # by another process: leave status NULL, so that the lifeline runs errbacks
             changed["status"] = case((or_(IS_HELD, jobs.c.queue.is_(None)), WRITTEN["status"]), else_=null())
         return changed
 
     def is_open(new: NewRow) -> ColumnElement[bool]:
-        fits = or_(may_become(becomes), jobs.c.state == becomes.value) if ended else not_(state_in(TERMINAL))
+        fits = or_(may_become(becomes), jobs.c.state == becomes.value, stays) if ended else not_(state_in(TERMINAL))
         return and_(func.coalesce(jobs.c.status, "") != "SUCCESS", or_(jobs.c.queue.is_(None), fits))
 
     return Upsert(jobs, (jobs.c.id,), row, changes, is_open)

@@ -24,6 +24,7 @@ from celery.worker import state as worker_state
 from celery.worker.request import Request as CeleryRequest
 
 from kathikon_celery.consume.delivery import (
+    BACK,
     CRASHED,
     DONE,
     LOST,
@@ -37,6 +38,7 @@ from kathikon_celery.consume.delivery import (
 from kathikon_celery.job import Cause, State, in_brief
 from kathikon_celery.publish import outbox
 from kathikon_celery.results.carrier import Carried
+from kathikon_celery.storage.errors import is_lost
 from kathikon_celery.transport.channel import Delivered
 
 logger = logging.getLogger(__name__)
@@ -144,6 +146,7 @@ class Request(CeleryRequest):
                 self._leave()
                 raise TaskRevokedError("given back")  # Celery goes on with the next message
             try:
+                self._leave_strategy()
                 return execute(self, pool, **options)
             except Unsendable as error:  # would end this worker, then the one that gets the job next
                 self.on_failure(ExceptionInfo())
@@ -156,6 +159,21 @@ class Request(CeleryRequest):
     def withdraw(self) -> bool:
         """Keep the task from the pool; return false if the pool has it. Any thread may call this."""
         return bool(self._decision.acquire(blocking=False))
+
+    def _leave_strategy(self) -> None:
+        delivery = self._delivery
+        if delivery is None or not delivery.is_kept:
+            return
+        try:
+            may_run = self._intake.leaves_strategy(delivery, is_early(self.task))
+        except Exception as error:
+            if not is_lost(error):
+                raise
+            may_run = False
+        if not may_run:  # another node has the job, or it is not known who has
+            self._intake.finish(delivery.tag, BACK)
+            self._leave()
+            raise TaskRevokedError("given back")
 
     def _leave(self) -> None:
         worker_state.reserved_requests.discard(self)
