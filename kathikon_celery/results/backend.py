@@ -39,8 +39,8 @@ WORDS = {
     State.SCHEDULED: states.PENDING,
     State.AVAILABLE: states.PENDING,
     State.CLAIMED: states.PENDING,
-    State.RUNNING: states.STARTED,
-    State.WAITING_FOR_CHILDREN: states.STARTED,
+    State.RUNNING: states.PENDING,  # Celery stores STARTED if the task has `track_started`
+    State.WAITING_FOR_CHILDREN: states.PENDING,
     State.RETRYABLE: states.RETRY,
     State.COMPLETED: states.SUCCESS,
     State.DEAD: states.FAILURE,

@@ -45,7 +45,7 @@ def tell(app: Celery, storage: Storage) -> None:
 
 
 def _tell_of(app: Celery, job: Job) -> None:
-    request, why = _request_of(job), job.reason or job.state.value
+    request, why = request_of(job), job.reason or job.state.value
     with outbox.within(unreported=job.id):
         if job.state is State.DEAD:
             app.backend.mark_as_failure(job.id, error_of(job), request=request)
@@ -55,7 +55,7 @@ def _tell_of(app: Celery, job: Job) -> None:
             app.backend.mark_as_revoked(job.id, why, request=request)
 
 
-def _request_of(job: Job) -> Context:
+def request_of(job: Job) -> Context:
     """Return the request as the task would have seen it; without its callbacks if the message cannot be read."""
     request: dict[str, Any] = {"id": job.id, "task": job.task, "group": job.group_id}
     request["delivery_info"] = {"routing_key": job.queue}

@@ -11,9 +11,9 @@ from sqlalchemy import Boolean, Column, Connection, Select, Text, bindparam, fun
 from sqlalchemy.types import NullType
 
 from kathikon_celery.job import Cause, Job, State, in_brief
-from kathikon_celery.storage.clock import Instant
+from kathikon_celery.storage.clock import Instant, now
 from kathikon_celery.storage.names import key
-from kathikon_celery.storage.tables import jobs
+from kathikon_celery.storage.tables import DUE, jobs
 
 _BY_ID = select(jobs).where(jobs.c.id == bindparam("job_id"))
 _LOCKED = _BY_ID.with_for_update()
@@ -130,6 +130,19 @@ def select_all(connection: Connection, queue: str | None = None, state: State | 
     if state is not None:
         query = query.where(jobs.c.state == state.value)
     return jobs_of(connection, query)
+
+
+_SCHEDULED = (
+    select(jobs)
+    .where(DUE, jobs.c.queue.in_(bindparam("queues", expanding=True)), jobs.c.scheduled_at > now())
+    .order_by(jobs.c.available_at)
+    .limit(bindparam("most"))
+)
+
+
+def scheduled(connection: Connection, queues: list[str], limit: int) -> list[Job]:
+    """Return up to *limit* jobs of *queues* that wait for their due time, those that are due first."""
+    return jobs_of(connection, _SCHEDULED, {"queues": [key(queue) for queue in queues], "most": limit})
 
 
 def _workflow() -> Select[Any]:

@@ -153,7 +153,6 @@ def claimed(*where: Condition) -> Change:
     values = {
         "state": State.CLAIMED.value,
         "node_id": bindparam("by_node", type_=BigInteger()),
-        "status": null(),  # perhaps RETRY, from the run before
         **BRINGS[State.CLAIMED],
     }
     return Change(jobs, values, where)
@@ -173,6 +172,8 @@ def returned(*where: Condition, crashed: Any) -> Change:
     lost = and_(crashed, or_(jobs.c.acked, crashes >= jobs.c.max_attempts))
     why = case((jobs.c.acked, LOST_AT_MOST_ONCE), else_=LOST_TOO_OFTEN)
     cause = case((jobs.c.acked, Cause.LOST_ONCE.value), else_=Cause.LOST.value)
+    # Any other status stays, as with any result backend: the next run may read it, for example Celery's ABORTED.
+    forgets = or_(lost, func.coalesce(jobs.c.status, "STARTED") == "STARTED")
     values = {
         "state": case((lost, State.DEAD.value), else_=State.AVAILABLE.value),
         "ended_at": case((lost, now()), else_=null()),
@@ -184,9 +185,13 @@ def returned(*where: Condition, crashed: Any) -> Change:
         "fence": next_fence(jobs),
         "claimed_at": case((lost, jobs.c.claimed_at), else_=null()),
         "started_at": case((lost, jobs.c.started_at), else_=null()),
-        **dict.fromkeys(WRITTEN, null()),
+        **{name: case((forgets, null()), else_=jobs.c[name]) for name in WRITTEN},
     }
     return Change(jobs, values, (*where, IS_HELD))
+
+
+#: Celery's states of a task that has ended -> the job's state.
+_ENDS = {"SUCCESS": State.COMPLETED, "FAILURE": State.DEAD, "REVOKED": State.CANCELLED}
 
 
 def replaced(*where: Condition) -> Change:
@@ -194,10 +199,9 @@ def replaced(*where: Condition) -> Change:
 
     If the others have ended already, ``status`` says how, and the job enters the terminal state for that instead.
     """
-    ends = {"SUCCESS": State.COMPLETED, "FAILURE": State.DEAD, "REVOKED": State.CANCELLED}
     open_ = State.WAITING_FOR_CHILDREN
-    state = case({word: end.value for word, end in ends.items()}, value=jobs.c.status, else_=open_.value)
-    ended_at = case(dict.fromkeys(ends, now()), value=jobs.c.status, else_=null())
+    state = case({word: end.value for word, end in _ENDS.items()}, value=jobs.c.status, else_=open_.value)
+    ended_at = case(dict.fromkeys(_ENDS, now()), value=jobs.c.status, else_=null())
     waits = _becomes(open_, *where)
     return Change(jobs, {**waits.values, "state": state, "ended_at": ended_at}, waits.where)
 
@@ -260,7 +264,9 @@ def ended_from_afar(ended: State | None) -> Upsert:
 def put_back(job: Job, old: State) -> dict[str, Any]:
     """Return new values by column for a row that `update` changes from the state *old* to the state of *job*."""
     if job.state in BRINGS:
-        return {"state": job.state.value, **BRINGS[job.state]}
+        # Such as RETRY: NULL, so that the lifeline runs the errbacks of a job that did not succeed.
+        progress = {"status": null()} if old not in TERMINAL and job.status not in _ENDS else {}
+        return {"state": job.state.value, **BRINGS[job.state], **progress}
     due = job.scheduled_at if job.state in WAITING and job.scheduled_at else now()
     waits: dict[str, Any] = {"available_at": due, "acked": false(), "fence": next_fence(jobs)}
     if old in TERMINAL:

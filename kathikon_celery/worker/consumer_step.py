@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from threading import current_thread, main_thread
 from typing import Any
 
 from celery import bootsteps
 from celery.worker import state
+from celery.worker.consumer.gossip import Gossip
+from celery.worker.consumer.mingle import Mingle
 from celery.worker.consumer.tasks import Tasks
 
 from kathikon_celery.settings import mask
@@ -17,6 +20,8 @@ from kathikon_celery.worker.prefork.ahead import request_of
 from kathikon_celery.worker.prefork.pool import FastPool
 from kathikon_celery.worker.tracing import carry_results
 
+logger = logging.getLogger(__name__)
+
 
 class ConsumerStep(bootsteps.StartStopStep):
     """A step of the consumer, which starts once for each connection."""
@@ -25,8 +30,19 @@ class ConsumerStep(bootsteps.StartStopStep):
     #: The pool, as the present connection's intake sees it.
     pool: CeleryPool | None = None
 
+    def __init__(self, c: Any, without_gossip: bool = False, without_mingle: bool = False, **kwargs: Any) -> None:
+        self._off = [
+            name
+            for step, name, unwanted in ((Mingle, "mingle", without_mingle), (Gossip, "gossip", without_gossip))
+            if not unwanted and Transport.driver_type not in step.compatible_transports
+        ]
+        super().__init__(c, **kwargs)
+
     def start(self, c: Any) -> None:
         """Give the connection's intake its view of the pool."""
+        if self._off:
+            off, self._off = " and ".join(self._off), []
+            logger.info("Kathikon: without %s, which Celery has for RabbitMQ and Redis only", off)
         transport = c.connection.transport
         transport.is_worker = True
         Transport.on_unreachable = staticmethod(_end_if_asked)

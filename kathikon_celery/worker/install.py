@@ -17,6 +17,8 @@ from kathikon_celery.settings.brokers import is_kathikon
 from kathikon_celery.storage import Storage
 from kathikon_celery.worker.consumer_step import ConsumerStep, SentJobs
 from kathikon_celery.worker.log_filters import add_filters
+from kathikon_celery.worker.panel import show_scheduled
+from kathikon_celery.worker.prefork.pool import TaskPool
 from kathikon_celery.worker.request import Request, acknowledge_at_the_end, joined
 from kathikon_celery.worker.retrying import retry_failed
 from kathikon_celery.worker.services.registry import STEPS
@@ -43,6 +45,7 @@ def install(sender: Any, **kwargs: Any) -> None:
     configure(app)
     declare_queues(app)
     mark_what_is_revoked()
+    show_scheduled()
     app.steps["worker"].update([*STEPS, SentJobs])
     app.steps["consumer"].add(ConsumerStep)
     has_requests = is_usable(REQUESTS)
@@ -64,6 +67,6 @@ def install(sender: Any, **kwargs: Any) -> None:
         if storage.settings.retry_failed and not task.name.startswith("celery."):
             retry_failed(task, storage.settings.max_attempts)
     if sender.pool_cls in ("prefork", "processes", prefork.TaskPool) and has_requests and is_usable(PREFORK):
-        sender.pool_cls = "kathikon_celery.worker.prefork.pool:TaskPool"
+        sender.pool_cls = TaskPool
     OwnNode.of(storage).name = sender.hostname
     add_filters()

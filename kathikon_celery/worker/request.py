@@ -117,6 +117,8 @@ class Request(CeleryRequest):
             if self._delivery is not None:
                 self._delivery.outcome = Outcome(Verdict.ENDED, State.DEAD, Cause.UNREADABLE, reason)
             raise InvalidTaskError(reason) from error  # anything else would end the worker
+        # A claimed job is due: Celery would keep the request in memory and wait once more. The task sees its eta.
+        self._eta = None
         self._set_outcome(DONE)
         if not self._decoded and isinstance(message, Delivered) and message.is_read_easily():
             # Decoded here, so that Celery's slower way is not needed. The values are fresh: the task, or a receiver of

@@ -128,6 +128,8 @@ class FastPool(ahead.ReadAheadPool):
 class TaskPool(prefork.TaskPool):
     """The pool of our workers where Celery's prefork pool is asked for."""
 
+    #: Celery shows the last part of this name as the pool's: "prefork".
+    __module__ = prefork.__name__
     Pool = FastPool
 
     def give_back(self, request: Request) -> bool:
