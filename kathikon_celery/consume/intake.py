@@ -124,6 +124,21 @@ class Intake:
             self._idle.is_called = True
         self._ledger.notify()
 
+    def write_returns(self) -> None:
+        """Write in the caller's thread what was given back, so that the caller's next statement finds it ready."""
+        ledger = self._ledger
+        with self.own_node.claiming:  # no transaction of the intake's thread is under way
+            with ledger.lock:
+                returns = [one for one in ledger.reports if one[1] is BACK]
+                ledger.reports = [one for one in ledger.reports if one[1] is not BACK]
+            try:
+                with self._database.write() as connection:
+                    self._recovery.report(connection, returns)
+            except BaseException:
+                with ledger.lock:
+                    ledger.reports = returns + ledger.reports
+                raise
+
     def take_one(self, queue: str, no_ack: bool) -> Delivery | None:
         """Claim one delivery at once, in the caller's thread (AMQP's ``basic.get``)."""
         self.start()

@@ -19,7 +19,7 @@ from celery.exceptions import ChordError
 from celery.result import GroupResult, result_from_tuple
 from kombu.exceptions import OperationalError
 
-from kathikon_celery.backports import Backend, name_group
+from kathikon_celery.backports import Backend, name_group, takes_an_error
 from kathikon_celery.job import Hold, State
 from kathikon_celery.publish import outbox
 from kathikon_celery.results.carrier import carry, written
@@ -95,6 +95,22 @@ class CanvasBackend(Backend):
         """Store that the task was revoked, and count the task in its chord, in one transaction."""
         with self._ending(task_id, request, State.CANCELLED):
             super().mark_as_revoked(task_id, reason, request, *args, **kwargs)
+
+    def _call_task_errbacks(self, request: Any, exc: BaseException, traceback: Any) -> None:
+        if any(takes_an_error(maybe_signature(one, app=self.app)) for one in request.errbacks):
+            self._show_end(request.id)  # such an errback is called here and now, and may read the task's result
+        super()._call_task_errbacks(request, exc, traceback)
+
+    def _show_end(self, task_id: str) -> None:
+        """Store the result that is collected for *task_id*; the job's end follows, with what the errbacks send."""
+        storage, ending = self.storage.backend, outbox.current(self.storage.database)
+        for end in ending.ends if ending is not None else ():
+            if end.task_id != task_id or end.written["status"] is None:
+                continue
+            if end.hold is not None:
+                storage.store(end.hold, None, **end.written)  # type: ignore[arg-type]
+            elif not end.unreported:
+                storage.store_alone(task_id, end.state, reason=end.reason, cause=end.cause, **end.written)
 
     @contextmanager
     def _ending(self, task_id: str, request: Any, state: State) -> Iterator[None]:

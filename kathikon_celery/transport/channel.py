@@ -124,6 +124,8 @@ class Channel(virtual.Channel):
         self.bound: dict[str, tuple[Any, Any]] = {}
         #: Tags of the deliveries that this channel has handed out.
         self.unacknowledged: set[str] = set()
+        #: A delivery was given back, and perhaps that is not written yet.
+        self._has_returned = False
         #: Queues declared on this channel that are deleted with their consumer, or after some time without use.
         self._auto_delete: set[str] = set()
         self._expiring: set[str] = set()
@@ -262,6 +264,8 @@ class Channel(virtual.Channel):
     def queue_purge(self, queue: str, **kwargs: Any) -> int:
         """Delete the messages and jobs that wait in the queue; return their number."""
 
+        self._write_returns()
+
         def purge() -> int:
             with self._database.write(durable=True) as connection:
                 return messages.purge(connection, key(queue)) + prune.purge(connection, key(queue))
@@ -269,6 +273,8 @@ class Channel(virtual.Channel):
         return self._tried(purge)
 
     def _size(self, queue: str) -> int:
+        self._write_returns()
+
         def read() -> int:
             with self._database.read() as connection:
                 return messages.size(connection, key(queue))
@@ -392,6 +398,7 @@ class Channel(virtual.Channel):
 
     def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Delivered | None:
         """Return the next message of the queue, or `None`."""
+        self._write_returns()
         delivery = self._tried(lambda: self._intake.take_one(queue, no_ack))
         return None if delivery is None else self._message(delivery, no_ack)
 
@@ -411,7 +418,18 @@ class Channel(virtual.Channel):
                 pass  # as with any broker: it was acknowledged before it ran
             elif decided.verdict is Verdict.DONE or (requeue and decided.verdict is Verdict.ENDED):
                 decided = BACK if requeue else REJECTED
+            self._has_returned = self._has_returned or decided is BACK
             intake.finish(delivery_tag, decided)
+
+    def _write_returns(self) -> None:
+        """What this channel has given back is ready for its own next call, as with any broker."""
+        if self._has_returned:
+            self._has_returned = False
+            try:
+                self._tried(self._intake.write_returns)
+            except BaseException:
+                self._has_returned = True
+                raise
 
     def basic_recover(self, requeue: bool = False) -> None:
         """Give back all deliveries that are not acknowledged."""
