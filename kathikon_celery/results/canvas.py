@@ -17,6 +17,7 @@ from celery.canvas import _chain as chain
 from celery.canvas import _regen, maybe_signature
 from celery.exceptions import ChordError
 from celery.result import GroupResult, result_from_tuple
+from celery.utils.functional import maybe_list
 from kombu.exceptions import OperationalError
 
 from kathikon_celery.backports import Backend, name_group, takes_an_error
@@ -223,6 +224,10 @@ class CanvasBackend(Backend):
     def _fail_body(self, body: Any, message: str, cause: BaseException) -> None:
         error = ChordError(message)
         error.__cause__ = cause
+        # If the chord is a part of another one, that fails too. `chord.link_error` links an errback to both chords; the
+        # outer one calls it, once.
+        outer = [_errbacks(maybe_signature(one.options.get("chord"), app=self.app)) for one in _last_tasks(body)]
+        body.options["link_error"] = [one for one in _errbacks(body) if not any(one in others for others in outer)]
         self.chord_error_from_stack(body, error)
         # If the body is a part of another chord, Celery does not count it there: that chord would wait for ever.
         for task in _last_tasks(body):
@@ -243,6 +248,10 @@ def _last_tasks(signature: Any) -> Iterator[Any]:
         yield from _last_tasks(signature.body)
     else:
         yield signature
+
+
+def _errbacks(signature: Any) -> list[Any]:
+    return maybe_list(signature.options.get("link_error")) or [] if signature is not None else []
 
 
 def _leaves(result: Any) -> Iterator[str]:
