@@ -88,9 +88,7 @@ def test_a_killed_worker_and_what_it_ran(
 ) -> None:
     worker = celery_setup.worker
     running = apps.wait_for_file.s(str(tmp_path / "go on")).apply_async(queue=worker.worker_queue)
-    wait_until(
-        lambda: running.state == "STARTED" or kathikon_storage.counts().get(("celery", "running")), what="it runs"
-    )
+    wait_until(lambda: kathikon_storage.counts().get((worker.worker_queue, "running")), what="it runs")
     worker.kill()
     assert worker.container.status == "exited"
     assert running.state != "SUCCESS"

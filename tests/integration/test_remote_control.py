@@ -200,11 +200,20 @@ def test_inspect_revoked(app: Celery) -> None:
 
 
 def test_inspect_scheduled(app: Celery, jobs: Jobs) -> None:
-    result = apps.add.apply_async((1, 1), countdown=60)
-    # It waits in the table: no worker has it.
-    assert inspected(app, "scheduled") == {ONE: [], TWO: []}
-    assert jobs.of(result).state is State.SCHEDULED
+    elsewhere = apps.add.apply_async((1, 1), countdown=60, queue="of nobody")
+    result = apps.add.apply_async((1, 2), countdown=60, priority=3)
+    answers = inspected(app, "scheduled")  # any of the workers may run it when it is due
+    assert answers.keys() == {ONE, TWO}
+    for name, entries in answers.items():
+        assert elsewhere.id not in [entry["request"]["id"] for entry in entries]
+        [found] = [entry for entry in entries if entry["request"]["id"] == result.id]
+        assert datetime.fromisoformat(found["eta"]) == jobs.of(result).scheduled_at
+        request = found["request"]
+        assert (request["name"], request["args"], request["kwargs"]) == (apps.add.name, [1, 2], {})
+        assert (request["hostname"], request["acknowledged"], request["delivery_info"]["priority"]) == (name, False, 3)
     result.revoke()
+    elsewhere.revoke()
+    wait_until(lambda: result.id not in str(inspected(app, "scheduled")), what="it is revoked")
 
 
 def test_inspect_stats(app: Celery, one: WorkerProcess) -> None:

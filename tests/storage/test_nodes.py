@@ -78,11 +78,23 @@ def test_an_early_acknowledged_job_that_ran_is_dead_and_runs_not_twice(storage: 
 
 
 @pytest.mark.parametrize("max_attempts", [1, 20])
-def test_what_the_lost_run_said_of_itself_is_forgotten(storage: Storage, worker: Worker, max_attempts: int) -> None:
+def test_what_the_lost_run_said_of_itself_stays_until_the_next_run_speaks(
+    storage: Storage, worker: Worker, max_attempts: int
+) -> None:
     storage.insert(new_job(max_attempts=max_attempts))
     job = worker.claim_one()
     worker.start(job)
     worker.store(job, None, status="PROGRESS", result='{"done":1}', meta="{}")
+    worker.die()
+    row = the_job(storage)
+    assert (row.status, row.result, row.meta) == (
+        (None,) * 3 if max_attempts == 1 else ("PROGRESS", '{"done":1}', "{}")
+    )
+
+
+def test_a_lost_run_is_not_started_any_more(storage: Storage, worker: Worker) -> None:
+    storage.insert(new_job())
+    worker.store(worker.claim_one(), State.RUNNING, status="STARTED", meta="{}")
     worker.die()
     row = the_job(storage)
     assert row.status is row.result is row.meta is row.traceback is None

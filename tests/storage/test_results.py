@@ -167,7 +167,7 @@ class TestAlone:
         row = the_job(storage)
         assert (row.state, row.status, row.result) == (State.AVAILABLE, "SENT", '"alone"')
         job = worker.claim_one()
-        assert the_job(storage).status is None
+        assert the_job(storage).status == "SENT"
         worker.store(job, State.DEAD, status="FAILURE")
         store_alone(storage, None, status="SENT")
         assert the_job(storage).status == "FAILURE"
@@ -178,6 +178,21 @@ class TestAlone:
         store_alone(storage, State.COMPLETED)
         assert the_job(storage) == before
         assert worker.claim_one()
+
+    @pytest.mark.parametrize("earlier", ["RETRY", "STARTED"])
+    def test_a_failure_after_an_end_without_a_result(self, storage: Storage, worker: Worker, earlier: str) -> None:
+        storage.insert(new_job())
+        job = worker.claim_one()
+        worker.store(job, None, status=earlier)
+        assert worker.complete(job) == 1
+        completed = the_job(storage)
+        assert (completed.state, completed.status) == (State.COMPLETED, None)
+        store_alone(storage, State.CANCELLED, status="REVOKED")
+        assert the_job(storage) == completed
+        store_alone(storage, State.DEAD, status="FAILURE", result="2")
+        row = the_job(storage)
+        assert (row.state, row.status, row.result) == (State.COMPLETED, "FAILURE", "2")
+        assert (row.ended_at, row.reason) == (completed.ended_at, None)
 
 
 class TestForgetting:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from threading import Lock
 from typing import Any, NoReturn
 
 from celery import Task, group, shared_task
-from celery.exceptions import Ignore
+from celery.contrib.abortable import AbortableTask
+from celery.exceptions import Ignore, Reject
 from celery.result import AsyncResult, GroupResult, allow_join_result
 
-from tests.support.apps import add, app, wait_for_file
+from tests.support.apps import add, app, append_line, wait_for_file
 
 __all__ = ["app", "wait_for_file"]
 
@@ -125,6 +127,35 @@ def fail_quietly() -> NoReturn:
 @shared_task(ignore_result=True, store_errors_even_if_ignored=False)
 def fail_unheard() -> NoReturn:
     raise ValueError("nobody may ask")
+
+
+@shared_task(bind=True, base=AbortableTask)
+def abortable(self: AbortableTask) -> str:
+    return "aborted" if self.is_aborted() else "ran in full"
+
+
+@shared_task(bind=True)
+def retry_and_wait(self: Task, path: str) -> str:
+    """Retry at once; then run until the file *path* appears."""
+    if not self.request.retries:
+        raise self.retry(countdown=0)
+    Path(f"{path}.second").touch()
+    return wait_for_file.run(path)  # type: ignore[no-any-return]
+
+
+@shared_task
+def note_failure(request: Any, exc: BaseException, traceback: Any, path: str = "") -> None:
+    """An errback that Celery calls where the task has failed: append what everybody reads of the task."""
+    result = AsyncResult(request.id)
+    append_line(path, f"{result.state} {result.result!r}")
+
+
+@shared_task(bind=True)
+def succeed_and_come_again(self: Task) -> str:
+    if not self.request.delivery_info["redelivered"]:
+        self.backend.store_result(self.request.id, "first run", "SUCCESS")
+        raise Reject("once more", requeue=True)
+    return "second run"
 
 
 @shared_task(track_started=True)
