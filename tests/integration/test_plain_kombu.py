@@ -427,11 +427,12 @@ class TestConsuming:
         for count in range(1, 4):
             message = bound.get()
             assert message is not None, f"gone after {count} calls"
-            {
-                "requeue": message.requeue,
-                "reject": lambda: message.reject(requeue=True),
-                "recover": channel.basic_recover,
-            }[how]()
+            if how == "recover":
+                channel.basic_recover()
+            elif how == "reject":
+                message.reject(requeue=True)
+            else:
+                message.requeue()
             assert count != 2 or bound.queue_declare(passive=True)[1] == 1
         assert bound.purge() == 1
 

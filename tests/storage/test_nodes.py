@@ -78,9 +78,7 @@ def test_an_early_acknowledged_job_that_ran_is_dead_and_runs_not_twice(storage: 
 
 
 @pytest.mark.parametrize("max_attempts", [1, 20])
-def test_what_the_lost_run_said_of_itself_stays_until_the_next_run_speaks(
-    storage: Storage, worker: Worker, max_attempts: int
-) -> None:
+def test_what_a_lost_run_said_stays_for_the_next(storage: Storage, worker: Worker, max_attempts: int) -> None:
     storage.insert(new_job(max_attempts=max_attempts))
     job = worker.claim_one()
     worker.start(job)
