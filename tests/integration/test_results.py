@@ -158,13 +158,6 @@ class TestStatesOfOnesOwn:
         assert result.state == "ABORTED"
         assert result.get(timeout=60) == "aborted"
 
-    def test_a_retry_until_the_next_word(self, app: Celery, tmp_path: Path) -> None:
-        result = wait_for_state(outcomes.retry_and_wait.delay(str(tmp_path / "file")), "RETRY")
-        wait_until(lambda: (tmp_path / "file.second").exists(), what="its second run")
-        assert again(result).state == "RETRY"
-        (tmp_path / "file").touch()
-        assert result.get(timeout=60) == "done"
-
     @pytest.mark.parametrize("word", ["SUCCESS", "FAILURE", "REVOKED"])
     def test_a_word_for_the_end_is_no_end(self, app: Celery, jobs: Jobs, journal: Journal, word: str) -> None:
         linked = apps.append.si(journal.path, "linked")

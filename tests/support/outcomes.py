@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 from threading import Lock
 from typing import Any, NoReturn
 
@@ -132,15 +131,6 @@ def fail_unheard() -> NoReturn:
 @shared_task(bind=True, base=AbortableTask)
 def abortable(self: AbortableTask) -> str:
     return "aborted" if self.is_aborted() else "ran in full"
-
-
-@shared_task(bind=True)
-def retry_and_wait(self: Task, path: str) -> str:
-    """Retry at once; then run until the file *path* appears."""
-    if not self.request.retries:
-        raise self.retry(countdown=0)
-    Path(f"{path}.second").touch()
-    return wait_for_file.run(path)  # type: ignore[no-any-return]
 
 
 @shared_task
