@@ -179,6 +179,16 @@ class TestAlone:
         assert the_job(storage) == before
         assert worker.claim_one()
 
+    def test_a_retry_is_told_until_the_next_word(self, storage: Storage, worker: Worker) -> None:
+        storage.insert(new_job())
+        first = worker.claim_one()
+        assert worker.publish_as(first, new_job())
+        worker.note_retry(first, "not yet")
+        second = worker.claim_one()
+        assert the_job(storage).status == "RETRY"
+        worker.store(second, State.COMPLETED)
+        assert the_job(storage).status == "SUCCESS"
+
     @pytest.mark.parametrize("earlier", ["RETRY", "STARTED"])
     def test_a_failure_after_an_end_without_a_result(self, storage: Storage, worker: Worker, earlier: str) -> None:
         storage.insert(new_job())
