@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import pytest_docker_tools
-from pytest_celery import CeleryTestSetup, CeleryWorkerContainer, RedisContainer, RedisTestBackend, RedisTestBroker
+from pytest_celery import CeleryWorkerContainer, RedisContainer, RedisTestBackend, RedisTestBroker
 from pytest_docker_tools.templates import resolve_fixtures_in_params
 
 from kathikon_celery.testing import components, worker_utils
