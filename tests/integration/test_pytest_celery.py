@@ -80,6 +80,7 @@ def test_what_the_nodes_say(celery_setup: CeleryTestSetup, kathikon_database_url
     assert all(
         worker.hostname().replace(worker.container.id[:12], "%h") not in process["cmdline"] for process in processes
     )
+    assert worker.get_running_processes_info(["name"], {"name": "celery"}) == [{"name": "celery"}] * len(processes)
     assert worker.get_running_processes_info(["pid"], {"pid": processes[0]["pid"]}) == [{"pid": processes[0]["pid"]}]
 
 
@@ -91,6 +92,7 @@ def test_a_killed_worker_and_what_it_ran(
     wait_until(lambda: kathikon_storage.counts().get((worker.worker_queue, "running")), what="it runs")
     worker.kill()
     assert worker.container.status == "exited"
+    assert worker.container.attrs["State"]["ExitCode"] == 137
     assert running.state != "SUCCESS"
     worker.restart()
     assert worker.container.status == "running"
@@ -106,9 +108,22 @@ def test_signals_reach_the_worker(celery_setup: CeleryTestSetup) -> None:
     worker.kill("SIGTERM", reload_container=True)
     worker.wait_for_log("worker: Warm shutdown (MainProcess)")
     wait_until(lambda: worker.container.status == "exited", 60, "the worker has ended")
+    assert worker.container.attrs["State"]["ExitCode"] == 0
     waiting = tasks.ping.s().apply_async(queue=worker.worker_queue)
     worker.restart(force=True)
     assert waiting.get(timeout=60) == "pong"
+
+
+def test_one_signal_after_the_other(celery_setup: CeleryTestSetup, tmp_path: Path) -> None:
+    """A warm shutdown becomes a cold one, which becomes a hard one."""
+    worker = celery_setup.worker
+    apps.wait_for_file.s(str(tmp_path / "never")).apply_async(queue=worker.worker_queue)
+    worker.wait_for_log("wait_for_file")
+    for signal in ("SIGTERM", "SIGQUIT", "SIGQUIT"):
+        worker.kill(signal)
+    wait_until(lambda: worker.container.status == "exited", 60, "the worker has ended")
+    said = worker.logs()
+    assert 0 < said.index("worker: Warm shutdown (MainProcess)") < said.index("worker: Cold shutdown (MainProcess)")
 
 
 class TestCluster:
