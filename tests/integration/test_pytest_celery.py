@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import celery
+import psutil
 import pytest
 from pytest_celery import CeleryTestSetup, CeleryTestWorker, CeleryWorkerCluster
 from pytest_celery.vendors.worker import tasks
@@ -29,6 +30,13 @@ pytest_plugins = ["kathikon_celery.testing.components"]
 def no_docker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were an engine asked for, the test would fail, also where there is one."""
     monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:1")
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_open(no_docker: None, tmp_path: Path) -> Iterator[None]:
+    """After the end of all other fixtures, this process has no file of the test's database open."""
+    yield
+    assert not [file.path for file in psutil.Process().open_files() if file.path.startswith(str(tmp_path))]
 
 
 @pytest.fixture

@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 import pytest_docker_tools
+from celery import Celery
 from pytest_celery import CeleryWorkerContainer, RedisContainer, RedisTestBackend, RedisTestBroker
 from pytest_docker_tools.templates import resolve_fixtures_in_params
 
 from kathikon_celery.testing import components, worker_utils
+from kathikon_celery.testing.isolation import disconnect
 from kathikon_celery.testing.process import ProcessContainer
 from tests.support.postgresql import new_database
 
@@ -37,7 +39,7 @@ class RedisServer(ProcessContainer):
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
         super().__init__(
-            ["redis-server", "--port", str(self.port), "--save", "", "--appendonly", "no"],
+            ["redis-server", "--bind", "127.0.0.1", "--port", str(self.port), "--save", "", "--appendonly", "no"],
             directory=folder / f"redis-{self.port}",
             content={},
             environment={},
@@ -84,11 +86,13 @@ def container(*, wrapper_class: Any, command: Any = None, environment: Any = Non
                 yield LocalRedisContainer(server)
         elif issubclass(wrapper_class, CeleryWorkerContainer) and command is not None:
             words, variables = resolve_fixtures_in_params(request, [command, environment])
+            host, _, port = str(variables.get("REDIS_HOST", "")).partition(":")
+            variables = variables | ({"REDIS_HOST": host, "REDIS_PORT": port} if port else {})
             process = ProcessContainer(
                 words,
                 directory=tmp_path_factory.mktemp(wrapper_class.worker_name()),
                 content=request.getfixturevalue("default_worker_initial_content"),
-                environment={name: str(value) for name, value in variables.items()},
+                environment={key: str(value) for key, value in variables.items()},
                 prompt="ready.",
             )
             try:
@@ -116,11 +120,6 @@ def default_worker_utils_module() -> ModuleType:
     return worker_utils
 
 
-@pytest.fixture
-def default_worker_env(default_worker_env: dict[str, Any]) -> dict[str, Any]:
-    return default_worker_env
-
-
 if broker == "redis":
 
     @pytest.fixture
@@ -144,6 +143,11 @@ else:
             with new_database(os.environ["KATHIKON_TEST_POSTGRESQL_URL"]) as url:
                 yield url
 
+    if os.environ.get(LATE_ACKS_VARIABLE):
+        celery_setup_app = components.celery_setup_app
+    else:
 
-if os.environ.get(LATE_ACKS_VARIABLE):
-    celery_setup_app = components.celery_setup_app
+        @pytest.fixture
+        def celery_setup_app(celery_setup_app: Celery) -> Iterator[Celery]:
+            yield celery_setup_app
+            disconnect(celery_setup_app)
