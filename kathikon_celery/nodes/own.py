@@ -12,11 +12,9 @@ from contextlib import suppress
 from time import monotonic
 from typing import TypeVar
 
-import psutil
-
 from kathikon_celery.job import Hold
-from kathikon_celery.nodes.machine import machine
-from kathikon_celery.nodes.others import Watch
+from kathikon_celery.nodes.machine import machine, start_of
+from kathikon_celery.nodes.others import LOOK, Watch
 from kathikon_celery.storage import Storage, nodes
 from kathikon_celery.storage.errors import in_words, is_lost
 
@@ -24,8 +22,6 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks at the other nodes, and at the lock.
-LOOK = 1.0
 
 _all: dict[tuple[int, Storage], OwnNode] = {}
 _all_lock = threading.Lock()
@@ -55,7 +51,6 @@ class OwnNode:
         #: so that plain kombu programs need no worker beside them.
         self.is_watched = False
         self._users = 0
-        self._since: float | None = None
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._renewed = 0.0
@@ -76,11 +71,6 @@ class OwnNode:
     def lease(self) -> float:
         """Seconds without renewal after which a node is taken for dead."""
         return self.storage.settings.lease
-
-    @property
-    def unbroken(self) -> float:
-        """Seconds for which the lease has been held without a gap."""
-        return monotonic() - self._since if self._since is not None else 0.0
 
     def enter(self) -> None:
         """Register the node, or count one more user of it. Raises the database's error when that is away."""
@@ -125,8 +115,6 @@ class OwnNode:
         `None`: the node was taken for dead. The lease's thread then registers a new one.
         """
         now = monotonic()
-        if now - self._renewed > self.lease:
-            self._since = now  # before the statement: another thread may look at the other nodes meanwhile
         answer = statement(self.id, self.lease)
         self._is_lost = answer is None
         if answer is not None:
@@ -134,10 +122,9 @@ class OwnNode:
         return answer
 
     def _register(self) -> None:
-        process = psutil.Process()
-        database = self.storage.database
-        self.id = nodes.register(database, self.name, machine(), process.pid, process.create_time(), self.lease)
-        self._since = self._renewed = monotonic()
+        pid = os.getpid()
+        self.id = nodes.register(self.storage.database, self.name, machine(), pid, start_of(pid) or 0.0, self.lease)
+        self._renewed = monotonic()
         self._is_lost = False
 
     def _run(self) -> None:

@@ -34,15 +34,25 @@ def _next_due(dialect: Dialect) -> Any:
 
 
 def _is_amiss(dialect: Dialect) -> Any:
-    """Whether a node may be dead, or is new; or a job's end is unreported; or a queue is unused."""
+    """Whether the connection of a node is gone; or a job's end is unreported; or a queue is unused."""
     return or_(nodes.is_any_suspect(dialect), finish.IS_ANY_UNREPORTED, topology.IS_ANY_UNUSED)
+
+
+def _renewals(dialect: Dialect) -> Any:
+    """Which nodes there are, and when their leases end: see `nodes.renewals_of`."""
+    return nodes.RENEWALS
 
 
 def _is_anything_old(dialect: Dialect) -> Any:
     return prune.IS_ANYTHING_OLD
 
 
-_QUESTIONS = {"next_due": _next_due, "is_amiss": _is_amiss, "is_anything_old": _is_anything_old}
+_QUESTIONS = {
+    "next_due": _next_due,
+    "is_amiss": _is_amiss,
+    "renewals": _renewals,
+    "is_anything_old": _is_anything_old,
+}
 
 
 @lru_cache(maxsize=64)

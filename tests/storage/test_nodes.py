@@ -119,13 +119,15 @@ def test_a_second_rescue_finds_nothing(storage: Storage, worker: Worker) -> None
 
 
 def test_a_lease_that_was_renewed_meanwhile_saves_the_node(storage: Storage) -> None:
-    dead = Worker(storage, lease=-1)
-    alive = Worker(storage, lease=60)
+    dead, alive = Worker(storage), Worker(storage)
     storage.insert_many([new_job("1"), new_job("2")])
     for worker in (dead, alive):
         worker.claim_one()
-    assert nodes.remove(storage.database, alive.id, unless_renewed=True) is None
-    assert nodes.remove(storage.database, dead.id, unless_renewed=True) == 1
+    with storage.database.read() as connection:
+        seen = {node.id: node.renewal for node in nodes.others(connection, 0)}
+    nodes.renew(storage.database, alive.id, 120)
+    assert nodes.remove(storage.database, alive.id, seen[alive.id]) is None
+    assert nodes.remove(storage.database, dead.id, seen[dead.id]) == 1
     assert storage.counts() == {("default", "available"): 1, ("default", "claimed"): 1}
 
 

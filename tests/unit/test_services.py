@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from kathikon_celery.nodes.own import OwnNode
 from kathikon_celery.storage import Storage, nodes
@@ -151,22 +152,25 @@ def test_pruner(storage: Storage) -> None:
 def test_lifeline_sees_for_itself_that_its_neighbours_run(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     presence = OwnNode(storage, "me")
     lifeline = Lifeline(storage=storage, presence=presence)
-    (question,) = lifeline.questions().values()
-    assert question["known"] == [presence.id]
+    spared = lambda is_amiss=False: lifeline.spare({"is_amiss": is_amiss, "renewals": renewals()})  # noqa: E731
+
+    def renewals() -> str | None:
+        with storage.database.read() as connection:
+            return connection.execute(select(nodes.RENEWALS)).scalar()
+
+    assert spared() == 1.0
     other = nodes.register(storage.database, "other", "here", 1, 0.0, 60.0)
     runs = True
     monkeypatch.setattr("kathikon_celery.nodes.others.machine", lambda: "here")
     monkeypatch.setattr("kathikon_celery.nodes.others.is_running", lambda pid, started: runs)
+    assert spared() == 0.0  # a new node
     lifeline.step()
-    (question,) = lifeline.questions().values()
-    assert question["known"] == [presence.id, other]
-    assert lifeline.spare({"is_amiss": False}) == 1.0
-    assert lifeline.spare({"is_amiss": True}) == 0.0
+    assert spared() == 1.0
+    assert spared(is_amiss=True) == 0.0
     runs = False
-    assert lifeline.spare({"is_amiss": False}) == 0.0
+    assert spared() == 0.0
     lifeline.step()
-    (question,) = lifeline.questions().values()
-    assert question["known"] == [presence.id, other]  # as it was when it was looked at
+    with storage.database.read() as connection:
+        assert other not in [node.id for node in nodes.others(connection, 0)]
     lifeline.step()
-    (question,) = lifeline.questions().values()
-    assert question["known"] == [presence.id]
+    assert spared() == 1.0
