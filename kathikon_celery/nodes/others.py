@@ -1,7 +1,7 @@
 """Finds dead nodes, and gives back the jobs that they held. Deletes unused queues as well.
 
 A node on this machine is dead when its process is gone. A node on another machine is dead when its lock stays free and
-its lease is not renewed for `GRACE` seconds. Any node is dead when it renews its lease no more, for as long as that lasts.
+its lease is not renewed for `GRACE` seconds. Any node is dead when it does not renew its lease for its length.
 
 No wall clock decides: the database's clock may be set, and machines sleep. This node notes how long it has seen a lease
 unchanged, by its own monotonic clock. It counts only the time in which it looked again and again, and begins anew when

@@ -159,7 +159,7 @@ def is_any_suspect(dialect: Dialect) -> ColumnElement[bool]:
     return or_(*(found.limit(1).scalar_subquery().is_not(None) for found in (unlocked, _NODELESS)))
 
 
-_RENEWAL = cast(nodes.c.lease_until, Text)
+_RENEWAL: Any = cast(nodes.c.lease_until, Text)
 #: The `Node.renewal` of each node, as one text for `renewals_of`.
 RENEWALS = select(func.aggregate_strings(cast(nodes.c.id, Text) + "=" + _RENEWAL, ",")).scalar_subquery()
 
