@@ -31,6 +31,10 @@ class Forbidden(StorageError):
     """The connected role has no privilege to do what is needed."""
 
 
+class Refused(StorageError):
+    """The database cannot carry out a statement; trying again does not help."""
+
+
 class NotFound(StorageError):
     """There is no job with that id."""
 

@@ -87,6 +87,10 @@ class Dialect(ABC):
     def check_usable(self) -> None:
         """Raise `Unavailable` if connecting would fail with a less clear error."""
 
+    def is_locked_by_us(self) -> bool:
+        """Whether an open transaction of this process, such as the app's own, keeps all others from writing."""
+        return False
+
     def is_replaced(self) -> bool:
         """Whether the URL now means another database, or other tables, than those that we have used."""
         return False

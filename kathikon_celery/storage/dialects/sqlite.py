@@ -6,16 +6,19 @@ import json
 import logging
 import os
 import selectors
+import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from functools import lru_cache
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
+import psutil
 from sqlalchemy import URL, Connection, ScalarSelect, Table, Text, and_, bindparam, func, literal_column, select, tuple_
 from sqlalchemy.dialects import sqlite
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import ColumnElement
 
@@ -25,7 +28,7 @@ from kathikon_celery.storage.dialects.parameters import Changed, Upsert
 from kathikon_celery.storage.dialects.returning import BROUGHT, ReturningDialect, upserting, which_of
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.wakeup import Wakeup
-from kathikon_celery.storage.errors import Unavailable, in_words
+from kathikon_celery.storage.errors import Refused, Unavailable, in_words
 from kathikon_celery.storage.tables import first_fence, jobs
 
 try:
@@ -40,8 +43,16 @@ except ImportError:  # pragma: no cover (not Linux: a file is looked at every `L
 
 logger = logging.getLogger(__name__)
 
-#: Seconds for which SQLite itself waits for a lock that another process has in spite of the lock file.
-BUSY = 60.0
+#: Seconds for which a write waits for a transaction of another program, or of the app itself.
+BUSY = 5.0
+#: Seconds for which a write waits for its turn. Its holder may be stopped; SQLite's own lock decides then.
+LONGEST_TURN = 1.0
+#: Pauses between two tries to take the turn, in seconds: the first, and the longest.
+PAUSE, LONGEST_PAUSE = 0.0002, 0.002
+#: Where SQLite locks its ``-shm`` file to write.
+WRITE_LOCK = 120
+#: What SQLite says if trying again may help: errors of the system, or of other processes.
+PASSING = ("locked", "disk", "unable to open", "readonly", "protocol", "schema has changed", "interrupted", "memory")
 #: Seconds between two looks at a file if there is no inotify.
 LOOK = 0.01
 
@@ -102,6 +113,7 @@ class SQLite(ReturningDialect):
         #: Device and inode of the open database file.
         self._file: tuple[int, int] | None = None
         self._turn = _Turn(self)
+        self._has_turn = self._is_turn_stuck = self._is_locked = False
         self._lock = threading.RLock()
         self._depth = 0
         self._descriptor: int | None = None
@@ -168,20 +180,77 @@ class SQLite(ReturningDialect):
         super().roll_back(connection)
 
     def _take_turn(self) -> None:
-        self._lock.acquire()
+        if not self._lock.acquire(timeout=BUSY):
+            raise self._locked()
         self._depth += 1
-        if self._depth == 1 and fcntl is not None:
+        if self._depth == 1:
             try:
-                fcntl.flock(self._lock_file(), fcntl.LOCK_EX)
+                if self._is_locked:
+                    self._check_unlocked()
+                if fcntl is not None:
+                    self._has_turn = self._wait_for_turn(self._lock_file())
             except BaseException:
                 self._end_turn()
                 raise
+
+    def _wait_for_turn(self, descriptor: int) -> bool:
+        """Lock the lock file; return false if its holder seems to be stopped, also for the writes that follow."""
+        pause, until = PAUSE, monotonic() + LONGEST_TURN
+        while not _is_locked_now(descriptor, self.lock_path):
+            if self._is_turn_stuck or monotonic() >= until:
+                self._is_turn_stuck = True
+                return False
+            sleep(pause)
+            pause = min(pause * 1.5, LONGEST_PAUSE)
+        self._is_turn_stuck = False
+        return True
+
+    def _check_unlocked(self) -> None:
+        """Raise at once if the file is still locked, for as long as it is: the next writes need not wait as well."""
+        with closing(sqlite3.connect(self.path, timeout=0.05, isolation_level=None)) as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute("ROLLBACK")
+            except sqlite3.OperationalError as error:
+                if "locked" in str(error):
+                    raise self._locked() from None
+        self._is_locked = False
+
+    def _locked(self) -> Unavailable:
+        self._is_locked = True
+        holder = self._writer()
+        remedy = "write to the file in short transactions"
+        if holder in (None, os.getpid()):
+            remedy = (
+                "send tasks, and wait for their results, after the end of your own transaction (delay_on_commit of"
+                " Celery's Django tasks), or keep the jobs in a file of their own (kathikon_database_url)"
+            )
+        return Unavailable(
+            f"the SQLite file {str(self.path)!r} is locked for more than {BUSY:g} s by an open transaction of"
+            f" {_described(holder)}; {remedy}"
+        )
+
+    def _writer(self) -> int | None:
+        """Return the id of the process that has a transaction which writes; `None` if the system does not tell."""
+        with suppress(OSError, ValueError):
+            inode = str(os.stat(f"{self.path}-shm").st_ino)
+            for line in Path("/proc/locks").read_text().splitlines():
+                _, kind, _, access, pid, file, first, last, *_ = [*line.split(), *[""] * 8]
+                if (kind, access, file.rpartition(":")[2]) != ("POSIX", "WRITE", inode) or int(pid) <= 0:
+                    continue
+                if int(first) <= WRITE_LOCK and (last == "EOF" or int(last) >= WRITE_LOCK):
+                    return int(pid)
+        return None
+
+    def is_locked_by_us(self) -> bool:
+        return self._writer() == os.getpid()
 
     def _end_turn(self) -> None:
         try:
             self._depth -= 1
             if self._depth == 0:
-                if fcntl is not None and self._descriptor is not None:
+                if self._has_turn and self._descriptor is not None:
+                    self._has_turn = False
                     fcntl.flock(self._descriptor, fcntl.LOCK_UN)
                 if self._rings and self._descriptor is not None:
                     call = (os.urandom(MARK), 0) if self._rings_all else (b"\0", MARK)
@@ -230,6 +299,8 @@ class SQLite(ReturningDialect):
 
     def _explained(self, error: Exception) -> Exception:
         said = in_words(error)
+        if "locked" in said:
+            return self._locked()
         if "readonly database" in said:
             return self._read_only()
         if "disk is full" in said or "disk I/O error" in said:
@@ -242,6 +313,8 @@ class SQLite(ReturningDialect):
             except Unavailable as unusable:
                 return unusable
             return Unavailable(f"the SQLite file {str(self.path)!r} cannot be opened: {said}")
+        if isinstance(error, OperationalError) and not any(words in said for words in PASSING):
+            return Refused(f"SQLite refuses a statement: {said}")
         return error
 
     def _insert(self, table: Table) -> sqlite.Insert:
@@ -341,6 +414,31 @@ class _Log:
     def __del__(self) -> None:
         with suppress(AttributeError):  # the log was not opened
             os.close(self.descriptor)
+
+
+def _is_locked_now(descriptor: int, path: Path) -> bool:
+    """Lock a file, unless another process has; return whether it is ours now."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise Unavailable(
+            f"the file {str(path)!r} cannot be locked: {error.strerror}; keep the SQLite file on a local disk"
+        ) from error
+    return True
+
+
+def _described(pid: int | None) -> str:
+    if pid is None:
+        return "this process or another program"
+    if pid == os.getpid():
+        return "this process itself"
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        is_stopped = process.status() == psutil.STATUS_STOPPED
+        return f"process {pid} ({process.name()}){', which is stopped' if is_stopped else ''}"
+    return f"process {pid}"
 
 
 class _Turn:
