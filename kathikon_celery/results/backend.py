@@ -55,6 +55,8 @@ BINARY = "base64,"
 SHORTEST_INTERVAL = 0.01
 #: Longest `Wait.take`, in seconds, if the caller set no timeout; then `take` is called again.
 LONG = 3600.0
+#: Seconds between two checks, during a wait, that no transaction of this process keeps the workers from writing.
+CHECK_WRITERS = 5.0
 
 
 class KathikonBackend(CanvasBackend):
@@ -237,7 +239,7 @@ class KathikonBackend(CanvasBackend):
             if meta is not None and meta["status"] in READY_STATES:
                 remaining.discard(task_id)
                 yield task_id, meta
-        step, looks, storage = 0.0, 0, self.storage
+        step, looks, storage, check_at = 0.0, 0, self.storage, monotonic() + CHECK_WRITERS
         with Wait(storage.database, remaining, storage.settings.poll_interval, on_message is not None) as wait:
             while not wait.is_over:
                 jobs = wait.take(step)
@@ -259,7 +261,10 @@ class KathikonBackend(CanvasBackend):
                 left = LONG if deadline is None else deadline - monotonic()
                 if left <= 0:
                     raise wait.loss or ResultTimeout("The operation timed out.")
-                step = min(pause, left) if on_interval else left
+                if monotonic() >= check_at:
+                    storage.database.check_writers()
+                    check_at = monotonic() + CHECK_WRITERS
+                step = min(left, pause if on_interval else CHECK_WRITERS if max_iterations is None else left)
 
     def iter_native(
         self, result: ResultSet, timeout: float | None = None, interval: float = 0.5, no_ack: bool = True,

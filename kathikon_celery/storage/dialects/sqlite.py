@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import selectors
 import sqlite3
+import stat
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, suppress
@@ -51,8 +53,13 @@ LONGEST_TURN = 1.0
 PAUSE, LONGEST_PAUSE = 0.0002, 0.002
 #: Where SQLite locks its ``-shm`` file to write.
 WRITE_LOCK = 120
-#: What SQLite says if trying again may help: errors of the system, or of other processes.
-PASSING = ("locked", "disk", "unable to open", "readonly", "protocol", "schema has changed", "interrupted", "memory")
+#: Flag of ``open`` that does not follow a symbolic link.
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+#: What SQLite says if trying again may help: errors of the system, or of other processes (such as a new file).
+PASSING = (
+    "locked", "disk", "unable to open", "readonly", "protocol", "schema has changed", "interrupted", "memory",
+    "no such table",
+)  # fmt: skip
 #: Seconds between two looks at a file if there is no inotify.
 LOOK = 0.01
 
@@ -104,7 +111,7 @@ class SQLite(ReturningDialect):
                 f"{url}: a database in memory is seen by one connection only;"
                 " for tables that live as long as the process set kathikon_copies = 'ram'"
             )
-        self.path = Path(url.database).absolute()
+        self.path = Path(url.database).resolve()  # as SQLite does, to find the log
         #: Writers lock this file in turn. A write to it wakes all sleepers: there is a job or, if its first `MARK`
         #: bytes have changed, a message or a job that is due soon.
         self.lock_path = self.path.with_name(self.path.name + "-lock")
@@ -133,7 +140,12 @@ class SQLite(ReturningDialect):
         cursor = connection.cursor()
         if cursor.execute("PRAGMA journal_mode").fetchone() != ("wal",):
             with self.writing():  # if several processes change it at once, all but one fail
-                cursor.execute("PRAGMA journal_mode=WAL")
+                (mode,) = cursor.execute("PRAGMA journal_mode=WAL").fetchone()
+            if mode != "wal":
+                raise Unavailable(
+                    f"the SQLite file {str(self.path)!r} cannot have a log (its journal_mode stays {mode!r}); keep it"
+                    " on a local disk"
+                )
         cursor.execute(f"PRAGMA synchronous={'FULL' if on_disk and not FLUSHES else 'NORMAL'}")
         cursor.execute("PRAGMA cache_size=-16000")
         cursor.execute("PRAGMA journal_size_limit=67108864")
@@ -165,6 +177,9 @@ class SQLite(ReturningDialect):
             raise self._read_only()
         if not os.access(folder, os.W_OK):
             raise Unavailable(f"the folder {str(folder)!r} of the SQLite file is read-only; it must be writable")
+        # SQLite gives its other files the mode of this one.
+        with suppress(FileExistsError):
+            os.close(_create(self.path, _mode_in(folder)))
 
     def _read_only(self) -> Unavailable:
         return Unavailable(f"the SQLite file {str(self.path)!r} is read-only; give its owner the right to write")
@@ -288,14 +303,19 @@ class SQLite(ReturningDialect):
         return self._results
 
     def _open(self, path: Path) -> int:
+        """Open a file beside the database; create it with the database's mode."""
         self.check_usable()
         try:
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                return _create(path, stat.S_IMODE(os.stat(self.path).st_mode) & 0o666)
+            except FileExistsError:
+                descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | NO_LINK)
         except OSError as error:
-            raise Unavailable(
-                f"the file {str(path)!r} cannot be opened: {error.strerror};"
-                " the folder of the SQLite file must be writable"
-            ) from error
+            remedy = "the folder of the SQLite file must be writable, and this file too"
+            if error.errno == errno.ELOOP:
+                remedy = "it is a symbolic link, which is not followed; delete it"
+            raise Unavailable(f"the file {str(path)!r} cannot be opened: {error.strerror}; {remedy}") from error
+        return descriptor
 
     def _explained(self, error: Exception) -> Exception:
         said = in_words(error)
@@ -427,6 +447,19 @@ def _is_locked_now(descriptor: int, path: Path) -> bool:
             f"the file {str(path)!r} cannot be locked: {error.strerror}; keep the SQLite file on a local disk"
         ) from error
     return True
+
+
+def _create(path: Path, mode: int) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | NO_LINK, mode)
+    with suppress(OSError, AttributeError):  # the process's umask takes rights away
+        os.fchmod(descriptor, mode)
+    return descriptor
+
+
+def _mode_in(folder: Path) -> int:
+    """Return the mode of a new file: for its owner alone, or for the group as well in a folder that a group shares."""
+    mode = os.stat(folder).st_mode
+    return 0o660 if mode & stat.S_ISGID and mode & stat.S_IWGRP else 0o600
 
 
 def _described(pid: int | None) -> str:

@@ -265,6 +265,12 @@ class Database:
         with self.once(durable) as connection, self.transaction(connection):
             yield connection
 
+    def check_writers(self) -> None:
+        """Raise `Unavailable` if a transaction of this process keeps the workers from writing, and does not end."""
+        if self.dialect.is_locked_by_us():
+            with self.write():
+                pass
+
     def transaction(self, connection: Connection) -> AbstractContextManager[None]:
         """A transaction on a *connection* of `once`."""
         return self.dialect.transaction(connection)
