@@ -10,11 +10,12 @@ import selectors
 import sqlite3
 import stat
 import threading
+from _thread import allocate_lock, start_new_thread
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, suppress
 from functools import lru_cache
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic
 from typing import Any
 
 import psutil
@@ -49,8 +50,6 @@ logger = logging.getLogger(__name__)
 BUSY = 5.0
 #: Seconds for which a write waits for its turn. Its holder may be stopped; SQLite's own lock decides then.
 LONGEST_TURN = 1.0
-#: Pauses between two tries to take the turn, in seconds: the first, and the longest.
-PAUSE, LONGEST_PAUSE = 0.0002, 0.002
 #: Where SQLite locks its ``-shm`` file to write.
 WRITE_LOCK = 120
 #: Flag of ``open`` that does not follow a symbolic link.
@@ -210,15 +209,12 @@ class SQLite(ReturningDialect):
 
     def _wait_for_turn(self, descriptor: int) -> bool:
         """Lock the lock file; return false if its holder seems to be stopped, also for the writes that follow."""
-        pause, until = PAUSE, monotonic() + LONGEST_TURN
-        while not _is_locked_now(descriptor, self.lock_path):
-            if self._is_turn_stuck or monotonic() >= until:
-                self._is_turn_stuck = True
-                return False
-            sleep(pause)
-            pause = min(pause * 1.5, LONGEST_PAUSE)
-        self._is_turn_stuck = False
-        return True
+        if _locks(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, self.lock_path):
+            self._is_turn_stuck = False
+            return True
+        if not self._is_turn_stuck:
+            self._is_turn_stuck = not _Locking(descriptor, self.lock_path).wait(LONGEST_TURN)
+        return not self._is_turn_stuck
 
     def _check_unlocked(self) -> None:
         """Raise at once if the file is still locked, for as long as it is: the next writes need not wait as well."""
@@ -436,10 +432,10 @@ class _Log:
             os.close(self.descriptor)
 
 
-def _is_locked_now(descriptor: int, path: Path) -> bool:
-    """Lock a file, unless another process has; return whether it is ours now."""
+def _locks(descriptor: int, how: int, path: Path) -> bool:
+    """Lock the file; return false if another process has locked it, and *how* says not to wait."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, how)
     except BlockingIOError:
         return False
     except OSError as error:
@@ -447,6 +443,36 @@ def _is_locked_now(descriptor: int, path: Path) -> bool:
             f"the file {str(path)!r} cannot be locked: {error.strerror}; keep the SQLite file on a local disk"
         ) from error
     return True
+
+
+class _Locking:
+    """Locks a file in a thread of its own: ``flock`` has no timeout, and tries with pauses cost half the throughput."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        self._descriptor, self._path = os.dup(descriptor), path  # the original may be closed meanwhile
+        self._mutex, self._is_awaited = allocate_lock(), True
+        self._done = allocate_lock()
+        self._done.acquire()
+        start_new_thread(self._run, ())
+
+    def _run(self) -> None:
+        try:
+            with suppress(Unavailable):
+                _locks(self._descriptor, fcntl.LOCK_EX, self._path)
+            with self._mutex:
+                if not self._is_awaited:
+                    fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        finally:
+            os.close(self._descriptor)
+            self._done.release()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the lock; return false, and give it up, after so many *seconds*."""
+        if self._done.acquire(timeout=seconds):
+            return True
+        with self._mutex:
+            self._is_awaited = False
+        return self._done.acquire(blocking=False)
 
 
 def _create(path: Path, mode: int) -> int:
