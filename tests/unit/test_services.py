@@ -12,11 +12,14 @@ from sqlalchemy import select
 
 from kathikon_celery.nodes.own import OwnNode
 from kathikon_celery.storage import Storage, nodes
+from kathikon_celery.storage.dialects.sqlite import SQLite
 from kathikon_celery.worker.services import promoter
 from kathikon_celery.worker.services.lifeline import Lifeline
 from kathikon_celery.worker.services.promoter import Promoter
-from kathikon_celery.worker.services.pruner import Pruner
+from kathikon_celery.worker.services.pruner import REST, Pruner
 from kathikon_celery.worker.services.service import Service
+from tests.storage.actors import Worker, new_job
+from tests.support.clocks import clock_replaced
 from tests.support.waiting import wait_until
 
 
@@ -147,6 +150,31 @@ def test_pruner(storage: Storage) -> None:
     assert pruner.spare({"is_anything_old": True}) == 0.0
     for nothing in (False, None):
         assert 48.0 <= pruner.spare({"is_anything_old": nothing}) <= 72.0
+
+
+def test_nothing_is_deleted_by_a_clock_that_has_jumped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wall, mono = [1.7e9], [1000.0]
+    monkeypatch.setattr(SQLite, "on_connect", clock_replaced(lambda: wall[0]))
+    monkeypatch.setattr("kathikon_celery.worker.services.pruner.monotonic", lambda: mono[0])
+    year = 3.2e7
+    with closing(Storage(f"sqlite:///{tmp_path / 'another.db'}")) as storage:
+        storage.setup()
+        storage.insert(new_job())
+        worker = Worker(storage)
+        worker.complete(worker.claim_one())
+        pruner, pruned = Pruner(storage=storage, interval=60.0), lambda: storage.fetch("job") is None
+        pruner.step()
+        wall[0] += year
+        assert 0 < pruner.step() <= 72
+        wall[0] -= year  # a minute later
+        pruner.step()
+        assert not pruned()
+        wall[0] += year
+        pruner.step()
+        mono[0] += REST + 1
+        wall[0] += REST + 1
+        pruner.step()
+        assert pruned()  # the clock was right, or nobody has noticed
 
 
 def test_lifeline_sees_for_itself_that_its_neighbours_run(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
