@@ -6,16 +6,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from celery import signals
-from celery.concurrency import prefork
+from celery.concurrency import get_implementation, prefork
 from kombu.utils.imports import symbol_by_name
 
 from kathikon_celery.backports import mark_what_is_revoked
-from kathikon_celery.internals import LIBPQ, PARTS, PREFORK, REQUESTS, is_usable
+from kathikon_celery.internals import LIBPQ, PARTS, PREFORK, REQUESTS, SHUTDOWN, is_usable
 from kathikon_celery.nodes.own import OwnNode
 from kathikon_celery.routing import configure, declare_queues
 from kathikon_celery.settings.brokers import is_kathikon
 from kathikon_celery.storage import Storage
 from kathikon_celery.worker.consumer_step import ConsumerStep, SentJobs
+from kathikon_celery.worker.in_process import in_process, shut_down_coldly
 from kathikon_celery.worker.log_filters import add_filters
 from kathikon_celery.worker.request import Request, acknowledge_at_the_end, joined
 from kathikon_celery.worker.retrying import retry_failed
@@ -63,7 +64,12 @@ def install(sender: Any, **kwargs: Any) -> None:
         collect_successors(task, storage)
         if storage.settings.retry_failed and not task.name.startswith("celery."):
             retry_failed(task, storage.settings.max_attempts)
-    if sender.pool_cls in ("prefork", "processes", prefork.TaskPool) and has_requests and is_usable(PREFORK):
+    pool = get_implementation(sender.pool_cls)
+    if pool is prefork.TaskPool and has_requests and is_usable(PREFORK):
         sender.pool_cls = "kathikon_celery.worker.prefork.pool:TaskPool"
+    elif has_requests and is_usable(SHUTDOWN):
+        sender.pool_cls = in_process(pool) or sender.pool_cls
+    if has_requests and is_usable(SHUTDOWN):
+        shut_down_coldly(sender)
     OwnNode.of(storage).name = sender.hostname
     add_filters()

@@ -1,0 +1,216 @@
+"""The pools whose tasks run in the worker's own process: which tasks have begun, and how a shutdown ends them."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import signal
+import sys
+from functools import partial
+from threading import Timer, current_thread, main_thread
+from time import monotonic
+from typing import Any
+
+from celery import platforms
+from celery.concurrency import solo, thread
+from celery.concurrency.base import BasePool
+from celery.exceptions import WorkerTerminate
+from celery.platforms import EX_FAILURE
+from celery.worker import state
+
+logger = logging.getLogger(__name__)
+
+#: What a run returns if the job was given back before the task began, and if the task's greenlet was killed.
+NOT_BEGUN, KILLED = object(), object()
+
+
+class InProcessPool(BasePool):
+    """What is added to a pool of Celery whose tasks run in the worker's own process.
+
+    Celery's pools do not say which of their tasks have begun, and report that a task whose greenlet was killed has
+    returned None.
+    """
+
+    #: A cold shutdown has begun. Its handler of signals stops the pool as well, and must not wait for tasks there.
+    is_cold = False
+
+    def apply_async(self, target: Any, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        """Run the task of one of our requests, unless the job is given back before a thread or greenlet is free."""
+        request = getattr(options.get("callback"), "__self__", None)
+        if hasattr(request, "take"):
+            args, kwargs = (request, target, args or (), kwargs or {}), {}
+            target, options["accept_callback"], options["callback"] = self._run, None, partial(_ended, request)
+        return super().apply_async(target, args, kwargs, **options)
+
+    def _run(self, request: Any, target: Any, args: Any, kwargs: Any) -> Any:
+        if not request.take():
+            return NOT_BEGUN
+        request.on_accepted(self.own_pid(), monotonic())
+        return target(*args, **kwargs)
+
+    def own_pid(self) -> int:
+        """The name that the pool has for what runs the task."""
+        return os.getpid()
+
+    def can_cut(self) -> bool:
+        """Whether `terminate_job` ends a task that runs. A cold shutdown asks this for each of them."""
+        return False
+
+    def wait_softly(self, worker: Any, wait: Any) -> None:
+        """Let tasks end for the time of a soft shutdown. *wait* is Celery's way to do so."""
+        wait()
+
+
+def _ended(request: Any, returned: Any) -> None:
+    if returned is NOT_BEGUN:
+        request._leave()
+    elif returned is KILLED:
+        request.on_killed()
+    else:
+        request.on_success(returned)
+
+
+class ThreadPool(InProcessPool):
+    """Threads cannot be killed: a cold shutdown gives their jobs back, and ends the process without them."""
+
+    def wait_softly(self, worker: Any, wait: Any) -> None:
+        """As Celery, and then wake the consumer, in whose thread this is a handler of signals."""
+        wait()
+        if worker.consumer.connection is not None:
+            worker.consumer.connection.transport.intake.interrupt(for_good=True)
+
+    def on_stop(self) -> None:
+        """Wait for the tasks that run, until a cold shutdown begins."""
+        if self.is_cold:  # perhaps in a handler of signals, which has interrupted a call of the executor
+            return
+        self.executor.shutdown(wait=False, cancel_futures=True)
+        for one in tuple(self.executor._threads):
+            while one.is_alive() and not self.is_cold:
+                one.join(0.1)
+        if not self.is_cold:
+            super().on_stop()
+
+
+class SoloPool(InProcessPool):
+    """A task runs in the worker's main thread, where the signals of a shutdown interrupt it."""
+
+    #: A soft shutdown lets the task that was interrupted go on.
+    _is_patient = False
+    _runs = False
+
+    def _run(self, *args: Any) -> Any:
+        self._runs = True
+        try:
+            return super()._run(*args)
+        finally:
+            self._runs = False
+
+    def can_cut(self) -> bool:
+        """End the task, in which this is called by a handler of signals; false if the task may go on."""
+        if self._is_patient or not self._runs or current_thread() is not main_thread():
+            self._is_patient = False
+            return False
+        raise WorkerTerminate(EX_FAILURE)
+
+    def wait_softly(self, worker: Any, wait: Any) -> None:
+        """Send another signal later: a handler that waits would keep the task from its end."""
+        timeout = worker.app.conf.worker_soft_shutdown_timeout
+        if not self._runs or not timeout:
+            wait()
+            return
+        logger.warning("Initiating Soft Shutdown, terminating in %s seconds", timeout)
+        self._is_patient = True
+        again = Timer(timeout, os.kill, (os.getpid(), signal.SIGQUIT))
+        again.daemon = True
+        again.start()
+
+
+class GreenPool(InProcessPool):
+    """Greenlets can be killed."""
+
+    def _run(self, *args: Any) -> Any:
+        from greenlet import GreenletExit  # type: ignore[import-untyped]
+
+        try:
+            return super()._run(*args)
+        except GreenletExit:
+            return KILLED
+
+    def own_pid(self) -> int:
+        return int(self.getpid())
+
+    def can_cut(self) -> bool:
+        return True
+
+    def on_stop(self) -> None:
+        """Wait for the tasks that run, but not in a cold shutdown, which kills them."""
+        if not self.is_cold:
+            super().on_stop()
+
+    def wait_softly(self, worker: Any, wait: Any) -> None:
+        """Take no new tasks meanwhile: the greenlet of the consumer goes on."""
+        if worker.consumer.task_consumer:
+            worker.consumer.task_consumer.cancel()
+        wait()
+
+
+class GreenSignals(platforms.Signals):
+    """Celery's table of signal handlers, each run in a greenlet of its own: the event loop's greenlet may not wait."""
+
+    def __init__(self, spawn: Any) -> None:
+        self._spawn = spawn
+
+    def __setitem__(self, name: str, handler: Any) -> None:
+        if name in ("SIGTERM", "SIGINT", "SIGQUIT") and callable(handler):
+            handler = partial(self._spawn, handler)
+        super().__setitem__(name, handler)
+
+
+def _spawner(pool: Any) -> Any:
+    if pool.__module__.endswith("gevent"):
+        from gevent import spawn
+    else:
+        from eventlet import spawn  # type: ignore[import-not-found]
+    return spawn
+
+
+def in_process(pool: type) -> type | None:
+    """Return Celery's class *pool* with what is added here; `None` if its tasks run in other processes."""
+    if issubclass(pool, InProcessPool):
+        return pool
+    if getattr(pool, "is_green", False):
+        added: type = GreenPool
+        platforms.signals = GreenSignals(_spawner(pool))
+    elif issubclass(pool, thread.TaskPool):
+        added = ThreadPool
+    elif issubclass(pool, solo.TaskPool):
+        added = SoloPool
+    else:
+        return None
+    return type(pool.__name__, (added, pool), {"__module__": pool.__module__})
+
+
+def shut_down_coldly(worker: Any) -> None:
+    """Make *worker*, Celery's `WorkController`, end as its pool can when a cold shutdown begins."""
+    wait, start = worker.wait_for_soft_shutdown, worker.start
+
+    def wait_for_soft_shutdown() -> None:  # what each handler of Celery for a cold shutdown calls first
+        worker.pool.is_cold = True
+        if isinstance(worker.pool, InProcessPool):
+            worker.pool.wait_softly(worker, wait)
+        else:
+            wait()
+
+    def start_and_leave_threads() -> None:
+        start()
+        running = tuple(state.active_requests)
+        if isinstance(worker.pool, ThreadPool) and worker.pool.is_cold and running:
+            atexit._run_exitfuncs()
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            for request in running:  # at the very end: a task that ends before does not run again
+                request.abandon()
+            os._exit(worker.exitcode or 0)
+
+    worker.wait_for_soft_shutdown, worker.start = wait_for_soft_shutdown, start_and_leave_threads
