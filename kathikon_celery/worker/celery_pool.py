@@ -15,10 +15,10 @@ from kathikon_celery.job import Cause, Job, State
 from kathikon_celery.storage import Storage
 from kathikon_celery.storage.idle_query import Asker
 from kathikon_celery.storage.sql import SQLBackend
-from kathikon_celery.worker.in_process import InProcessPool
 from kathikon_celery.worker.prefork.pool import TaskPool
 from kathikon_celery.worker.request import Request, is_early
 from kathikon_celery.worker.services.registry import services_of
+from kathikon_celery.worker.shutdown import InProcessPool
 
 #: How a job ends if Celery cannot make a request of its message: Celery acknowledges or rejects that.
 UNREADABLE = Outcome(

@@ -12,9 +12,9 @@ from celery.worker.consumer.tasks import Tasks
 from kathikon_celery.settings import mask
 from kathikon_celery.transport.transport import Transport
 from kathikon_celery.worker.celery_pool import CeleryPool
-from kathikon_celery.worker.in_process import ThreadPool
 from kathikon_celery.worker.prefork.ahead import request_of
 from kathikon_celery.worker.prefork.pool import FastPool
+from kathikon_celery.worker.shutdown import ThreadPool
 from kathikon_celery.worker.tracing import carry_results
 
 

@@ -16,11 +16,11 @@ from kathikon_celery.routing import configure, declare_queues
 from kathikon_celery.settings.brokers import is_kathikon
 from kathikon_celery.storage import Storage
 from kathikon_celery.worker.consumer_step import ConsumerStep, SentJobs
-from kathikon_celery.worker.in_process import in_process, shut_down_coldly
 from kathikon_celery.worker.log_filters import add_filters
 from kathikon_celery.worker.request import Request, acknowledge_at_the_end, joined
 from kathikon_celery.worker.retrying import retry_failed
 from kathikon_celery.worker.services.registry import STEPS
+from kathikon_celery.worker.shutdown import in_process, shut_down_coldly
 from kathikon_celery.worker.tracing import carry_results, collect_successors
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from kathikon_celery.publish import outbox
 from kathikon_celery.results.carrier import Carried
 from kathikon_celery.storage.transitions import LOST_AT_MOST_ONCE
 from kathikon_celery.transport.channel import Delivered
-from kathikon_celery.worker.in_process import InProcessPool
+from kathikon_celery.worker.shutdown import KILLED, NOT_BEGUN, InProcessPool
 
 #: The text of the `Ignore` that `Task.on_replace` raises. The last task of the replacement has the replaced one's id.
 REPLACED_BY_NEW_TASK = "Replaced by new task"
@@ -132,6 +132,15 @@ class Request(CeleryRequest):
         worker_state.task_ready(self)
         self.send_event("task-cancelled")
         self._already_cancelled = True
+
+    def on_returned(self, returned: Any) -> None:
+        """Called with what a run in the worker's own process has returned."""
+        if returned is NOT_BEGUN:
+            self._leave()
+        elif returned is KILLED:
+            self.on_killed()
+        else:
+            self.on_success(returned)
 
     def abandon(self) -> None:
         """Give back the job, if the task may run again: the process ends now."""

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from functools import partial
-from threading import Timer, current_thread, main_thread
+from threading import Timer
 from time import monotonic
 from typing import Any
 
@@ -18,6 +18,8 @@ from celery.concurrency.base import BasePool
 from celery.exceptions import WorkerTerminate
 from celery.platforms import EX_FAILURE
 from celery.worker import state
+
+from kathikon_celery.nodes.own import OwnNode
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +39,10 @@ class InProcessPool(BasePool):
 
     def apply_async(self, target: Any, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         """Run the task of one of our requests, unless the job is given back before a thread or greenlet is free."""
-        request = getattr(options.get("callback"), "__self__", None)
+        request: Any = getattr(options.get("callback"), "__self__", None)
         if hasattr(request, "take"):
             args, kwargs = (request, target, args or (), kwargs or {}), {}
-            target, options["accept_callback"], options["callback"] = self._run, None, partial(_ended, request)
+            target, options["accept_callback"], options["callback"] = self._run, None, request.on_returned
         return super().apply_async(target, args, kwargs, **options)
 
     def _run(self, request: Any, target: Any, args: Any, kwargs: Any) -> Any:
@@ -60,15 +62,6 @@ class InProcessPool(BasePool):
     def wait_softly(self, worker: Any, wait: Any) -> None:
         """Let tasks end for the time of a soft shutdown. *wait* is Celery's way to do so."""
         wait()
-
-
-def _ended(request: Any, returned: Any) -> None:
-    if returned is NOT_BEGUN:
-        request._leave()
-    elif returned is KILLED:
-        request.on_killed()
-    else:
-        request.on_success(returned)
 
 
 class ThreadPool(InProcessPool):
@@ -98,6 +91,8 @@ class SoloPool(InProcessPool):
     #: A soft shutdown lets the task that was interrupted go on.
     _is_patient = False
     _runs = False
+    #: The task ends when the handler of the signal, which has interrupted the task, is done.
+    ends_task = False
 
     def _run(self, *args: Any) -> Any:
         self._runs = True
@@ -107,11 +102,10 @@ class SoloPool(InProcessPool):
             self._runs = False
 
     def can_cut(self) -> bool:
-        """End the task, in which this is called by a handler of signals; false if the task may go on."""
-        if self._is_patient or not self._runs or current_thread() is not main_thread():
-            self._is_patient = False
-            return False
-        raise WorkerTerminate(EX_FAILURE)
+        """Note whether the task, which a signal has interrupted, is to end; it cannot while its signal is handled."""
+        SoloPool.ends_task = self._runs and not self._is_patient
+        self._is_patient = False
+        return False
 
     def wait_softly(self, worker: Any, wait: Any) -> None:
         """Send another signal later: a handler that waits would keep the task from its end."""
@@ -155,19 +149,27 @@ class GreenPool(InProcessPool):
         wait()
 
 
-class GreenSignals(platforms.Signals):
-    """Celery's table of signal handlers, each run in a greenlet of its own: the event loop's greenlet may not wait."""
+class Signals(platforms.Signals):
+    """Celery's table of the handlers of signals: *call* calls those that shut the worker down."""
 
-    def __init__(self, spawn: Any) -> None:
-        self._spawn = spawn
+    def __init__(self, call: Any) -> None:
+        self._call = call
 
     def __setitem__(self, name: str, handler: Any) -> None:
         if name in ("SIGTERM", "SIGINT", "SIGQUIT") and callable(handler):
-            handler = partial(self._spawn, handler)
+            handler = partial(self._call, handler)
         super().__setitem__(name, handler)
 
 
-def _spawner(pool: Any) -> Any:
+def _and_end_the_task(handler: Any, *args: Any) -> None:
+    handler(*args)
+    if SoloPool.ends_task:
+        SoloPool.ends_task = False
+        raise WorkerTerminate(EX_FAILURE)
+
+
+def _in_a_greenlet(pool: Any) -> Any:
+    """Return what calls a handler in a greenlet of its own: the greenlet of the event loop may not wait."""
     if pool.__module__.endswith("gevent"):
         from gevent import spawn
     else:
@@ -181,11 +183,12 @@ def in_process(pool: type) -> type | None:
         return pool
     if getattr(pool, "is_green", False):
         added: type = GreenPool
-        platforms.signals = GreenSignals(_spawner(pool))
+        platforms.signals = Signals(_in_a_greenlet(pool))
     elif issubclass(pool, thread.TaskPool):
         added = ThreadPool
     elif issubclass(pool, solo.TaskPool):
         added = SoloPool
+        platforms.signals = Signals(_and_end_the_task)
     else:
         return None
     return type(pool.__name__, (added, pool), {"__module__": pool.__module__})
@@ -206,6 +209,7 @@ def shut_down_coldly(worker: Any) -> None:
         start()
         running = tuple(state.active_requests)
         if isinstance(worker.pool, ThreadPool) and worker.pool.is_cold and running:
+            atexit.unregister(OwnNode.leave_all)  # would count what runs as crashed
             atexit._run_exitfuncs()
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
