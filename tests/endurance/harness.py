@@ -128,7 +128,7 @@ class Run:
                 stderr=log,
             )
 
-    def start(self, *options: str, count: int = 1, concurrency: int = 2) -> list[Worker]:
+    def start(self, *options: str, count: int = 1, concurrency: int = 2, pool: str = "prefork") -> list[Worker]:
         """Start `count` workers with these further options of ``celery worker``, without waiting for them."""
         first = len(self.workers)
         for index in range(first, first + count):
@@ -136,6 +136,7 @@ class Run:
                 directory=self.directory,
                 app=APP,
                 name=f"worker-{index}",
+                pool=pool,
                 concurrency=concurrency,
                 args=("--loglevel", "warning", *options),
                 env=self.environ | {"ENDURANCE_WORKER": str(index)},
@@ -146,9 +147,9 @@ class Run:
             self.workers.append(worker)
         return self.workers[first:]
 
-    def start_ready(self, *options: str, count: int = 1, concurrency: int = 2) -> list[Worker]:
+    def start_ready(self, *options: str, count: int = 1, concurrency: int = 2, pool: str = "prefork") -> list[Worker]:
         """As `start`, and wait until they accept jobs."""
-        workers = self.start(*options, count=count, concurrency=concurrency)
+        workers = self.start(*options, count=count, concurrency=concurrency, pool=pool)
         self.expect("the workers are ready", lambda: self.journal.ready.issuperset(w.index for w in workers))
         return workers
 

@@ -13,7 +13,6 @@ from kathikon_celery import bulk
 from kathikon_celery.job import Cause, Job, State
 from tests.integration.conftest import Jobs, Journal, Workers
 from tests.support import apps
-from tests.support.waiting import wait_until
 from tests.support.workers import WorkerProcess
 
 
@@ -28,6 +27,10 @@ def pool(request: pytest.FixtureRequest) -> str:
 def gate(tmp_path: Path) -> Path:
     """Tasks wait for this file."""
     return tmp_path / "gate"
+
+
+#: For what does not depend on the database.
+on_one_database = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
 @pytest.fixture
@@ -66,10 +69,8 @@ def test_a_warm_shutdown_in_a_rush_runs_each_job_once(
         early = [apps.append_early.delay(journal.path, f"early {number}", 0.01) for number in range(50)]
     journal.wait(20)
     first.process.terminate()
-    journal.wait(120)
-    client.control.shutdown(destination=[second.hostname])
-    workers(pool=pool, concurrency=slots * 2)
     ended = [jobs.wait(result, State.COMPLETED, State.DEAD) for result in late + early]
+    client.control.shutdown(destination=[second.hostname])
     assert first.wait(60) == second.wait(60) == 0
     assert {(job.state, job.crashes) for job in ended} == {(State.COMPLETED, 0)}
     assert sorted(journal.lines) == sorted(
@@ -78,6 +79,7 @@ def test_a_warm_shutdown_in_a_rush_runs_each_job_once(
     )
 
 
+@on_one_database
 def test_a_warm_shutdown_lets_what_runs_end_and_leaves_the_rest_at_once(
     running: list[AsyncResult], jobs: Jobs, journal: Journal, gate: Path, workers: Workers, pool: str, slots: int
 ) -> None:
@@ -95,52 +97,59 @@ def test_a_warm_shutdown_lets_what_runs_end_and_leaves_the_rest_at_once(
     assert journal.lines.count("waits") == len(waiting) - len(left)
 
 
-@pytest.mark.parametrize("kind", ["late", "early"])
+def assert_cut(jobs: Jobs, running: list[AsyncResult]) -> None:
+    """A late one may run again, an early one may not."""
+    assert is_given_back(jobs.of(running[0])), jobs.of(running[0])
+    for job in map(jobs.of, running[1:]):
+        assert (job.state, job.cause) == (State.DEAD, Cause.LOST_ONCE), job
+        assert job.reason == "the worker ended while the task ran, and acks_late=False forbids to run it again"
+
+
+@pytest.mark.parametrize(
+    ("database_url", "remaps"), [("sqlite", False), ("postgresql", True)], indirect=["database_url"]
+)
 def test_a_cold_shutdown_gives_back_what_may_run_again(
-    client: Celery, jobs: Jobs, journal: Journal, gate: Path, workers: Workers, pool: str, slots: int, kind: str
-) -> None:
-    """And a task with early acknowledgement is dead if it had begun, available if it had not."""
-    task = apps.wait_for_file if kind == "late" else apps.wait_for_file_early
-    arguments = (str(gate), journal.path, *(["late"] if kind == "late" else []))
-    worker = workers(pool=pool, concurrency=slots, env={"REMAP_SIGTERM": "SIGQUIT"})
-    running = [task.delay(*arguments) for _ in range(slots)]
+    running: list[AsyncResult], jobs: Jobs, journal: Journal, gate: Path, workers: Workers, pool: str, slots: int,
+    remaps: bool,
+) -> None:  # fmt: skip
+    worker = workers(pool=pool, concurrency=slots, env={"REMAP_SIGTERM": "SIGQUIT"} if remaps else {})
     begin(worker, jobs, journal, running)
-    waiting = [task.delay(*arguments) for _ in range(2)]
-    worker.process.send_signal(signal.SIGQUIT if kind == "late" else signal.SIGTERM)
+    waiting = [apps.wait_for_file.delay(str(gate)), apps.wait_for_file_early.delay(str(gate), journal.path)]
+    worker.process.send_signal(signal.SIGTERM if remaps else signal.SIGQUIT)
     worker.wait(60)
     assert "Cold shutdown" in worker.log
     assert "Traceback" not in worker.log
-    assert all(is_given_back(jobs.of(result)) for result in waiting)
-    assert journal.lines == [kind] * slots
-    for result in running:
-        job = jobs.of(result)
-        if kind == "late":
-            assert is_given_back(job), job
-        else:
-            assert (job.state, job.cause) == (State.DEAD, Cause.LOST_ONCE), job
-            assert job.reason == "the worker ended while the task ran, and acks_late=False forbids to run it again"
-    gate.touch()
-    workers(pool=pool, concurrency=slots)
-    for result in [*waiting, *(running if kind == "late" else [])]:
-        assert result.get(timeout=60) == "done"
+    assert len(journal.lines) == slots
+    assert_cut(jobs, running)
+    assert all(is_given_back(jobs.of(result)) for result in waiting)  # the early one as well: it had not begun
 
 
+@on_one_database
+def test_a_cold_shutdown_ends_an_early_task_of_solo(
+    client: Celery, jobs: Jobs, journal: Journal, gate: Path, workers: Workers
+) -> None:
+    worker = workers(pool="solo", concurrency=1)
+    early = apps.wait_for_file_early.delay(str(gate), journal.path)
+    begin(worker, jobs, journal, [early])
+    worker.process.send_signal(signal.SIGQUIT)
+    worker.wait(60)
+    assert (jobs.of(early).state, jobs.of(early).cause) == (State.DEAD, Cause.LOST_ONCE)
+
+
+@on_one_database
 def test_a_warm_shutdown_becomes_cold_at_the_next_signal(
     running: list[AsyncResult], jobs: Jobs, journal: Journal, workers: Workers, pool: str, slots: int
 ) -> None:
     worker = begin(workers(pool=pool, concurrency=slots), jobs, journal, running)
-    waiting = apps.append.delay(journal.path, "waits")
-    worker.process.send_signal(signal.SIGTERM if "sqlite" in str(jobs.storage.database.url) else signal.SIGINT)
-    worker.wait_for_log("Warm shutdown" if "sqlite" in str(jobs.storage.database.url) else "initiate cold shutdown")
-    if pool != "solo":  # it waits for its tasks now
-        wait_until(lambda: jobs.of(waiting).state is State.AVAILABLE and worker.running, what="the shutdown")
-    worker.process.send_signal(signal.SIGQUIT if "sqlite" in str(jobs.storage.database.url) else signal.SIGINT)
+    first, second = (signal.SIGTERM, signal.SIGQUIT) if pool in ("prefork", "threads") else (signal.SIGINT,) * 2
+    worker.process.send_signal(first)
+    worker.wait_for_log("Warm shutdown" if first is signal.SIGTERM else "initiate cold shutdown")
+    worker.process.send_signal(second)
     worker.wait(60)
-    assert is_given_back(jobs.of(running[0]))
-    for early in running[1:]:
-        assert (jobs.of(early).state, jobs.of(early).cause) == (State.DEAD, Cause.LOST_ONCE)
+    assert_cut(jobs, running)
 
 
+@on_one_database
 def test_a_soft_shutdown_lets_short_tasks_end(
     client: Celery, jobs: Jobs, journal: Journal, gate: Path, tmp_path: Path, workers: Workers, pool: str, slots: int
 ) -> None:
