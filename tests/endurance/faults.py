@@ -39,17 +39,17 @@ def faults(
     *,
     fault: str = "warm",
     pool: str = "prefork",
-    jobs: int = 400,
-    seconds: float = 0.05,
+    jobs: int = 600,
+    seconds: float = 0.1,
     times: int = 4,
     every: float = 2.0,
     lease: float = 3.0,
 ) -> Figures:
     """Two workers (-c 2) of a `pool` run jobs, every fourth with early acknowledgement; do a `fault` every so often.
 
-    The faults: `child` kills a process of the pool and `kill` a whole worker (kill -9); `hang` stops a worker for longer
-    than its lease; `warm` and `cold` shut a worker down; `cut` ends all connections of the database. For each worker
-    that ends, another one is started.
+    The faults: `child` kills a process of the pool and `kill` a whole worker (kill -9); `hang` stops a worker for
+    longer than its lease; `warm` and `cold` shut a worker down; `cut` ends all connections of the database. For each
+    worker that ends, another one is started.
 
     `lost` jobs were acknowledged to the producer and have not ended. `false_ends` are completed without an end.
     `ended_twice` ran twice to their end, `once_twice` began twice in spite of early acknowledgement; of those, `dead`
@@ -58,7 +58,7 @@ def faults(
     run.environ["KATHIKON_LEASE"] = str(lease)
     concurrency = 1 if pool == "solo" else 2
     alive = run.start_ready(count=2, concurrency=concurrency, pool=pool)
-    run.send(jobs, seconds=seconds, rate=jobs / (times * every + every), once=4)
+    run.send(jobs, seconds=seconds, once=4)  # more than they can run until the last fault
     run.expect("jobs run", lambda: len(run.journal.ended) > concurrency)
     hanging: list[Worker] = []
     for _ in range(times):

@@ -355,15 +355,26 @@ class _Turn:
         self._dialect._end_turn()
 
 
+def _watch(path: Path) -> Any:
+    """Return what notes writes to the file; `None` without inotify, of which a user may have only some instances."""
+    if inotify_simple is None:
+        return None
+    try:
+        watch = inotify_simple.INotify(nonblocking=True)
+        watch.add_watch(path, inotify_simple.flags.MODIFY)
+    except OSError:
+        return None
+    return watch
+
+
 class Bell(Wakeup):
     """Hears writes to a file."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path = path
-        self._inotify = inotify_simple.INotify(nonblocking=True) if inotify_simple else None
+        self._inotify = _watch(path)
         if self._inotify is not None:
-            self._inotify.add_watch(path, inotify_simple.flags.MODIFY)
             self._selector.register(self._inotify.fileno(), selectors.EVENT_READ)
         self._last = self._stamp()
 
