@@ -44,12 +44,12 @@ CRASHED = Outcome(Verdict.CRASHED)
 REPLACED = Outcome(Verdict.REPLACED)
 PASSED_ON = Outcome(Verdict.PASSED_ON)
 WRITTEN = Outcome(Verdict.WRITTEN)
-#: A task that must not run twice was cut short by the end of its worker.
+#: A task that must not run twice was cut short.
 LOST = Outcome(
     Verdict.ENDED,
     State.DEAD,
     Cause.LOST_ONCE,
-    "the worker ended while the task ran, and acks_late=False forbids to run it again",
+    "the process that ran the task ended before the task did, and acks_late=False forbids to run it again",
 )
 
 

@@ -13,11 +13,20 @@ from celery.exceptions import Ignore, InvalidTaskError, Reject, Retry, TaskRevok
 from celery.worker import state as worker_state
 from celery.worker.request import Request as CeleryRequest
 
-from kathikon_celery.consume.delivery import CRASHED, DONE, PASSED_ON, REPLACED, WRITTEN, Delivery, Outcome, Verdict
+from kathikon_celery.consume.delivery import (
+    CRASHED,
+    DONE,
+    LOST,
+    PASSED_ON,
+    REPLACED,
+    WRITTEN,
+    Delivery,
+    Outcome,
+    Verdict,
+)
 from kathikon_celery.job import Cause, State, in_brief
 from kathikon_celery.publish import outbox
 from kathikon_celery.results.carrier import Carried
-from kathikon_celery.storage.transitions import LOST_AT_MOST_ONCE
 from kathikon_celery.transport.channel import Delivered
 from kathikon_celery.worker.shutdown import KILLED, NOT_BEGUN, InProcessPool
 
@@ -226,11 +235,7 @@ class Request(CeleryRequest):
         if self._delivery is not None and self._delivery.early:
             outcome = self._delivery.outcome
             if outcome.verdict is Verdict.CRASHED:
-                outcome = _ended(
-                    State.DEAD,
-                    Cause.LOST_ONCE,
-                    LOST_AT_MOST_ONCE,
-                )
+                outcome = LOST
             self._intake.finish(self._delivery.tag, outcome)
 
 

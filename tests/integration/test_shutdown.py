@@ -10,6 +10,7 @@ from celery import Celery
 from celery.result import AsyncResult
 
 from kathikon_celery import bulk
+from kathikon_celery.consume.delivery import LOST
 from kathikon_celery.job import Cause, Job, State
 from tests.integration.conftest import Jobs, Journal, Workers
 from tests.support import apps
@@ -102,7 +103,7 @@ def assert_cut(jobs: Jobs, running: list[AsyncResult]) -> None:
     assert is_given_back(jobs.of(running[0])), jobs.of(running[0])
     for job in map(jobs.of, running[1:]):
         assert (job.state, job.cause) == (State.DEAD, Cause.LOST_ONCE), job
-        assert job.reason == "the worker ended while the task ran, and acks_late=False forbids to run it again"
+        assert job.reason == LOST.reason
 
 
 @pytest.mark.parametrize(
