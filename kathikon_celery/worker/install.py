@@ -15,12 +15,12 @@ from kathikon_celery.nodes.own import OwnNode
 from kathikon_celery.routing import configure, declare_queues
 from kathikon_celery.settings.brokers import is_kathikon
 from kathikon_celery.storage import Storage
+from kathikon_celery.worker import shutdown
 from kathikon_celery.worker.consumer_step import ConsumerStep, SentJobs
 from kathikon_celery.worker.log_filters import add_filters
 from kathikon_celery.worker.request import Request, acknowledge_at_the_end, joined
 from kathikon_celery.worker.retrying import retry_failed
 from kathikon_celery.worker.services.registry import STEPS
-from kathikon_celery.worker.shutdown import in_process, shut_down_coldly
 from kathikon_celery.worker.tracing import carry_results, collect_successors
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ def install(sender: Any, **kwargs: Any) -> None:
     if pool is prefork.TaskPool and has_requests and is_usable(PREFORK):
         sender.pool_cls = "kathikon_celery.worker.prefork.pool:TaskPool"
     elif has_requests and is_usable(SHUTDOWN):
-        sender.pool_cls = in_process(pool) or sender.pool_cls
+        sender.pool_cls = shutdown.in_process(pool) or sender.pool_cls
     if has_requests and is_usable(SHUTDOWN):
-        shut_down_coldly(sender)
+        shutdown.prepare(sender)
     OwnNode.of(storage).name = sender.hostname
     add_filters()

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from functools import partial
 from threading import Timer
 from time import monotonic
@@ -63,15 +64,13 @@ class InProcessPool(BasePool):
         """Let tasks end for the time of a soft shutdown. *wait* is Celery's way to do so."""
         wait()
 
+    def handle(self, call: Callable[[], None]) -> None:
+        """Handle a signal that ends the worker, by *call*."""
+        call()
+
 
 class ThreadPool(InProcessPool):
     """Threads cannot be killed: a cold shutdown gives their jobs back, and ends the process without them."""
-
-    def wait_softly(self, worker: Any, wait: Any) -> None:
-        """As Celery, and then wake the consumer, in whose thread this is a handler of signals."""
-        wait()
-        if worker.consumer.connection is not None:
-            worker.consumer.connection.transport.intake.interrupt(for_good=True)
 
     def on_stop(self) -> None:
         """Wait for the tasks that run, until a cold shutdown begins."""
@@ -92,7 +91,7 @@ class SoloPool(InProcessPool):
     _is_patient = False
     _runs = False
     #: The task ends when the handler of the signal, which has interrupted the task, is done.
-    ends_task = False
+    _ends_task = False
 
     def _run(self, *args: Any) -> Any:
         self._runs = True
@@ -103,7 +102,7 @@ class SoloPool(InProcessPool):
 
     def can_cut(self) -> bool:
         """Note whether the task, which a signal has interrupted, is to end; it cannot while its signal is handled."""
-        SoloPool.ends_task = self._runs and not self._is_patient
+        self._ends_task = self._runs and not self._is_patient
         self._is_patient = False
         return False
 
@@ -118,6 +117,12 @@ class SoloPool(InProcessPool):
         again = Timer(timeout, os.kill, (os.getpid(), signal.SIGQUIT))
         again.daemon = True
         again.start()
+
+    def handle(self, call: Callable[[], None]) -> None:
+        call()
+        if self._ends_task:
+            self._ends_task = False
+            raise WorkerTerminate(EX_FAILURE)
 
 
 class GreenPool(InProcessPool):
@@ -148,33 +153,36 @@ class GreenPool(InProcessPool):
             worker.consumer.task_consumer.cancel()
         wait()
 
+    def handle(self, call: Callable[[], None]) -> None:
+        """As any pool, in a greenlet of its own: the greenlet of the event loop may not wait."""
+        if type(self).__module__.endswith("eventlet"):
+            from eventlet import spawn  # type: ignore[import-not-found]
+        else:
+            from gevent import spawn
+        spawn(call)
+
 
 class Signals(platforms.Signals):
-    """Celery's table of the handlers of signals: *call* calls those that shut the worker down."""
+    """Celery's table of the handlers of signals: the pool of *worker* calls those that end the worker."""
 
-    def __init__(self, call: Any) -> None:
-        self._call = call
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
 
     def __setitem__(self, name: str, handler: Any) -> None:
         if name in ("SIGTERM", "SIGINT", "SIGQUIT") and callable(handler):
-            handler = partial(self._call, handler)
+            handler = partial(self._handle, handler)
         super().__setitem__(name, handler)
 
+    def _handle(self, handler: Any, *args: Any) -> None:
+        def call() -> None:
+            try:
+                handler(*args)
+            finally:  # Celery looks for what its handler has noted when the consumer's wait has ended, perhaps twice
+                connection = self._worker.consumer.connection
+                if connection is not None:
+                    connection.transport.intake.interrupt(for_good=True)
 
-def _and_end_the_task(handler: Any, *args: Any) -> None:
-    handler(*args)
-    if SoloPool.ends_task:
-        SoloPool.ends_task = False
-        raise WorkerTerminate(EX_FAILURE)
-
-
-def _in_a_greenlet(pool: Any) -> Any:
-    """Return what calls a handler in a greenlet of its own: the greenlet of the event loop may not wait."""
-    if pool.__module__.endswith("gevent"):
-        from gevent import spawn
-    else:
-        from eventlet import spawn  # type: ignore[import-not-found]
-    return spawn
+        self._worker.pool.handle(call)
 
 
 def in_process(pool: type) -> type | None:
@@ -183,19 +191,23 @@ def in_process(pool: type) -> type | None:
         return pool
     if getattr(pool, "is_green", False):
         added: type = GreenPool
-        platforms.signals = Signals(_in_a_greenlet(pool))
     elif issubclass(pool, thread.TaskPool):
         added = ThreadPool
     elif issubclass(pool, solo.TaskPool):
         added = SoloPool
-        platforms.signals = Signals(_and_end_the_task)
     else:
         return None
     return type(pool.__name__, (added, pool), {"__module__": pool.__module__})
 
 
-def shut_down_coldly(worker: Any) -> None:
-    """Make *worker*, Celery's `WorkController`, end as its pool can when a cold shutdown begins."""
+def prepare(worker: Any) -> None:
+    """Make *worker*, Celery's `WorkController`, end as its pool can. Called before the worker has a pool."""
+    if (
+        hasattr(worker, "install_platform_tweaks")
+        and isinstance(worker.pool_cls, type)
+        and issubclass(worker.pool_cls, InProcessPool)
+    ):
+        platforms.signals = Signals(worker)
     wait, start = worker.wait_for_soft_shutdown, worker.start
 
     def wait_for_soft_shutdown() -> None:  # what each handler of Celery for a cold shutdown calls first
