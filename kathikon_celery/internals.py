@@ -136,6 +136,23 @@ REQUESTS = Part(
     ),
 )
 
+SHUTDOWN = Part(
+    "the shutdown",
+    "pools of threads and greenlets may run a job twice when their worker ends",
+    (
+        "celery.concurrency.base:BasePool.apply_async(self, target, args, kwargs)",
+        "celery.concurrency.thread:TaskPool.__init__ > executor",
+        "celery.platforms:signals",
+        "celery.platforms:Signals.__setitem__(self, name, handler)",
+        "celery.worker.request:Request._already_revoked",
+        "celery.worker.request:Request._already_cancelled",
+        "celery.worker.request:Request.cancel(self, pool, signal)",
+        "celery.worker.request:Request._announce_cancelled(self)",
+        "celery.worker.worker:WorkController.start(self)",
+        "celery.worker.worker:WorkController.wait_for_soft_shutdown(self)",
+    ),
+)
+
 TRACING = Part(
     "the tracer",
     "each task writes its result by itself, and what it sends after its end is sent beside it",
@@ -191,7 +208,7 @@ PREPARED = Part(
     ),
 )
 
-PARTS = (SENDING, PREFORK, REQUESTS, TRACING, LIBPQ, PREPARED)
+PARTS = (SENDING, PREFORK, REQUESTS, SHUTDOWN, TRACING, LIBPQ, PREPARED)
 
 
 @cache

@@ -58,6 +58,7 @@ class Intake:
         transaction = Transaction(storage, self._ledger, self._idle, self._recovery, claiming)
         self._loop = Loop(storage, self.own_node, self._ledger, self._idle, self._recovery, transaction)
         self._thread: threading.Thread | None = None
+        self._all_written = threading.Event()
         self._turn = 0  # the queue that `pump` serves first
 
     @property
@@ -114,9 +115,9 @@ class Intake:
         """Sleep until something can be handed out, at most *timeout* seconds; false when nothing can."""
         return self._ledger.wait(timeout)
 
-    def interrupt(self) -> None:
-        """End the `wait` that the consumer is in, or else its next one. Any thread may call it."""
-        self._ledger.interrupt()
+    def interrupt(self, for_good: bool = False) -> None:
+        """End the `wait` that the consumer is in, or else its next one; *for_good*: all. Any thread may call it."""
+        self._ledger.interrupt(for_good)
 
     def look(self) -> None:
         """Look for work now."""
@@ -221,6 +222,7 @@ class Intake:
 
     def _run(self) -> None:
         self._loop.run()
+        self._all_written.set()
         if self._ledger.wakeup is not None:
             self._ledger.wakeup.close()
         self.own_node.on_reborn.remove(self._recovery.reborn)
@@ -239,14 +241,18 @@ class Intake:
             for subscription in self.subscriptions.every():
                 self.unsubscribe(subscription.queue)
             for delivery in self.in_hand():
-                if self.pool.has(delivery) and not self.pool.withdraw(delivery):
-                    continue
-                self.finish(delivery.tag, delivery.when_left)
+                if self.pool.lets_go(delivery):
+                    self.finish(delivery.tag, delivery.when_left)
             ledger.is_closed = True
             remains = bool(ledger.in_hand)
         ledger.notify()
         if not remains:  # else the thread ends by itself, with the last report of what the pool still runs
             thread.join(timeout=10)
+
+    def abandon(self) -> None:
+        """After `stop`: end what the pool still runs, because the process ends, and wait until that is written."""
+        self.give_back(lambda delivery: True)
+        self._all_written.wait(timeout=10)
 
     def _replaced(self) -> None:
         """Note that the database was replaced. Any thread may call this, so this takes no lock."""

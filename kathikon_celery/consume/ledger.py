@@ -67,7 +67,7 @@ class Ledger:
         self._to_mark: list[Delivery] = []
         self._longest_wait = longest_wait
         self._ready = threading.Condition(self.lock)
-        self._interrupted = False
+        self._interrupted = self._is_hurried = False
 
     def notify(self) -> None:
         """Wake the intake's thread."""
@@ -131,13 +131,13 @@ class Ledger:
         """See `Intake.wait`."""
         with self._ready:
             self._ready.wait_for(lambda: self._interrupted or self.subscriptions.can_hand_out(), timeout)
-            self._interrupted = False
+            self._interrupted = self._is_hurried
             return self.loss is not None or self.subscriptions.can_hand_out()
 
-    def interrupt(self) -> None:
+    def interrupt(self, for_good: bool = False) -> None:
         """See `Intake.interrupt`."""
         with self._ready:
-            self._interrupted = True
+            self._interrupted, self._is_hurried = True, for_good
             self._ready.notify_all()
 
     # --- the intake's thread

@@ -31,9 +31,9 @@ class Pool(Protocol):
         """Whether all slots are in use, so that the next job waits until another one ends."""
         return False
 
-    def has(self, delivery: Delivery) -> bool:
-        """Whether the pool runs *delivery* or has it in its own queue: then the intake must not give it back."""
-        return False
+    def lets_go(self, delivery: Delivery) -> bool:
+        """Take back *delivery*, because its consumer ends; false if the pool runs it or keeps it, and will report."""
+        return True
 
     def withdraw(self, delivery: Delivery) -> bool:
         """Take *delivery* out of the pool's queue; false if the pool keeps it, for example because it runs already."""

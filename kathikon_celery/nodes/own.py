@@ -53,7 +53,7 @@ class OwnNode:
         self._users = 0
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
-        self._renewed = 0.0
+        self._registered = self._renewed = 0.0
         self._is_lost = False  # a renewal has found no row of ours
         self._told: tuple[int, list[str]] = (0, [])  # the id and the queues that were last written
 
@@ -124,7 +124,7 @@ class OwnNode:
     def _register(self) -> None:
         pid = os.getpid()
         self.id = nodes.register(self.storage.database, self.name, machine(), pid, start_of(pid) or 0.0, self.lease)
-        self._renewed = monotonic()
+        self._registered = self._renewed = monotonic()
         self._is_lost = False
 
     def _run(self) -> None:
@@ -156,7 +156,7 @@ class OwnNode:
     def _tell_queues(self) -> None:
         """Write the queues of this node if they have changed, but not while its consumers still begin one by one."""
         told = self.id, sorted({name for names in list(self.consumes) for name in names()})
-        if told != self._told and self.unbroken >= LOOK / 2:
+        if told != self._told and monotonic() >= self._registered + LOOK / 2:
             nodes.consume(self.storage.database, *told)
             self._told = told
 

@@ -42,8 +42,8 @@ from kathikon_celery.storage.tables import first_fence, jobs, next_fence, one_mo
 
 #: The reason on the row of a job whose process was lost too often.
 LOST_TOO_OFTEN = "the process that ran it was lost, as often as max_attempts allows"
-#: The reason on the row of a job whose message was acknowledged before its process was lost.
-LOST_AT_MOST_ONCE = "the worker was lost while the task ran, and acks_late=False forbids to run it again"
+#: The reason on the row of a job whose message was acknowledged before its worker was lost: the task may have begun.
+LOST_AT_MOST_ONCE = "the worker was lost after its pool had got the task, and acks_late=False forbids to run it again"
 #: The reason on the row of a job that waited longer than its `expires`: Celery's own word.
 EXPIRED = "expired"
 

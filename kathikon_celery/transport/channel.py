@@ -453,8 +453,8 @@ class Channel(virtual.Channel):
         transport = self._transport
         for tag in list(self._consumers):
             self.basic_cancel(tag)
-        for tag in self.unacknowledged:
+        for tag in list(self.unacknowledged):
             delivery = self._intake.delivery(tag)
-            if delivery is not None and not self._intake.pool.has(delivery):
+            if delivery is not None and self._intake.pool.lets_go(delivery):
                 self._intake.finish(tag, delivery.when_left)
         transport.close_channel(self)

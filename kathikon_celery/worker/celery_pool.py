@@ -20,6 +20,7 @@ from kathikon_celery.storage.sql import SQLBackend
 from kathikon_celery.worker.prefork.pool import TaskPool
 from kathikon_celery.worker.request import Request, is_early
 from kathikon_celery.worker.services.registry import services_of
+from kathikon_celery.worker.shutdown import InProcessPool
 
 #: How a job ends if Celery cannot make a request of its message: Celery acknowledges or rejects that.
 UNREADABLE = Outcome(
@@ -68,8 +69,13 @@ class CeleryPool(Pool):
     def is_full(self) -> bool:
         return len(state.active_requests) >= processes(self._consumer)
 
-    def has(self, delivery: Delivery) -> bool:
-        if self.has_ended or not isinstance(delivery.item, Job):
+    def lets_go(self, delivery: Delivery) -> bool:
+        if isinstance(self._consumer.pool, InProcessPool) and delivery.decision is not None:
+            return delivery.decision.acquire(blocking=False) or self.has_ended
+        return self.has_ended or not self._has(delivery) or self.withdraw(delivery)
+
+    def _has(self, delivery: Delivery) -> bool:
+        if not isinstance(delivery.item, Job):
             return False
         if delivery.is_kept:
             return True
@@ -89,7 +95,7 @@ class CeleryPool(Pool):
         if not isinstance(request, Request) or request._delivery is not delivery:
             return False
         pool = self._consumer.pool
-        return request.withdraw() or (isinstance(pool, TaskPool) and pool.give_back(request))
+        return request.take() or (isinstance(pool, TaskPool) and pool.give_back(request))
 
     def is_early(self, task: str) -> bool:
         found = self._tasks.get(task)

@@ -18,6 +18,7 @@ from kathikon_celery.worker.celery_pool import CeleryPool
 from kathikon_celery.worker.in_process import report_errors
 from kathikon_celery.worker.prefork.ahead import request_of
 from kathikon_celery.worker.prefork.pool import FastPool
+from kathikon_celery.worker.shutdown import ThreadPool
 from kathikon_celery.worker.tracing import carry_results
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class ConsumerStep(bootsteps.StartStopStep):
         """Give back at once the jobs that were claimed and have not begun; the pool goes on with those that it has."""
         if c.connection is not None:
             intake = c.connection.transport.intake
-            intake.give_back(lambda delivery: delivery.is_job and not intake.pool.has(delivery))
+            intake.give_back(lambda delivery: delivery.is_job and intake.pool.lets_go(delivery))
 
     def info(self, c: Any) -> dict[str, Any]:
         """What ``celery inspect stats`` says of the broker: what Celery says, without the password in the URL."""
@@ -69,8 +70,11 @@ class ConsumerStep(bootsteps.StartStopStep):
         return {"broker": broker | shown}
 
     def shutdown(self, c: Any) -> None:
-        """The pool has ended, so it has no delivery any more: closing the connection gives back all that is left."""
-        if self.pool is not None:
+        """The pool has ended, so it has no delivery any more: closing the connection gives back all that is left.
+
+        Threads that a cold shutdown cannot end may still end their tasks, until the process ends.
+        """
+        if self.pool is not None and not (isinstance(c.pool, ThreadPool) and c.pool.is_cold):
             self.pool.has_ended = True
 
 

@@ -6,15 +6,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from celery import signals
-from celery.concurrency import prefork
+from celery.concurrency import get_implementation, prefork
 from kombu.utils.imports import symbol_by_name
 
 from kathikon_celery.backports import mark_what_is_revoked
-from kathikon_celery.internals import LIBPQ, PARTS, PREFORK, REQUESTS, is_usable
+from kathikon_celery.internals import LIBPQ, PARTS, PREFORK, REQUESTS, SHUTDOWN, is_usable
 from kathikon_celery.nodes.own import OwnNode
 from kathikon_celery.routing import configure, declare_queues
 from kathikon_celery.settings.brokers import is_kathikon
 from kathikon_celery.storage import Storage
+from kathikon_celery.worker import shutdown
 from kathikon_celery.worker.consumer_step import ConsumerStep, SentJobs
 from kathikon_celery.worker.log_filters import add_filters
 from kathikon_celery.worker.panel import show_scheduled
@@ -66,7 +67,12 @@ def install(sender: Any, **kwargs: Any) -> None:
         collect_successors(task, storage)
         if storage.settings.retry_failed and not task.name.startswith("celery."):
             retry_failed(task, storage.settings.max_attempts)
-    if sender.pool_cls in ("prefork", "processes", prefork.TaskPool) and has_requests and is_usable(PREFORK):
+    pool = get_implementation(sender.pool_cls)
+    if pool is prefork.TaskPool and has_requests and is_usable(PREFORK):
         sender.pool_cls = TaskPool
+    elif has_requests and is_usable(SHUTDOWN):
+        sender.pool_cls = shutdown.in_process(pool) or sender.pool_cls
+    if has_requests and is_usable(SHUTDOWN):
+        shutdown.prepare(sender)
     OwnNode.of(storage).name = sender.hostname
     add_filters()

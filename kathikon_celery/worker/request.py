@@ -9,6 +9,7 @@ from threading import Lock
 from typing import Any
 
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
+from billiard.exceptions import Terminated
 from celery import states
 from celery.exceptions import (
     Ignore,
@@ -40,6 +41,7 @@ from kathikon_celery.publish import outbox
 from kathikon_celery.results.carrier import Carried
 from kathikon_celery.storage.errors import is_lost
 from kathikon_celery.transport.channel import Delivered
+from kathikon_celery.worker.shutdown import KILLED, NOT_BEGUN, InProcessPool
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +108,13 @@ class Request(CeleryRequest):
 
     def __init__(self, message: Any, **options: Any) -> None:
         self._delivery: Delivery | None = getattr(message, "delivery", None)
-        #: Taken once and never released: by the pool, which runs the task, or by the intake, which gives it back.
+        #: See `Delivery.decision`.
         self._decision = Lock()
         self._has_failed = False
+        #: A cold shutdown has ended the run, or is about to.
+        self._is_cut = False
+        if self._delivery is not None:
+            self._delivery.decision = self._decision
         try:
             super().__init__(message, **options)
             _check_limits(self.time_limits)
@@ -144,7 +150,8 @@ class Request(CeleryRequest):
             return succeeded(self, failed__retval__runtime, **options)
 
         def execute_using_pool(self: Request, pool: Any, **options: Any) -> Any:
-            if not self._decision.acquire(blocking=False):
+            decides = not isinstance(pool, InProcessPool)  # that one decides when the task begins
+            if self._decision.locked() if not decides else not self.take():
                 self._leave()
                 raise TaskRevokedError("given back")  # Celery goes on with the next message
             try:
@@ -158,9 +165,9 @@ class Request(CeleryRequest):
         if "execute_using_pool" in cls.__dict__:  # else the inherited one is wrapped already
             cls.execute_using_pool = execute_using_pool
 
-    def withdraw(self) -> bool:
-        """Keep the task from the pool; return false if the pool has it. Any thread may call this."""
-        return bool(self._decision.acquire(blocking=False))
+    def take(self) -> bool:
+        """Decide that the task runs; false if the job was given back."""
+        return self._decision.acquire(blocking=False)
 
     def _leave_strategy(self) -> None:
         delivery = self._delivery
@@ -191,8 +198,51 @@ class Request(CeleryRequest):
         except Exception as error:  # the task runs all the same
             logger.exception("Kathikon: the start of task %s[%s] has raised %s", self.name, self.id, in_brief(error))
 
+    def cancel(self, pool: Any, signal: Any = None, **options: Any) -> None:
+        is_cold = getattr(pool, "is_cold", False)  # otherwise the connection was lost
+        if not is_cold or not isinstance(pool, InProcessPool) or pool.can_cut():
+            self._is_cut = is_cold
+            super().cancel(pool, signal, **options)
+
+    def _announce_cancelled(self, *args: Any, **options: Any) -> None:
+        if not self._is_cut:
+            super()._announce_cancelled(*args, **options)
+            return
+        # Celery would store the state RETRY, though nothing retries a task with early acknowledgement.
+        worker_state.task_ready(self)
+        self.send_event("task-cancelled")
+        self._already_cancelled = True
+
+    def on_returned(self, returned: Any) -> None:
+        """Called with what a run in the worker's own process has returned."""
+        if returned is NOT_BEGUN:
+            self._leave()
+        elif returned is KILLED:
+            self.on_killed()
+        else:
+            self.on_success(returned)
+
+    def abandon(self) -> None:
+        """Give back the job, if the task may run again: the process ends now."""
+        if self._delivery is not None:
+            self._intake.abandon()
+
+    @_settles
+    def on_killed(self) -> None:
+        """Report that the process or the greenlet of the task was killed while the task ran."""
+        if self._is_cut:
+            if self._delivery is not None:
+                self._delivery.outcome = self._delivery.when_left
+        elif not self._already_revoked and not self._already_cancelled:
+            try:
+                raise WorkerLostError("the greenlet of the task was killed")
+            except WorkerLostError:
+                self.on_failure(ExceptionInfo())
+
     @_settles
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
+        if self._is_cut and isinstance(_error_of(exc_info), (Terminated, WorkerLostError, SystemExit)):
+            return self.on_killed()
         self._decide(exc_info)
         self._has_failed = True
         self._on_reject = self._message.reject_log_error  # now, as in `on_success`
@@ -239,9 +289,7 @@ class Request(CeleryRequest):
             self._delivery.outcome = outcome
 
     def _decide(self, exc_info: Any) -> None:
-        error = exc_info.exception
-        if isinstance(error, ExceptionWithTraceback):
-            error = error.exc
+        error = _error_of(exc_info)
         if isinstance(error, Retry):
             self._set_outcome(PASSED_ON)
         elif isinstance(error, Ignore):
@@ -270,6 +318,11 @@ class Request(CeleryRequest):
         elif delivery.early and outcome.verdict is Verdict.CRASHED:
             outcome = LOST
         self._intake.finish(delivery.tag, outcome)
+
+
+def _error_of(exc_info: Any) -> Any:
+    error = exc_info.exception
+    return error.exc if isinstance(error, ExceptionWithTraceback) else error
 
 
 def acknowledge_at_the_end(task: Any) -> None:

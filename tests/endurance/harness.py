@@ -138,8 +138,8 @@ class Run:
                 directory=self.directory,
                 app=APP,
                 name=f"worker-{index}",
-                concurrency=concurrency,
                 pool=pool,
+                concurrency=concurrency,
                 args=("--loglevel", "warning", *options),
                 env=self.environ | {"ENDURANCE_WORKER": str(index)},
             )

@@ -85,7 +85,7 @@ def test_a_retry_waits_in_the_same_row(app: Celery, jobs: Jobs, journal: Journal
     result = apps.retry_then_succeed.delay(journal.path, 2, countdown=0.1)
     assert result.get(timeout=60) == 2
     assert journal.lines == [result.id] * 3
-    jobs.wait(result, State.COMPLETED)
+    job = jobs.wait(result, State.COMPLETED)
 
     def errors() -> list[tuple[int, str]]:
         return [(error["attempt"], error["reason"]) for error in jobs.wait(result, State.COMPLETED).errors]
