@@ -6,7 +6,7 @@ import atexit
 import logging
 import threading
 
-from kathikon_celery.storage import Storage, nodes
+from kathikon_celery.storage import Storage, nodes, reading
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +38,16 @@ class _Watch:
         self._unchecked.append(queue)
         if self._timer is None or not self._timer.is_alive():  # a forked process has no thread of its parent
             self._timer = threading.Timer(GRACE, self.look)
-            self._timer.daemon = True
+            self._timer.daemon, self._timer.name = True, "kathikon-unconsumed"
             self._timer.start()
 
     def _forget(self) -> None:
         self.known, self._unchecked = set(), []
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+            if timer.is_alive() and timer is not threading.current_thread():
+                timer.join(GRACE)
 
     def look(self) -> None:
         """Warn of the queues that were added since the last look and have no worker."""
@@ -53,10 +58,11 @@ class _Watch:
         try:
             with self._storage.database.read() as connection:
                 consumed = nodes.consumed(connection)
+                left = nodes.without_consumer(queues, consumed)
+                left = [queue for queue in left if reading.is_any_waiting(connection, queue)]
         except Exception as error:  # those who need the database report this
             logger.debug("Kathikon: cannot tell who consumes %s: %s", queues, error)
             return
-        left = nodes.without_consumer(queues, consumed)
         if not left:
             return
         names = ", ".join(map(repr, left))

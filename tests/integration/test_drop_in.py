@@ -378,12 +378,12 @@ def test_as_a_daemon(project: Project) -> None:
 
 def test_celery_multi(project: Project) -> None:
     arguments = ["-A", "proj", "-c", "2", "--pidfile=%n.pid", "--logfile=%n.log", "--loglevel=INFO"]
-    project._call("-m", "celery", "multi", "start", "one", "two", *arguments)
+    project.call("-m", "celery", "multi", "start", "one", "two", *arguments)
     with daemons(project, "one.pid", "two.pid") as pids:
         assert project.run(USE) == RESULTS
         for name in ("one", "two"):  # who has not begun yet has no pid file, and so is not stopped
             wait_until(lambda name=name: "ready." in (project.directory / f"{name}.log").read_text(), what="both")
-        project._call("-m", "celery", "multi", "stopwait", "one", "two", *arguments)
+        project.call("-m", "celery", "multi", "stopwait", "one", "two", *arguments)
         for pid in pids:
             wait_until(ends(pid), 60, "the worker has ended")
 

@@ -131,6 +131,17 @@ class TestUnconsumed:
         app.send_task("any", queue="mail")
         assert self.look(app, caplog) == []
 
+    def test_nothing_is_said_of_what_does_not_wait(self, app: Celery, caplog: pytest.LogCaptureFixture) -> None:
+        storage = Storage.for_app(app)
+        nodes.consume(storage.database, nodes.register(storage.database, "w", "here", 1, 1.0, lease=60.0), ["default"])
+        app.send_task("any", queue="mail")
+        app.send_task("any", queue="later", countdown=3600)
+        app.send_task("any", queue="taken")
+        storage.claim("mail")
+        storage.claim("taken")
+        (said,) = self.look(app, caplog)
+        assert "consumes: 'later'." in said
+
     def test_what_was_closed_is_not_looked_at(self, app: Celery, caplog: pytest.LogCaptureFixture) -> None:
         storage = Storage.for_app(app)
         nodes.consume(storage.database, nodes.register(storage.database, "w", "here", 1, 1.0, lease=60.0), ["default"])

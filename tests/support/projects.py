@@ -81,9 +81,10 @@ class Project:
 
     def run(self, code: str) -> Any:
         """Run *code* in another process, as a web server of the project would; return its variable ``answer``."""
-        program = f"import json\n{dedent(code)}\nprint(json.dumps(answer))"
+        program = f"import json\n{dedent(code)}\nprint('answer:', json.dumps(answer))"
         done = self.call("-c", program)
-        return json.loads(done.splitlines()[-1])
+        (answer,) = (line for line in done.splitlines() if line.startswith("answer: "))  # the log may follow
+        return json.loads(answer.removeprefix("answer: "))
 
     def celery(self, *arguments: str) -> str:
         """Run ``celery -A proj …``, and return its output."""
