@@ -162,7 +162,7 @@ def test_a_node_that_is_no_process_stops_no_rescue(
     worker.claim(10)
     with three.database.write() as connection:
         connection.execute(insert(nodes).from_select(COPIED, select(*(nodes.c[name] for name in COPIED))))
-        connection.execute(update(nodes).values(machine=machine(), pid_started=1.0))  # of a process that has ended
+        connection.execute(update(nodes).values(machine=machine(), pid_started=-1e6))  # of a process that has ended
         nonsense = table("kathikon_nodes", sa_column("id"), sa_column(column))
         connection.execute(update(nonsense).where(nonsense.c.id != worker.id).values({column: spoilt}))
     watch = Watch(three, SimpleNamespace(id=-1, lease=60.0))
