@@ -54,4 +54,4 @@ def is_running(pid: int, started: float) -> bool:
                 os.kill(pid, 0)
             except PermissionError:  # a process of another user, which /proc may hide
                 return True
-    return start is not None and isinstance(started, float) and abs(start - started) < 1.0  # a text is in no row of ours
+    return start is not None and isinstance(started, float) and abs(start - started) < 1.0  # else nonsense
