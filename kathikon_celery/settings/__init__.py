@@ -118,6 +118,15 @@ class Settings:
     #: As `publish_durability`, for what workers write: claims, acks, results.
     worker_durability: str = _setting("server", checks.choice("disk", "server"))
 
+    #: The schema of PostgreSQL that has the tables; None: the first one of the search path.
+    schema: str | None = _setting(None, checks.schema_name)
+
+    #: Whether processes LISTEN on PostgreSQL (``listen``), or ``poll``; ``auto``: poll behind a connection pooler.
+    wake: str = _setting("auto", checks.choice("auto", "listen", "poll"))
+
+    #: Connections of each of two kinds that a process keeps open for their next use.
+    pool_size: int = _setting(5, checks.whole_number(0, 50))
+
     #: How many seconds of work, at its present rate, a worker claims ahead.
     claim_horizon: float = _setting(0.05, checks.seconds(0, 5))
 

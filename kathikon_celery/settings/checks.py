@@ -190,6 +190,17 @@ def queues_of(value: Any) -> dict[str, QueueSettings]:
     return queues
 
 
+def schema_name(value: Any) -> str | None:
+    """Take the name of a schema of PostgreSQL, or None."""
+    if value is None:
+        return None
+    if not isinstance(value, str) or not 0 < len(value.encode(errors="replace")) <= 63 or not value.isprintable():
+        raise ValueError("the name of a schema of PostgreSQL, of up to 63 bytes")
+    if value.startswith("pg_"):
+        raise ValueError("the name of a schema of PostgreSQL that does not begin with pg_")
+    return value
+
+
 _seconds_to_keep = seconds(0, LONGEST, above=True)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from math import inf
 from typing import Any, ClassVar
 
 from sqlalchemy import URL, Connection, Table, false
@@ -20,6 +21,9 @@ from kathikon_celery.storage.dialects.parameters import Change, Changed, Claim, 
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.wakeup import Wakeup
 from kathikon_celery.storage.errors import StorageError
+
+#: The option of an engine that says whether its commits wait for the disk.
+ON_DISK = "kathikon_on_disk"
 
 
 class Dialect(ABC):
@@ -48,18 +52,26 @@ class Dialect(ABC):
     after_migrations: ClassVar[Mapping[str, Sequence[str]]] = {}
     #: Arguments of the driver's connect() that refuse a server which cannot be written to.
     writable: ClassVar[Mapping[str, Any]] = {}
+    #: Whether each use of a connection is a transaction, since the next use may have another server process and session
+    #: (a pooler in transaction mode). `None`: not known before the first connection.
+    shares_sessions: bool | None = False
+    #: Seconds after which a node renews its lease at the latest while it holds no lock (see `hold`).
+    renewal_without_lock = inf
+    #: What a worker needs for being woken, if it cannot be.
+    advice: str | None = None
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, url: URL, schema: str | None = None, wake: str = "auto") -> None:
         self.url = url
+        self.schema = schema
 
     # --- connections
 
     @abstractmethod
-    def connect_args(self, timeout: float, on_disk: bool, publishes: bool) -> dict[str, Any]:
-        """Return arguments of the driver's connect(). *timeout*: seconds. *on_disk*: commits wait for the disk."""
+    def connect_args(self, url: URL, timeout: float) -> dict[str, Any]:
+        """Return what the driver's connect() takes besides the parameters of *url*. *timeout*: seconds."""
 
-    def on_connect(self, connection: Any, on_disk: bool) -> None:
-        """Prepare a new connection of the driver."""
+    def on_connect(self, connection: Any, on_disk: bool, publishes: bool) -> None:
+        """Prepare a new connection of the driver. *on_disk*: its commits wait for the disk."""
 
     @abstractmethod
     def is_at_rest(self, connection: Any) -> bool:
@@ -134,6 +146,10 @@ class Dialect(ABC):
     @abstractmethod
     def migrating(self, connection: Connection) -> AbstractContextManager[None]:
         """Return the context in which a process changes the schema, one at a time."""
+
+    def before_migrations(self) -> Sequence[str]:
+        """Return the statements that a printed migration begins with."""
+        return ()
 
     # --- publishing
 

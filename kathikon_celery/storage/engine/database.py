@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from sqlalchemy.pool import NullPool
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from kathikon_celery.settings import absolute, shown
-from kathikon_celery.storage.dialects import OPTION, Dialect, dialect_for
+from kathikon_celery.storage.dialects import ON_DISK, OPTION, Dialect, dialect_for
 from kathikon_celery.storage.engine import forks
 from kathikon_celery.storage.engine.forks import Gate
 from kathikon_celery.storage.engine.wakeup import Wakeup
@@ -29,8 +29,10 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-#: Connections kept at hand beside the pool's, for each engine, and the seconds for which they are kept.
-MOST_IDLE, LONGEST_IDLE = 5, 60.0
+#: Seconds for which a connection is kept for its next use.
+LONGEST_IDLE = 60.0
+#: Most connections in use at one time, for each engine; a further thread waits for one of them.
+MOST_IN_USE = 55
 
 #: In a forked process the parent's connections, kept so that they are neither used nor closed here.
 _inherited: list[Any] = []
@@ -81,9 +83,9 @@ class _Use:
                 # Interrupted in a statement or a transaction, such as by a time limit: must not be used again.
                 if not (connection.invalidated or database.dialect.is_at_rest(connection.connection.driver_connection)):
                     connection.invalidate(error)
-                if connection.invalidated:  # perhaps all are lost: the pool knows which are older
-                    database._give_back()
-                connection.close()
+                if connection.invalidated:  # perhaps all are lost
+                    database._drop_idle()
+                database._keep(self._durable, connection)
             if error is None and self._writes and database._on_disk[self._durable]:
                 database.dialect.flush(kept)
         finally:
@@ -92,6 +94,13 @@ class _Use:
             database.events.tell(happened)
         if isinstance(error, DBAPIError) and (explained := database.dialect.explain(error)) is not error:
             raise explained from error
+
+
+def _drop(connection: Connection) -> None:
+    """Close *connection*, and do not leave it open in SQLAlchemy's pool."""
+    if not connection.invalidated:
+        connection.invalidate()
+    connection.close()
 
 
 class Database:
@@ -103,6 +112,8 @@ class Database:
         worker_durability: as *publish_durability*, for all other commits.
         connect_timeout: seconds after which an attempt to connect is given up.
         alternates: URLs of further servers that have the same data. The first one that can be written to is used.
+        schema, wake: the settings ``kathikon_schema`` and ``kathikon_wake``.
+        pool_size: connections kept for the next use, for each engine.
     """
 
     def __init__(
@@ -113,12 +124,17 @@ class Database:
         worker_durability: str = "server",
         connect_timeout: float = 4.0,
         alternates: Sequence[str] = (),
+        schema: str | None = None,
+        wake: str = "auto",
+        pool_size: int = 5,
     ) -> None:
         self.url = absolute(make_url(url))
         #: What the transactions of this process do to jobs.
         self.events = Events()
         self._servers = [self.url, *map(make_url, alternates)]
-        self.dialect: Dialect = dialect_for(self.url)
+        self._new_dialect = partial(dialect_for, self.url, schema, wake)
+        self.dialect: Dialect = self._new_dialect()
+        self._pool_size = pool_size
         self.connect_timeout = connect_timeout
         #: Seconds for which `patiently` tries again when the database is away: 0 for producers, more for workers.
         self.patience = 0.0
@@ -132,6 +148,8 @@ class Database:
         self._gate = self._new_gate()
         self._noticing = threading.Lock()
         self._idle: dict[bool, list[tuple[float, Connection]]] = {True: [], False: []}
+        self._closer: threading.Thread | None = None
+        self._closing, self._no_idle = threading.Lock(), threading.Event()
         forks.watch(self)
 
     def __repr__(self) -> str:
@@ -152,32 +170,30 @@ class Database:
 
     def _make_engine(self, durable: bool, **options: Any) -> Engine:
         on_disk = self._on_disk[durable]
-        options = options or {"pool_recycle": 1800, "max_overflow": 50}
+        # The pool only counts: `_keep` keeps the connections, since to take one of the pool costs more.
+        options = options or {"pool_size": 1, "max_overflow": MOST_IN_USE - 1}
         engine = create_engine(
             self.url,
             isolation_level="AUTOCOMMIT",  # BEGIN and COMMIT are sent by `write`; a single statement needs neither
             hide_parameters=True,  # no payloads in error messages
-            connect_args=self.dialect.connect_args(self.connect_timeout, on_disk, publishes=durable),
             pool_reset_on_return=None,  # see `_Use`
-            execution_options={OPTION: self.dialect},
+            execution_options={OPTION: self.dialect, ON_DISK: on_disk},
             **options,
         )
         event.listen(engine, "do_connect", self._do_connect)
-        event.listen(engine, "connect", lambda connection, _: self._on_connect(connection, on_disk))
+        event.listen(engine, "connect", lambda connection, _: self._on_connect(connection, on_disk, durable))
         return engine
 
-    def _do_connect(self, dialect: Any, _: Any, args: list[Any], options: dict[str, Any]) -> Any:
-        """Return a connection of the driver for SQLAlchemy's event; with `None` SQLAlchemy connects."""
+    def _do_connect(self, dialect: Any, *_: Any) -> Any:
+        """Return a connection of the driver for SQLAlchemy's event. All connections begin here."""
         self.dialect.check_usable()
-        if len(self._servers) == 1:
-            return None
-        _, own = dialect.create_connect_args(self.url)
-        ours = {name: value for name, value in options.items() if name not in own}
-        ours.update(self.dialect.writable)
         for url in list(self._servers):
             args, named = dialect.create_connect_args(url)
+            named |= self.dialect.connect_args(url, self.connect_timeout)
+            if len(self._servers) > 1:
+                named = {**self.dialect.writable, **named}
             try:
-                connection = dialect.connect(*args, **named, **{k: v for k, v in ours.items() if k not in named})
+                connection = dialect.connect(*args, **named)
             except dialect.loaded_dbapi.OperationalError as error:
                 lost = error
             else:  # the next attempt, in any thread, begins with this server
@@ -185,9 +201,9 @@ class Database:
                 return connection
         raise lost
 
-    def _on_connect(self, connection: Any, on_disk: bool) -> None:
+    def _on_connect(self, connection: Any, on_disk: bool, publishes: bool) -> None:
         self.opened += 1
-        self.dialect.on_connect(connection, on_disk)
+        self.dialect.on_connect(connection, on_disk, publishes)
 
     def _connect(self, durable: bool) -> Connection:
         """Return a connection for one use: one kept at hand, or else, at a higher cost, one of the pool."""
@@ -202,7 +218,7 @@ class Database:
                 break
             if monotonic() - since < LONGEST_IDLE:
                 return connection
-            connection.close()
+            _drop(connection)
         return (self._durable if durable else self._relaxed).connect()
 
     def _notice(self) -> None:
@@ -218,24 +234,68 @@ class Database:
             self._noticing.release()
 
     def _keep(self, durable: bool, connection: Connection) -> None:
-        """Keep *connection* for the next use, or give it back to the pool."""
+        """Keep *connection* for the next use, or close it."""
         idle = self._idle[durable]
         if connection.in_transaction():  # in SQLAlchemy's view: here each statement commits itself
             with suppress(DBAPIError):  # its statements are committed
                 connection.rollback()
         engine = self.__dict__.get("_durable" if durable else "_relaxed")
-        if connection.invalidated or len(idle) >= MOST_IDLE or connection.engine is not engine:
-            connection.close()
+        if connection.invalidated or len(idle) >= self._pool_size or connection.engine is not engine:
+            _drop(connection)
         else:
             idle.append((monotonic(), connection))
+            if self._closer is None:
+                self._start_closer()
 
-    def read(self) -> _Use:
+    def _start_closer(self) -> None:
+        """Have a thread close what was not used for `LONGEST_IDLE` seconds; it ends when nothing is kept."""
+        with self._closing:
+            if self._closer is None:
+                self._no_idle.clear()
+                self._closer = threading.Thread(target=self._close_unused, name="kathikon-idle", daemon=True)
+                self._closer.start()
+
+    def _close_unused(self) -> None:
+        while not self._no_idle.wait(self._until_unused()):
+            with self._gate:
+                for idle in self._idle.values():
+                    with suppress(IndexError):  # used meanwhile
+                        while monotonic() - idle[0][0] >= LONGEST_IDLE:
+                            _drop(idle.pop(0)[1])
+            with self._closing:
+                if not any(self._idle.values()):
+                    self._closer = None
+                    return
+
+    def _until_unused(self) -> float:
+        """Seconds until a connection has not been used for `LONGEST_IDLE` seconds."""
+        oldest = [since for idle in self._idle.values() for since, _ in idle[:1]]
+        return max(0.01, min(oldest, default=0.0) + LONGEST_IDLE - monotonic())
+
+    def _stop_closer(self) -> None:
+        closer = self._closer
+        self._no_idle.set()
+        if closer is not None and closer is not threading.current_thread():
+            closer.join(timeout=1)
+        self._closer = None
+
+    def read(self) -> AbstractContextManager[Connection]:
         """A connection for reading. Each statement stands alone."""
-        return _Use(self, writes=False, durable=False)
+        return self._use(writes=False, durable=False)
 
-    def once(self, durable: bool = False) -> _Use:
+    def once(self, durable: bool = False) -> AbstractContextManager[Connection]:
         """A connection for one verb of the dialect or one writing statement, committed by itself."""
-        return _Use(self, writes=True, durable=durable)
+        return self._use(writes=True, durable=durable)
+
+    def _use(self, writes: bool, durable: bool) -> AbstractContextManager[Connection]:
+        use = _Use(self, writes, durable)
+        return use if self.dialect.shares_sessions is False else self._in_transaction(use)
+
+    @contextmanager
+    def _in_transaction(self, use: _Use) -> Iterator[Connection]:
+        """*use*, as a transaction if sessions are shared, which the first connection shows."""
+        with use as connection, self.dialect.transaction(connection) if self.dialect.shares_sessions else nullcontext():
+            yield connection
 
     @contextmanager
     def write(self, durable: bool = False) -> Iterator[Connection]:
@@ -245,7 +305,7 @@ class Database:
 
     def transaction(self, connection: Connection) -> AbstractContextManager[None]:
         """A transaction on a *connection* of `once`."""
-        return self.dialect.transaction(connection)
+        return nullcontext() if self.dialect.shares_sessions else self.dialect.transaction(connection)
 
     def patiently(self, call: Callable[[bool], T], patient: bool = True) -> T:
         """Return *call*(again). After a lost connection, call again: immediately, then for `patience` seconds.
@@ -304,16 +364,17 @@ class Database:
         for callback in list(self.on_close):
             callback()
         self._dispose()
+        self._stop_closer()
 
-    def _give_back(self) -> None:
-        """Give the connections kept at hand back to the pool."""
+    def _drop_idle(self) -> None:
+        """Close the connections that are kept for the next use."""
         for idle in self._idle.values():
             while idle:
                 with suppress(IndexError):
-                    idle.pop()[1].close()
+                    _drop(idle.pop()[1])
 
     def _dispose(self) -> None:
-        self._give_back()
+        self._drop_idle()
         for name in ("_durable", "_relaxed", "_own"):
             engine: Engine | None = self.__dict__.pop(name, None)
             if engine is not None:
@@ -326,6 +387,7 @@ class Database:
 
     def before_fork(self) -> None:
         """Close the connections that must not be open during a fork, and keep them closed."""
+        self._stop_closer()
         if isinstance(self._gate, Gate):
             self._gate.shut()
             self._dispose()
@@ -344,6 +406,7 @@ class Database:
             if engine is not None:
                 _inherited.append(engine.pool)
                 engine.dispose(close=False)  # the sockets are the parent's
-        self.dialect = dialect_for(self.url)
+        self.dialect = self._new_dialect()
+        self._closer, self._closing, self._no_idle = None, threading.Lock(), threading.Event()
         self._gate = self._new_gate()
         self._noticing = threading.Lock()
