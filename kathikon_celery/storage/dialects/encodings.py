@@ -47,24 +47,23 @@ def adapt(connection: Any) -> Callable[[str], str]:
     server = connection.info.parameter_status("server_encoding") or "UTF8"
     if server in _HOLD_ALL:
         return str
-    from psycopg.adapt import PyFormat
-    from psycopg.pq import Format
+    from psycopg.adapt import Dumper, Loader, PyFormat
 
     encoding = _python_name(server)
-    dumper, loader = connection.adapters.get_dumper(str, PyFormat.TEXT), connection.adapters.get_loader
+    usual = connection.adapters.get_dumper(str, PyFormat.TEXT)  # an extension class, which has no subclasses
 
-    class Escaping(dumper):  # type: ignore[misc, valid-type]
+    class Escaping(Dumper):
+        oid = usual.oid
+
         def dump(self, obj: str) -> Any:
-            return super().dump(escaped(obj, encoding))
+            return usual(str, connection).dump(escaped(obj, encoding))
+
+    class Unescaping(Loader):
+        def load(self, data: Any) -> str:
+            return unescaped(bytes(data).decode())
 
     connection.adapters.register_dumper(str, Escaping)
     for name in ("text", "varchar"):
-        usual = loader(connection.adapters.types[name].oid, Format.TEXT)
-
-        class Unescaping(usual):  # type: ignore[misc, valid-type]
-            def load(self, data: Any) -> Any:
-                return unescaped(super().load(data))
-
         connection.adapters.register_loader(name, Unescaping)
     return unescaped
 
