@@ -192,12 +192,13 @@ def queues_of(value: Any) -> dict[str, QueueSettings]:
 
 def schema_name(value: Any) -> str | None:
     """Take the name of a schema of PostgreSQL, or None."""
-    if value is None:
+    if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
         return None
-    if not isinstance(value, str) or not 0 < len(value.encode(errors="replace")) <= 63 or not value.isprintable():
-        raise ValueError("the name of a schema of PostgreSQL, of up to 63 bytes")
-    if value.startswith("pg_"):
-        raise ValueError("the name of a schema of PostgreSQL that does not begin with pg_")
+    allowed = "the name of a schema of PostgreSQL, of up to 63 bytes, that does not begin with pg_"
+    if not isinstance(value, str) or not value.isprintable() or value.startswith("pg_"):
+        raise ValueError(allowed)
+    if not 0 < len(value.encode(errors="replace")) <= 63:
+        raise ValueError(allowed)
     return value
 
 

@@ -197,7 +197,9 @@ class TestSchema:
         assert sql(postgresql_url, "SELECT version_num FROM jobs.kathikon_version") == [schema.HEAD]
 
     def test_sqlite_has_none(self, sqlite_url: str) -> None:
-        with pytest.raises(UnknownDatabase, match="kathikon_schema = 'jobs' is for PostgreSQL, and sqlite:///.* is a file"):
+        with pytest.raises(
+            UnknownDatabase, match="kathikon_schema = 'jobs' is for PostgreSQL, and sqlite:///.* is a file"
+        ):
             Storage(sqlite_url, Settings(schema="jobs"))
 
     @pytest.mark.parametrize("name", ["", "pg_mine", "x" * 64, "a\0b", 5])
@@ -207,7 +209,10 @@ class TestSchema:
 
     def test_a_search_path_that_leads_nowhere_is_named(self, postgresql_url: str) -> None:
         url = with_query(postgresql_url, options="-csearch_path=missing")
-        with closing(Storage(url, Settings())) as storage, pytest.raises(Forbidden, match="or name one in kathikon_schema"):
+        with (
+            closing(Storage(url, Settings())) as storage,
+            pytest.raises(Forbidden, match="or name one in kathikon_schema"),
+        ):
             storage.setup()
 
 
@@ -320,7 +325,9 @@ class TestNumberOfConnections:
                 stack.enter_context(database.read())
 
     def open_ones(self, url: str) -> int:
-        count = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'kathikon'"
+        count = (
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'kathikon'"
+        )
         return int(sql(url, count)[0])
 
     @pytest.mark.parametrize(("size", "kept"), [(5, 10), (1, 2), (0, 0)])
