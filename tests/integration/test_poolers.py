@@ -107,15 +107,19 @@ def test_in_session_mode_a_worker_may_listen(
         assert worker.stop() == 0
 
 
+def set_up_and_insert(storage: Storage) -> None:
+    for n in range(20):
+        storage.setup()
+        storage.insert(new_job(str(n)))
+
+
 def test_listening_in_transaction_mode_is_refused_with_the_remedy(postgresql_url: str) -> None:
     with StandIn(postgresql_url, "transaction") as pooler:
         storage = Storage(pooler.url, Settings(wake="listen"))
         with pytest.raises(
             Unavailable, match="a connection pooler in transaction mode answers there: say kathikon_wake"
         ):
-            for n in range(20):
-                storage.setup()
-                storage.insert(new_job(str(n)))
+            set_up_and_insert(storage)
         storage.close()
 
 

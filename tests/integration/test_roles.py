@@ -39,7 +39,7 @@ class Roles:
 
     def __init__(self, url: str) -> None:
         self._url, self._suffix = make_url(url), uuid.uuid4().hex[:8]
-        self._run(f"REVOKE ALL ON SCHEMA public FROM public")
+        self._run("REVOKE ALL ON SCHEMA public FROM public")
         for role in ROLES:
             self._run(f"CREATE ROLE {self._named(role)} LOGIN")
         self._run(f"GRANT USAGE, CREATE ON SCHEMA public TO {self._named('owner')}")
@@ -103,7 +103,7 @@ def test_each_role_does_its_work_and_no_more(roles: Roles, tmp_path: Path) -> No
     with closing(Storage(roles.url("reader"), Settings())) as storage:
         storage.setup()
         assert sum(storage.counts().values()) == len(storage.all()) > 10
-        with pytest.raises(Forbidden, match="permission denied for (table|sequence) kathikon_"):
+        with pytest.raises(Forbidden, match=r"permission denied for (table|sequence) kathikon_"):
             storage.insert(new_job())
     with closing(Storage(roles.url("producer"), Settings())) as storage:
         storage.setup()
@@ -133,8 +133,8 @@ def test_a_missing_right_is_named(roles: Roles, right: str, words: str) -> None:
 def test_a_producer_that_finds_no_tables_says_who_has_to_make_them(postgresql_url: str, schema: Any) -> None:
     roles = Roles(postgresql_url)
     try:
-        with closing(Storage(roles.url("producer"), Settings(schema=schema))) as storage:
-            with pytest.raises(Forbidden, match="celery -A proj kathikon schema|kathikon_schema"):
-                storage.setup()
+        storage = Storage(roles.url("producer"), Settings(schema=schema))
+        with closing(storage), pytest.raises(Forbidden, match=r"celery -A proj kathikon schema|kathikon_schema"):
+            storage.setup()
     finally:
         roles.drop()

@@ -18,9 +18,9 @@ from kathikon_celery.results.waiting import Wait
 from kathikon_celery.settings import SettingError, Settings
 from kathikon_celery.storage import Storage, chords, nodes, schema
 from kathikon_celery.storage.dialects import dialect_for, encodings
-from kathikon_celery.storage.engine import database as engine
+from kathikon_celery.storage.engine import idle
 from kathikon_celery.storage.engine.database import Database
-from kathikon_celery.storage.errors import Forbidden, UnknownDatabase
+from kathikon_celery.storage.errors import Forbidden, Unavailable, UnknownDatabase
 from kathikon_celery.storage.tables import nodes as nodes_table
 from tests.storage.actors import Worker, new_job
 from tests.support.postgresql import new_database
@@ -198,13 +198,13 @@ class TestSchema:
 
     def test_sqlite_has_none(self, sqlite_url: str) -> None:
         with pytest.raises(
-            UnknownDatabase, match="kathikon_schema = 'jobs' is for PostgreSQL, and sqlite:///.* is a file"
+            UnknownDatabase, match=r"kathikon_schema = 'jobs' is for PostgreSQL, and sqlite:///.* is a file"
         ):
             Storage(sqlite_url, Settings(schema="jobs"))
 
     @pytest.mark.parametrize("name", ["", "pg_mine", "x" * 64, "a\0b", 5])
     def test_a_name_that_postgresql_refuses_is_a_wrong_setting(self, name: Any) -> None:
-        with pytest.raises(SettingError, match="kathikon_schema = .*: allowed is the name of a schema of PostgreSQL"):
+        with pytest.raises(SettingError, match=r"kathikon_schema = .*: allowed is the name of a schema of PostgreSQL"):
             Settings(schema=name)
 
     def test_a_search_path_that_leads_nowhere_is_named(self, postgresql_url: str) -> None:
@@ -305,7 +305,7 @@ def test_a_chords_size_survives_a_lost_connection(storage: Storage, monkeypatch:
             yield connection
         tries.append(1)
         if len(tries) % 2:
-            raise engine.Unavailable("the answer is lost")
+            raise Unavailable("the answer is lost")
 
     monkeypatch.setattr(database, "once", lossy)
     chords.set_size(database, "chord", 2)
@@ -339,11 +339,11 @@ class TestNumberOfConnections:
         wait_until(lambda: self.open_ones(postgresql_url) == 0, 20)
 
     def test_they_are_closed_after_a_time(self, postgresql_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(engine, "LONGEST_IDLE", 0.2)
+        monkeypatch.setattr(idle, "LONGEST", 0.2)
         database = Database(postgresql_url)
         self.used_at_once(database, 3)
         wait_until(lambda: self.open_ones(postgresql_url) == 0, 20)
-        wait_until(lambda: database._closer is None, 20)  # nothing is kept, so the thread has ended
+        wait_until(lambda: database._idle._closer is None, 20)  # nothing is kept, so the thread has ended
         self.used_at_once(database, 1)
         wait_until(lambda: self.open_ones(postgresql_url) == 0, 20)
 

@@ -1,4 +1,4 @@
-"""Connection poolers before PostgreSQL: the real pgbouncer where it is installed, and a stand-in that is always there."""
+"""Connection poolers before PostgreSQL: pgbouncer, where it is installed, and a stand-in that is always there."""
 
 from __future__ import annotations
 

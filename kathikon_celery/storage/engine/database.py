@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property, partial
-from time import monotonic
 from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event
@@ -20,6 +19,7 @@ from kathikon_celery.settings import absolute, shown
 from kathikon_celery.storage.dialects import ON_DISK, OPTION, Dialect, dialect_for
 from kathikon_celery.storage.engine import forks
 from kathikon_celery.storage.engine.forks import Gate
+from kathikon_celery.storage.engine.idle import Idle, drop
 from kathikon_celery.storage.engine.wakeup import Wakeup
 from kathikon_celery.storage.errors import UNSTORABLE, Unavailable, in_words, is_lost
 from kathikon_celery.storage.events import Event, Events
@@ -29,8 +29,6 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-#: Seconds for which a connection is kept for its next use.
-LONGEST_IDLE = 60.0
 #: Most connections in use at one time, for each engine; a further thread waits for one of them.
 MOST_IN_USE = 55
 
@@ -84,7 +82,7 @@ class _Use:
                 if not (connection.invalidated or database.dialect.is_at_rest(connection.connection.driver_connection)):
                     connection.invalidate(error)
                 if connection.invalidated:  # perhaps all are lost
-                    database._drop_idle()
+                    database._idle.drop_all()
                 database._keep(self._durable, connection)
             if error is None and self._writes and database._on_disk[self._durable]:
                 database.dialect.flush(kept)
@@ -94,13 +92,6 @@ class _Use:
             database.events.tell(happened)
         if isinstance(error, DBAPIError) and (explained := database.dialect.explain(error)) is not error:
             raise explained from error
-
-
-def _drop(connection: Connection) -> None:
-    """Close *connection*, and do not leave it open in SQLAlchemy's pool."""
-    if not connection.invalidated:
-        connection.invalidate()
-    connection.close()
 
 
 class Database:
@@ -134,7 +125,6 @@ class Database:
         self._servers = [self.url, *map(make_url, alternates)]
         self._new_dialect = partial(dialect_for, self.url, schema, wake)
         self.dialect: Dialect = self._new_dialect()
-        self._pool_size = pool_size
         self.connect_timeout = connect_timeout
         #: Seconds for which `patiently` tries again when the database is away: 0 for producers, more for workers.
         self.patience = 0.0
@@ -147,9 +137,8 @@ class Database:
         self._on_disk = {True: publish_durability == "disk", False: worker_durability == "disk"}
         self._gate = self._new_gate()
         self._noticing = threading.Lock()
-        self._idle: dict[bool, list[tuple[float, Connection]]] = {True: [], False: []}
-        self._closer: threading.Thread | None = None
-        self._closing, self._no_idle = threading.Lock(), threading.Event()
+        self._pool_size = pool_size
+        self._idle = Idle(pool_size, self._gate)
         forks.watch(self)
 
     def __repr__(self) -> str:
@@ -210,15 +199,8 @@ class Database:
         if self.dialect.is_replaced():
             self._notice()
             raise Unavailable(f"{self!r} was deleted or replaced while it was in use; what it held is gone")
-        idle = self._idle[durable]
-        while idle:
-            try:
-                since, connection = idle.pop()
-            except IndexError:  # another thread was quicker
-                break
-            if monotonic() - since < LONGEST_IDLE:
-                return connection
-            _drop(connection)
+        if (kept := self._idle.take(durable)) is not None:
+            return kept
         return (self._durable if durable else self._relaxed).connect()
 
     def _notice(self) -> None:
@@ -235,49 +217,14 @@ class Database:
 
     def _keep(self, durable: bool, connection: Connection) -> None:
         """Keep *connection* for the next use, or close it."""
-        idle = self._idle[durable]
         if connection.in_transaction():  # in SQLAlchemy's view: here each statement commits itself
             with suppress(DBAPIError):  # its statements are committed
                 connection.rollback()
         engine = self.__dict__.get("_durable" if durable else "_relaxed")
-        if connection.invalidated or len(idle) >= self._pool_size or connection.engine is not engine:
-            _drop(connection)
+        if connection.invalidated or connection.engine is not engine:
+            drop(connection)
         else:
-            idle.append((monotonic(), connection))
-            if self._closer is None:
-                self._start_closer()
-
-    def _start_closer(self) -> None:
-        """Have a thread close what was not used for `LONGEST_IDLE` seconds; it ends when nothing is kept."""
-        with self._closing:
-            if self._closer is None:
-                self._no_idle.clear()
-                self._closer = threading.Thread(target=self._close_unused, name="kathikon-idle", daemon=True)
-                self._closer.start()
-
-    def _close_unused(self) -> None:
-        while not self._no_idle.wait(self._until_unused()):
-            with self._gate:
-                for idle in self._idle.values():
-                    with suppress(IndexError):  # used meanwhile
-                        while monotonic() - idle[0][0] >= LONGEST_IDLE:
-                            _drop(idle.pop(0)[1])
-            with self._closing:
-                if not any(self._idle.values()):
-                    self._closer = None
-                    return
-
-    def _until_unused(self) -> float:
-        """Seconds until a connection has not been used for `LONGEST_IDLE` seconds."""
-        oldest = [since for idle in self._idle.values() for since, _ in idle[:1]]
-        return max(0.01, min(oldest, default=0.0) + LONGEST_IDLE - monotonic())
-
-    def _stop_closer(self) -> None:
-        closer = self._closer
-        self._no_idle.set()
-        if closer is not None and closer is not threading.current_thread():
-            closer.join(timeout=1)
-        self._closer = None
+            self._idle.keep(durable, connection)
 
     def read(self) -> AbstractContextManager[Connection]:
         """A connection for reading. Each statement stands alone."""
@@ -364,17 +311,10 @@ class Database:
         for callback in list(self.on_close):
             callback()
         self._dispose()
-        self._stop_closer()
-
-    def _drop_idle(self) -> None:
-        """Close the connections that are kept for the next use."""
-        for idle in self._idle.values():
-            while idle:
-                with suppress(IndexError):
-                    _drop(idle.pop()[1])
+        self._idle.close()
 
     def _dispose(self) -> None:
-        self._drop_idle()
+        self._idle.drop_all()
         for name in ("_durable", "_relaxed", "_own"):
             engine: Engine | None = self.__dict__.pop(name, None)
             if engine is not None:
@@ -387,7 +327,7 @@ class Database:
 
     def before_fork(self) -> None:
         """Close the connections that must not be open during a fork, and keep them closed."""
-        self._stop_closer()
+        self._idle.stop()
         if isinstance(self._gate, Gate):
             self._gate.shut()
             self._dispose()
@@ -399,14 +339,13 @@ class Database:
 
     def after_fork_in_child(self) -> None:
         """Leave the connections to the parent process."""
-        _inherited.extend(self._idle.values())
-        self._idle = {True: [], False: []}
+        _inherited.append(self._idle)
         for name in ("_durable", "_relaxed", "_own"):
             engine: Engine | None = self.__dict__.pop(name, None)
             if engine is not None:
                 _inherited.append(engine.pool)
                 engine.dispose(close=False)  # the sockets are the parent's
         self.dialect = self._new_dialect()
-        self._closer, self._closing, self._no_idle = None, threading.Lock(), threading.Event()
         self._gate = self._new_gate()
+        self._idle = Idle(self._pool_size, self._gate)
         self._noticing = threading.Lock()
