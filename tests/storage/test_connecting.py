@@ -188,6 +188,7 @@ class TestSchema:
         sql(
             postgresql_url,
             "ALTER TABLE jobs.kathikon_jobs DROP COLUMN cause",
+            "ALTER TABLE jobs.kathikon_nodes DROP COLUMN consumes",
             "UPDATE jobs.kathikon_version SET version_num = '0001'",
         )
         with closing(Storage(postgresql_url, Settings(schema="jobs"))) as storage:
