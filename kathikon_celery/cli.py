@@ -55,7 +55,7 @@ def schema_command(context: CLIContext, sql: bool, since: str | None) -> None:
         raise click.UsageError("--since goes with --sql: without it the version is read from the database.")
     storage = _storage(context)
     if sql:
-        click.echo(schema.ddl(storage.database.url, since), nl=False)
+        click.echo(schema.ddl(storage.database.url, since, storage.settings.schema), nl=False)
         return
     storage.setup()
     click.echo(f"The schema of {shown(storage.database.url)} has version {schema.HEAD}.")

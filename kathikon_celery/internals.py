@@ -180,6 +180,7 @@ LIBPQ = Part(
         "psycopg.pq:ExecStatus.TUPLES_OK",
         "psycopg.pq:PGconn.send_prepare",
         "psycopg.pq:PGconn.send_query",
+        "psycopg.pq:PGconn.send_query_params",
         "psycopg.pq:PGconn.send_query_prepared",
     ),
 )

@@ -9,6 +9,7 @@ import platform
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from math import inf
 from time import monotonic
 from typing import TypeVar
 
@@ -56,6 +57,7 @@ class OwnNode:
         self._registered = self._renewed = 0.0
         self._is_lost = False  # a renewal has found no row of ours
         self._told: tuple[int, list[str]] = (0, [])  # the id and the queues that were last written
+        self._is_locked = False
 
     def _replaced(self) -> None:
         """The database was replaced: another node may get our id, so the lease's thread registers a new one."""
@@ -107,7 +109,13 @@ class OwnNode:
 
     def is_due(self, within: float = 0.0) -> bool:
         """Whether the lease is to be renewed in the next *within* seconds."""
-        return self._is_lost or monotonic() + within >= self._renewed + self.lease / 4
+        return self._is_lost or monotonic() + within >= self._renewed + self._renewal
+
+    @property
+    def _renewal(self) -> float:
+        """Seconds between two renewals: less while no lock shows the other nodes that this one is alive."""
+        often = inf if self._is_locked else self.storage.database.dialect.renewal_without_lock
+        return min(self.lease / 4, often)
 
     def renew_by(self, statement: Callable[[int, float], T | None]) -> T | None:
         """Renew the lease by *statement*(node id, lease in seconds), and return its answer.
@@ -126,6 +134,8 @@ class OwnNode:
         self.id = nodes.register(self.storage.database, self.name, machine(), pid, start_of(pid) or 0.0, self.lease)
         self._registered = self._renewed = monotonic()
         self._is_lost = False
+        if advice := self.storage.database.dialect.advice:
+            logger.warning("Kathikon: %s", advice)
 
     def _run(self) -> None:
         holder, watch = nodes.Holder(self.storage.database), Watch(self.storage, self)
@@ -137,9 +147,11 @@ class OwnNode:
                         self._renew()
                     holder.hold(self.id)
                     self._tell_queues()
+                    self._is_locked = holder.is_held
                     complained = False
                 except Exception as error:
                     holder.drop()
+                    self._is_locked = False
                     if not is_lost(error):
                         logger.exception("Kathikon: the lease could not be renewed")
                     elif not complained:
@@ -147,7 +159,7 @@ class OwnNode:
                         complained = True
                     self._stopped.wait(min(0.5, self.lease / 8))
                 else:
-                    self._stopped.wait(min(max(0.0, self._renewed + self.lease / 4 - monotonic()), LOOK))
+                    self._stopped.wait(min(max(0.0, self._renewed + self._renewal - monotonic()), LOOK))
                     if not self.is_watched and not self._stopped.is_set():
                         watch.try_to_look()
         finally:

@@ -179,7 +179,7 @@ class CanvasBackend(Backend):
     @_sending()
     def add_to_chord(self, chord_id: str, result: Any) -> None:
         """Raise the number of a chord's parts by one: one of the parts is about to send another."""
-        chords.add_part(self.storage.database, chord_id)
+        chords.add_part(self.storage.database, chord_id, result.id)
 
     def on_chord_part_return(self, request: Any, state: str, result: Any, **kwargs: Any) -> None:
         """Count a part that has ended; the last part sends the chord's body."""

@@ -72,6 +72,15 @@ class Settings:
     #: Where the jobs live: a URL of SQLite or PostgreSQL. A relative file is in the working directory.
     database_url: str = _setting("sqlite:///kathikon.db", checked_url)
 
+    #: The schema of PostgreSQL that has the tables; None: the first one of the search path.
+    schema: str | None = _setting(None, checks.schema_name)
+
+    #: Whether processes LISTEN on PostgreSQL (``listen``), or ``poll``; ``auto``: poll behind a connection pooler.
+    wake: str = _setting("auto", checks.choice("auto", "listen", "poll"))
+
+    #: Connections of each of two kinds that a process keeps open for their next use.
+    pool_size: int = _setting(5, checks.whole_number(0, 50))
+
     #: The queues that a worker consumes, in order. Tasks that no other setting routes go to the first one.
     queues: Mapping[str, QueueSettings] = _setting("default:10", checks.queues_of, hash=False)
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kathikon_celery.job import Job, State
 from kathikon_celery.settings import SettingError, Settings, shown
@@ -80,7 +80,7 @@ class Storage:
         storage = _storages.get(name)
         if storage is None:
             place = (*(urls or [settings.database_url]), settings.in_ram and not urls)
-            place += (settings.publish_durability, settings.worker_durability)
+            place += tuple(_options_of(settings).values())
             database = _databases.get(place)
             if database is None:
                 database = _databases.setdefault(place, _database_of(urls, settings))
@@ -202,11 +202,16 @@ def _database_of(urls: Sequence[str], settings: Settings) -> Database:
     first, *alternates = urls or [_ram_url() if settings.in_ram else settings.database_url]
     return Database(
         first,
-        publish_durability=settings.publish_durability,
-        worker_durability=settings.worker_durability,
         silence=settings.lease / 2,
         alternates=alternates,
+        **_options_of(settings),
     )
+
+
+def _options_of(settings: Settings) -> dict[str, Any]:
+    """Return the settings that are arguments of a `Database`."""
+    names = ("publish_durability", "worker_durability", "schema", "wake", "pool_size")
+    return {name: getattr(settings, name) for name in names}
 
 
 def _backend_class(path: str) -> type[StorageBackend]:

@@ -118,6 +118,11 @@ class Holder:
         else:
             dialect.check_held(self._lock)
 
+    @property
+    def is_held(self) -> bool:
+        """Whether we have the lock."""
+        return self._lock is not None
+
     def drop(self) -> None:
         """Release the lock; the next `hold` takes it again."""
         lock, self._lock, self._locked_for = self._lock, None, None

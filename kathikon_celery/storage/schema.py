@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import URL, Column, Connection, MetaData, String, Table, inspect, make_url, select
 
-from kathikon_celery.storage.dialects import dialect_class
+from kathikon_celery.storage.dialects import dialect_for
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.errors import SchemaError, TablesInUse
 
@@ -88,7 +88,7 @@ def _is_newer_and_usable(version: str | None) -> bool:
     return version is not None and version > HEAD and version[:-3] == HEAD[:-3] and version.isdigit()
 
 
-def ddl(url: str | URL, since: str | None = None) -> str:
+def ddl(url: str | URL, since: str | None = None, schema: str | None = None) -> str:
     """Return the SQL that `setup` would run on a database of *url*'s kind, from version *since* (default: no tables).
 
     Does not connect. Raises `SchemaError` for a version that does not exist.
@@ -97,7 +97,9 @@ def ddl(url: str | URL, since: str | None = None) -> str:
         known = ", ".join(sorted(_known()))
         raise SchemaError(f"the schema has no version {since!r}; known to this code: {known}")
     out = io.StringIO()
-    _alembic(attributes={"url": url, "dialect": dialect_class(make_url(url))}, out=out, since=since)
+    dialect = dialect_for(make_url(url), schema)
+    out.writelines(f"{statement};\n\n" for statement in dialect.before_migrations())
+    _alembic(attributes={"url": url, "dialect": dialect}, out=out, since=since)
     return out.getvalue()
 
 

@@ -30,6 +30,9 @@ from kathikon_celery.settings import (
 
 DEFAULTS = {
     "database_url": "sqlite:///kathikon.db",
+    "schema": None,
+    "wake": "auto",
+    "pool_size": 5,
     "queues": {"default": QueueSettings("default", 10, ())},
     "poll_interval": 0.2,
     "scheduler_interval": 1.0,

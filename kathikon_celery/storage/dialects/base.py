@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from math import inf
 from typing import Any, ClassVar
 
 from sqlalchemy import URL, Connection, Table, false
@@ -20,6 +21,9 @@ from kathikon_celery.storage.dialects.parameters import Change, Changed, Claim, 
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.wakeup import Wakeup
 from kathikon_celery.storage.errors import StorageError
+
+#: The option of an engine that says whether its commits wait for the disk.
+ON_DISK = "kathikon_on_disk"
 
 
 class Dialect(ABC):
@@ -46,17 +50,25 @@ class Dialect(ABC):
     closes_before_fork = False
     #: Statements that this kind of database runs after a migration, by its number, such as for indexes of its own.
     after_migrations: ClassVar[Mapping[str, Sequence[str]]] = {}
+    #: Whether each use of a connection is a transaction, since the next use may have another server process and session
+    #: (a pooler in transaction mode). `None`: not known before the first connection.
+    shares_sessions: bool | None = False
+    #: Seconds after which a node renews its lease at the latest while it holds no lock (see `hold`).
+    renewal_without_lock = inf
+    #: What a worker needs for being woken, if it cannot be.
+    advice: str | None = None
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, url: URL, schema: str | None = None, wake: str = "auto") -> None:
         self.url = url
+        self.schema = schema
         #: How many connections were found to be lost so far. Perhaps others are lost as well that send nothing.
         self.losses = 0
 
     # --- connections
 
     @abstractmethod
-    def connect_args(self, timeout: float, on_disk: bool, publishes: bool) -> dict[str, Any]:
-        """Return arguments of the driver's connect(). *timeout*: seconds. *on_disk*: commits wait for the disk."""
+    def connect_args(self, url: URL, timeout: float) -> dict[str, Any]:
+        """Return what the driver's connect() takes besides the parameters of *url*. *timeout*: seconds."""
 
     def connect(self, connect: Callable[..., Any], arguments: Mapping[str, Any], silence: float) -> Any:
         """Return a connection by the driver's *connect*, called with *arguments*.
@@ -66,8 +78,8 @@ class Dialect(ABC):
         """
         return connect(**arguments)
 
-    def on_connect(self, connection: Any, on_disk: bool) -> None:
-        """Prepare a new connection of the driver."""
+    def on_connect(self, connection: Any, on_disk: bool, publishes: bool) -> None:
+        """Prepare a new connection of the driver. *on_disk*: its commits wait for the disk."""
 
     def is_lost(self, error: BaseException) -> bool:
         """Whether a driver's *error* says that its connection is of no more use, although it may be open."""
@@ -157,6 +169,10 @@ class Dialect(ABC):
     @abstractmethod
     def migrating(self, connection: Connection) -> AbstractContextManager[None]:
         """Return the context in which a process changes the schema, one at a time."""
+
+    def before_migrations(self) -> Sequence[str]:
+        """Return the statements that a printed migration begins with."""
+        return ()
 
     # --- publishing
 

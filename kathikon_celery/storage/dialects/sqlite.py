@@ -26,12 +26,13 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import ColumnElement
 
 from kathikon_celery.job import Hold
+from kathikon_celery.settings import shown
 from kathikon_celery.storage.clock import FAR, now, seconds_until
 from kathikon_celery.storage.dialects.parameters import Changed, Upsert
 from kathikon_celery.storage.dialects.returning import BROUGHT, ReturningDialect, upserting, which_of
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.wakeup import Wakeup
-from kathikon_celery.storage.errors import Refused, Unavailable, in_words
+from kathikon_celery.storage.errors import Refused, Unavailable, UnknownDatabase, in_words
 from kathikon_celery.storage.tables import first_fence, jobs
 
 try:
@@ -103,8 +104,13 @@ class SQLite(ReturningDialect):
     name = "sqlite"
     closes_before_fork = True
 
-    def __init__(self, url: URL) -> None:
-        super().__init__(url)
+    def __init__(self, url: URL, schema: str | None = None, wake: str = "auto") -> None:
+        super().__init__(url, schema, wake)
+        if schema is not None:
+            raise UnknownDatabase(
+                f"kathikon_schema = {schema!r} is for PostgreSQL, and {shown(url)} is a file of SQLite, which has no"
+                " schemas: give each application a file of its own"
+            )
         if not url.database or url.database == ":memory:" or url.query.get("mode") == "memory":
             raise ValueError(
                 f"{url}: a database in memory is seen by one connection only;"
@@ -129,10 +135,10 @@ class SQLite(ReturningDialect):
         self._results: int | None = None
         self._tells = False
 
-    def connect_args(self, timeout: float, on_disk: bool, publishes: bool) -> dict[str, Any]:
+    def connect_args(self, url: URL, timeout: float) -> dict[str, Any]:
         return {"timeout": BUSY, "check_same_thread": False}
 
-    def on_connect(self, connection: Any, on_disk: bool) -> None:
+    def on_connect(self, connection: Any, on_disk: bool, publishes: bool) -> None:
         connection.isolation_level = None
         # Text that is not UTF-8 makes its own row corrupt, and does not fail the whole statement.
         connection.text_factory = lambda data: str(data, "utf-8", "surrogateescape")

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property, partial
-from time import monotonic
 from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event
@@ -17,9 +16,10 @@ from sqlalchemy.pool import NullPool
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from kathikon_celery.settings import absolute, shown
-from kathikon_celery.storage.dialects import OPTION, Dialect, dialect_for
+from kathikon_celery.storage.dialects import ON_DISK, OPTION, Dialect, dialect_for
 from kathikon_celery.storage.engine import forks
 from kathikon_celery.storage.engine.forks import Gate
+from kathikon_celery.storage.engine.idle import Idle, drop
 from kathikon_celery.storage.engine.wakeup import Wakeup
 from kathikon_celery.storage.errors import UNSTORABLE, Unavailable, in_words, is_lost
 from kathikon_celery.storage.events import Event, Events
@@ -29,8 +29,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-#: Connections kept at hand beside the pool's, for each engine, and the seconds for which they are kept.
-MOST_IDLE, LONGEST_IDLE = 5, 60.0
+#: Most connections in use at one time, for each engine; a further thread waits for one of them.
+MOST_IN_USE = 55
 
 #: In a forked process the parent's connections, kept so that they are neither used nor closed here.
 _inherited: list[Any] = []
@@ -86,9 +86,9 @@ class _Use:
                 # Interrupted in a statement or a transaction, such as by a time limit: must not be used again.
                 if not (connection.invalidated or database.dialect.is_at_rest(connection.connection.driver_connection)):
                     connection.invalidate(error)
-                if connection.invalidated:  # perhaps all are lost: the pool knows which are older
-                    database._give_back()
-                connection.close()
+                if connection.invalidated:  # perhaps all are lost
+                    database._idle.drop_all()
+                database._keep(self._durable, connection)
             if error is None and self._writes and database._on_disk[self._durable]:
                 database.dialect.flush(kept)
         finally:
@@ -109,6 +109,8 @@ class Database:
         connect_timeout: seconds after which an attempt to connect is given up.
         silence: seconds without an answer after which it is asked whether a connection is lost.
         alternates: URLs of further servers that have the same data. The first one that can be written to is used.
+        schema, wake: the settings ``kathikon_schema`` and ``kathikon_wake``.
+        pool_size: connections kept for the next use, for each engine.
     """
 
     def __init__(
@@ -120,12 +122,16 @@ class Database:
         connect_timeout: float = 4.0,
         silence: float = 10.0,
         alternates: Sequence[str] = (),
+        schema: str | None = None,
+        wake: str = "auto",
+        pool_size: int = 5,
     ) -> None:
         self.url = absolute(make_url(url))
         #: What the transactions of this process do to jobs.
         self.events = Events()
         self._servers = [self.url, *map(make_url, alternates)]
-        self.dialect: Dialect = dialect_for(self.url)
+        self._new_dialect = partial(dialect_for, self.url, schema, wake)
+        self.dialect: Dialect = self._new_dialect()
         self.connect_timeout, self.silence = connect_timeout, silence
         #: Seconds for which `patiently` tries again when the database is away: 0 for producers, more for workers.
         self.patience = 0.0
@@ -138,7 +144,8 @@ class Database:
         self._on_disk = {True: publish_durability == "disk", False: worker_durability == "disk"}
         self._gate = self._new_gate()
         self._noticing = threading.Lock()
-        self._idle: dict[bool, list[tuple[float, Connection]]] = {True: [], False: []}
+        self._pool_size = pool_size
+        self._idle = Idle(pool_size, self._gate)
         forks.watch(self)
 
     def __repr__(self) -> str:
@@ -159,33 +166,30 @@ class Database:
 
     def _make_engine(self, durable: bool, **options: Any) -> Engine:
         on_disk = self._on_disk[durable]
-        options = options or {"pool_recycle": 1800, "max_overflow": 50}
+        # The pool only counts: `_keep` keeps the connections, since to take one of the pool costs more.
+        options = options or {"pool_size": 1, "max_overflow": MOST_IN_USE - 1}
         engine = create_engine(
             self.url,
             isolation_level="AUTOCOMMIT",  # BEGIN and COMMIT are sent by `write`; a single statement needs neither
             hide_parameters=True,  # no payloads in error messages
-            connect_args=self.dialect.connect_args(self.connect_timeout, on_disk, publishes=durable),
             pool_reset_on_return=None,  # see `_Use`
-            execution_options={OPTION: self.dialect},
+            execution_options={OPTION: self.dialect, ON_DISK: on_disk},
             **options,
         )
         usual = engine.dialect.is_disconnect
         engine.dialect.is_disconnect = partial(self._is_disconnect, usual)  # type: ignore[method-assign]
         event.listen(engine, "do_connect", self._do_connect)
-        event.listen(engine, "connect", lambda connection, _: self._on_connect(connection, on_disk))
+        event.listen(engine, "connect", lambda connection, _: self._on_connect(connection, on_disk, durable))
         return engine
 
-    def _do_connect(self, dialect: Any, _: Any, args: list[Any], options: dict[str, Any]) -> Any:
-        """Return a connection of the driver, for SQLAlchemy's event."""
+    def _do_connect(self, dialect: Any, *_: Any) -> Any:
+        """Return a connection of the driver for SQLAlchemy's event. All connections begin here."""
         self.dialect.check_usable()
-        if len(self._servers) == 1:
-            return self.dialect.connect(partial(dialect.connect, *args), options, self.silence)
-        _, own = dialect.create_connect_args(self.url)
-        ours = {name: value for name, value in options.items() if name not in own}
         for url in list(self._servers):
             args, named = dialect.create_connect_args(url)
+            named |= self.dialect.connect_args(url, self.connect_timeout)
             try:
-                connection = self.dialect.connect(partial(dialect.connect, *args), {**ours, **named}, self.silence)
+                connection = self.dialect.connect(partial(dialect.connect, *args), named, self.silence)
             except dialect.loaded_dbapi.OperationalError as error:
                 lost = error
             else:  # the next attempt, in any thread, begins with this server
@@ -199,22 +203,15 @@ class Database:
         self.dialect.losses += is_lost
         return is_lost
 
-    def _on_connect(self, connection: Any, on_disk: bool) -> None:
+    def _on_connect(self, connection: Any, on_disk: bool, publishes: bool) -> None:
         self.opened += 1
-        self.dialect.on_connect(connection, on_disk)
+        self.dialect.on_connect(connection, on_disk, publishes)
 
     def _connect(self, durable: bool) -> Connection:
         """Return a connection for one use: one kept at hand, or else, at a higher cost, one of the pool."""
         self._check_replaced()
-        idle = self._idle[durable]
-        while idle:
-            try:
-                since, connection = idle.pop()
-            except IndexError:  # another thread was quicker
-                break
-            if monotonic() - since < LONGEST_IDLE:
-                return connection
-            connection.close()
+        if (kept := self._idle.take(durable)) is not None:
+            return kept
         connection = (self._durable if durable else self._relaxed).connect()
         if self.dialect.is_replaced():  # a new connection may be the first that sees it
             connection.invalidate()
@@ -240,24 +237,33 @@ class Database:
             self._noticing.release()
 
     def _keep(self, durable: bool, connection: Connection) -> None:
-        """Keep *connection* for the next use, or give it back to the pool."""
-        idle = self._idle[durable]
+        """Keep *connection* for the next use, or close it."""
         if connection.in_transaction():  # in SQLAlchemy's view: here each statement commits itself
             with suppress(DBAPIError):  # its statements are committed
                 connection.rollback()
         engine = self.__dict__.get("_durable" if durable else "_relaxed")
-        if connection.invalidated or len(idle) >= MOST_IDLE or connection.engine is not engine:
-            connection.close()
+        if connection.invalidated or connection.engine is not engine:
+            drop(connection)
         else:
-            idle.append((monotonic(), connection))
+            self._idle.keep(durable, connection)
 
-    def read(self) -> _Use:
+    def read(self) -> AbstractContextManager[Connection]:
         """A connection for reading. Each statement stands alone."""
-        return _Use(self, writes=False, durable=False)
+        return self._use(writes=False, durable=False)
 
-    def once(self, durable: bool = False) -> _Use:
+    def once(self, durable: bool = False) -> AbstractContextManager[Connection]:
         """A connection for one verb of the dialect or one writing statement, committed by itself."""
-        return _Use(self, writes=True, durable=durable)
+        return self._use(writes=True, durable=durable)
+
+    def _use(self, writes: bool, durable: bool) -> AbstractContextManager[Connection]:
+        use = _Use(self, writes, durable)
+        return use if self.dialect.shares_sessions is False else self._in_transaction(use)
+
+    @contextmanager
+    def _in_transaction(self, use: _Use) -> Iterator[Connection]:
+        """*use*, as a transaction if sessions are shared, which the first connection shows."""
+        with use as connection, self.dialect.transaction(connection) if self.dialect.shares_sessions else nullcontext():
+            yield connection
 
     @contextmanager
     def write(self, durable: bool = False) -> Iterator[Connection]:
@@ -273,7 +279,7 @@ class Database:
 
     def transaction(self, connection: Connection) -> AbstractContextManager[None]:
         """A transaction on a *connection* of `once`."""
-        return self.dialect.transaction(connection)
+        return nullcontext() if self.dialect.shares_sessions else self.dialect.transaction(connection)
 
     def patiently(self, call: Callable[[bool], T], patient: bool = True) -> T:
         """Return *call*(again). After a lost connection, call again: immediately, then for `patience` seconds.
@@ -332,16 +338,10 @@ class Database:
         for callback in list(self.on_close):
             callback()
         self._dispose()
-
-    def _give_back(self) -> None:
-        """Give the connections kept at hand back to the pool."""
-        for idle in self._idle.values():
-            while idle:
-                with suppress(IndexError):
-                    idle.pop()[1].close()
+        self._idle.close()
 
     def _dispose(self) -> None:
-        self._give_back()
+        self._idle.drop_all()
         for name in ("_durable", "_relaxed", "_own"):
             engine: Engine | None = self.__dict__.pop(name, None)
             if engine is not None:
@@ -354,6 +354,7 @@ class Database:
 
     def before_fork(self) -> None:
         """Close the connections that must not be open during a fork, and keep them closed."""
+        self._idle.stop()
         if isinstance(self._gate, Gate):
             self._gate.shut()
             self._dispose()
@@ -365,13 +366,13 @@ class Database:
 
     def after_fork_in_child(self) -> None:
         """Leave the connections to the parent process."""
-        _inherited.extend(self._idle.values())
-        self._idle = {True: [], False: []}
+        _inherited.append(self._idle)
         for name in ("_durable", "_relaxed", "_own"):
             engine: Engine | None = self.__dict__.pop(name, None)
             if engine is not None:
                 _inherited.append(engine.pool)
                 engine.dispose(close=False)  # the sockets are the parent's
-        self.dialect = dialect_for(self.url)
+        self.dialect = self._new_dialect()
         self._gate = self._new_gate()
+        self._idle = Idle(self._pool_size, self._gate)
         self._noticing = threading.Lock()
