@@ -60,7 +60,8 @@ UNSTORABLE = (DataError, UnicodeError)
 
 def is_refusal(error: BaseException) -> bool:
     """Whether *error* says that the database, which can be reached, does not do what it was asked to do."""
-    return isinstance(error, Exception) and not is_lost(error) and not isinstance(error, StorageError)
+    is_ours = isinstance(error, StorageError) and not isinstance(error, Refused)
+    return isinstance(error, Exception) and not is_lost(error) and not is_ours
 
 
 def in_words(error: BaseException) -> str:

@@ -172,7 +172,7 @@ RENEWALS = select(func.aggregate_strings(cast(nodes.c.id, Text) + "=" + _RENEWAL
 def renewals_of(text: str | None) -> dict[int, str]:
     """Return node id -> `Node.renewal`, from the value of `RENEWALS`."""
     pairs = (one.partition("=") for one in (text or "").split(",") if one)
-    return {int(node_id): renewal for node_id, _, renewal in pairs}
+    return {int(node_id): renewal for node_id, _, renewal in pairs if node_id.isdecimal()}
 
 
 def others(connection: Connection, node_id: int) -> list[Node]:

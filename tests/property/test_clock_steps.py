@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from hypothesis.stateful import run_state_machine_as_test as run
 from sqlalchemy import Connection, select
-from sqlalchemy.exc import OperationalError
 
 from kathikon_celery.nodes import others
 from kathikon_celery.nodes.others import Watch
-from kathikon_celery.storage import Storage, nodes
+from kathikon_celery.storage import Storage, Unavailable, nodes
 from kathikon_celery.storage.dialects.sqlite import SQLite
 from tests.support.clocks import clock_replaced
 
@@ -99,7 +98,7 @@ class TwoClocks(RuleBasedStateMachine):
             Clocks.wall += 1.0
             Clocks.monotonic += 1.0
             self.fail[:] = [True]
-            with pytest.raises(OperationalError):
+            with pytest.raises(Unavailable):
                 self.watch.look()
             self.fail[:] = []
         for node in self.nodes:
@@ -142,7 +141,7 @@ def test_who_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def looking(connection: Connection, node_id: int) -> list[nodes.Node]:
         if fail:
-            raise OperationalError("", None, Exception("the database is away"))
+            raise Unavailable("the database is away")
         return look(connection, node_id)
 
     monkeypatch.setattr(nodes, "others", looking)

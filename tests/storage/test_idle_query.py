@@ -124,6 +124,7 @@ def test_renewals(storage: Storage, worker: Worker, other: Worker) -> None:
     for one in (worker, other):
         one.die()
     assert nodes.renewals_of(answer(storage, "renewals")) == {}
+    assert nodes.renewals_of("1=no moment, but,2=text") == {1: "no moment", 2: "text"}
 
 
 class TestIsAnythingOld:
