@@ -323,16 +323,6 @@ class PostgreSQL(ReturningDialect):
             if connection.life == self._life:  # else it may have seen the tables that are replaced
                 self._see(tables)
         connection.autocommit = was
-        moments.adapt(connection)
-        self.unescaped = encodings.adapt(connection)
-        settings = sessions.session(self.url, self.schema, on_disk, publishes)
-        is_ours, schema = sessions.tell(connection, settings, trusted=self._wake == "listen")
-        self._belongs_to(self.schema or schema)
-        if self._wake == "auto" and (not is_ours or self.shares_sessions is None):
-            self._share_sessions(not is_ours)
-            self.advice = None if is_ours else POOLED.format(shown(self.url))
-        if self.shares_sessions:
-            connection.prepare_threshold = None  # the next transaction may have another session
 
     def _see(self, tables: int | None) -> None:
         if self._tables is not None and tables != self._tables:
