@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from itertools import product
 
 import psutil
 from sqlalchemy import NullPool, create_engine, text
@@ -76,7 +77,7 @@ def faults(
             hanging.remove(victim)
     run.sent()
     _wait_until_all_have_ended(run)
-    codes = [worker.wait() for worker in run.workers if fault in ("warm", "cold") and worker not in alive]
+    codes = [worker.wait(150) for worker in run.workers if fault in ("warm", "cold") and worker not in alive]
     consuming = _consuming(run, alive, concurrency)
     return {**_account(run, range(jobs)), "consuming": consuming, "alive": len(alive), "exits": sorted(set(codes))}
 
@@ -144,20 +145,21 @@ def _number(job: Job) -> int:
 def table() -> None:
     """Run all faults on all pools and databases, and print a line of Markdown for each."""
     columns: list[str] = []
-    for broker in BROKERS:
-        for pool in POOLS:
-            for fault in FAULTS:
-                if not is_possible(fault, pool, broker):
-                    continue
-                with Run(broker) as run:
-                    figures = faults(run, fault=fault, pool=pool)
-                if not columns:
-                    columns = [*figures]
-                    print("| database | pool | fault |", " | ".join(columns), "|")
-                    print("|" + " --- |" * (len(columns) + 3))
-                database = "SQLite" if "sqlite" in broker else "PostgreSQL"
-                print(f"| {database} | {pool} | {fault} |", " | ".join(str(figures[name]) for name in columns), "|")
-                sys.stdout.flush()
+    for broker, pool, fault in product(BROKERS, POOLS, FAULTS):
+        if not is_possible(fault, pool, broker):
+            continue
+        name = f"| {'SQLite' if 'sqlite' in broker else 'PostgreSQL'} | {pool} | {fault} |"
+        try:
+            with Run(broker) as run:
+                figures = faults(run, fault=fault, pool=pool)
+        except (AssertionError, TimeoutError) as error:
+            print(name, str(error).splitlines()[0], "|", flush=True)
+            continue
+        if not columns:
+            columns = [*figures]
+            print("| database | pool | fault |", " | ".join(columns), "|")
+            print("|" + " --- |" * (len(columns) + 3))
+        print(name, " | ".join(str(figures[column]) for column in columns), "|", flush=True)
 
 
 if __name__ == "__main__":
