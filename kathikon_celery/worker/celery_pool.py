@@ -70,6 +70,8 @@ class CeleryPool(Pool):
         return len(state.active_requests) >= processes(self._consumer)
 
     def lets_go(self, delivery: Delivery) -> bool:
+        if delivery.is_kept:  # its strategy acknowledges it, or passes it on
+            return self.has_ended
         if isinstance(self._consumer.pool, InProcessPool) and delivery.decision is not None:
             return delivery.decision.acquire(blocking=False) or self.has_ended
         return self.has_ended or not self._has(delivery) or self.withdraw(delivery)
@@ -77,8 +79,6 @@ class CeleryPool(Pool):
     def _has(self, delivery: Delivery) -> bool:
         if not isinstance(delivery.item, Job):
             return False
-        if delivery.is_kept:
-            return True
         request = state.requests.get(delivery.item.id)
         if isinstance(request, Request):
             return request._delivery is delivery and (
