@@ -111,8 +111,8 @@ pytest_docker_tools.container = container
 
 @pytest.fixture(scope="session")
 def docker_client() -> None:
-    """What pytest-celery makes with Docker alone."""
-    pytest.skip("needs Docker")
+    """What is not made by `container` above: RabbitMQ and what else pytest-celery makes itself."""
+    pytest.skip("needs Docker, as RabbitMQ does here")
 
 
 @pytest.fixture
