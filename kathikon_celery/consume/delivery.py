@@ -36,9 +36,12 @@ class Outcome:
     traceback: str | None = None
     #: Texts of the result to write, by column.
     written: Mapping[str, str | None] | None = None
+    #: The task was acknowledged before it ran: a caller waits for the result, which is stored later.
+    result_follows: bool = False
 
 
 DONE = Outcome(Verdict.DONE)
+BEGUN = Outcome(Verdict.DONE, result_follows=True)
 BACK = Outcome(Verdict.BACK)
 CRASHED = Outcome(Verdict.CRASHED)
 REPLACED = Outcome(Verdict.REPLACED)

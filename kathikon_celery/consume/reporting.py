@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 
 from kathikon_celery.consume.delivery import CRASHED, Delivery, Outcome, Verdict
 from kathikon_celery.job import Cause, Hold, State, in_brief
-from kathikon_celery.storage import finish, messages
+from kathikon_celery.storage import finish, messages, results
 from kathikon_celery.storage.backend import StorageBackend
 from kathikon_celery.storage.errors import in_words, is_refusal
 from kathikon_celery.storage.names import only_ascii
@@ -57,6 +57,8 @@ def write(
             complain([delivery])
     if (done := jobs[Verdict.DONE]) and backend.completed(connection, _holds(done)) != len(done):
         complain(done)
+    if awaited := [one.hold for one, outcome in reports if outcome.result_follows]:
+        results.await_results(connection, awaited)
     if ends and backend.completed_with(connection, ends) != len(ends):
         complain([one for one, outcome in reports if outcome.written is not None])
     if back := jobs[Verdict.BACK]:

@@ -237,7 +237,7 @@ def ended_from_afar(ended: State | None) -> Upsert:
         **WRITTEN,
     )  # fmt: skip
 
-    is_late = and_(jobs.c.state == State.COMPLETED.value, jobs.c.status.is_(None))
+    is_late = and_(jobs.c.state == State.COMPLETED.value, func.coalesce(jobs.c.status, "PENDING") == "PENDING")
     stays = or_(IS_HELD, is_late) if ended is State.DEAD else IS_HELD
 
     def changes(new: NewRow) -> dict[str, Any]:

@@ -363,8 +363,12 @@ class Channel(virtual.Channel):
     def _message(self, delivery: Delivery, no_ack: bool) -> Delivered | None:
         item = delivery.item
         try:
-            again = item.crashes > 0 or item.attempts > 1 if delivery.is_job else item.redelivered  # type: ignore[union-attr]
+            again = item.attempts > 1 if delivery.is_job else item.redelivered  # type: ignore[union-attr]
             unfolded = unfold(item.envelope, item.body, delivery.tag, again)
+            if again and delivery.is_job:  # a retry is a message of its own
+                retries = unfolded["headers"].get("retries")
+                is_first = isinstance(retries, int) and item.attempts == 1 + retries  # type: ignore[union-attr]
+                unfolded["properties"]["delivery_info"]["redelivered"] = not is_first
             unfolded["properties"][CARRIED] = delivery.carried
             message = Delivered(unfolded, channel=self)
         except Exception as error:

@@ -26,6 +26,7 @@ from celery.worker.request import Request as CeleryRequest
 
 from kathikon_celery.consume.delivery import (
     BACK,
+    BEGUN,
     CRASHED,
     DONE,
     LOST,
@@ -272,6 +273,8 @@ class Request(CeleryRequest):
         delivery = self._delivery
         if delivery is not None and not self.ignore_result and delivery.outcome.written is None:
             delivery.stored = True
+            if delivery.is_kept and delivery.outcome is DONE and is_early(self.task):
+                delivery.outcome = BEGUN  # by its strategy
         if self._has_failed and delivery is not None:
             return  # `_settle` reports the end when the failure, which Celery acknowledges first, is stored
         if delivery is None or not delivery.early or delivery.outcome.verdict is Verdict.ENDED:

@@ -289,6 +289,10 @@ def test_a_task_knows_its_delivery(app: Celery, worker: WorkerProcess, pool: str
     assert described["pid"] != os.getpid()
 
 
+def test_a_retry_is_not_redelivered(app: Celery, journal: Journal) -> None:
+    assert apps.how_delivered.delay(journal.path).get(timeout=60) == [False, False, True]
+
+
 def test_higher_priorities_run_first(app: Celery, jobs: Jobs, journal: Journal, tmp_path: Path, pool: str) -> None:
     # One slot is free at a time: what two of them begin, one after the other, may be written in another order.
     gates = [tmp_path / "go on"] if pool == "solo" else [tmp_path / "go on", tmp_path / "the last"]

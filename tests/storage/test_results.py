@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kathikon_celery.job import State
-from kathikon_celery.storage import Storage, finish, prune, results
+from kathikon_celery.storage import Storage, finish, prune, result_listeners, results
 from kathikon_celery.storage.names import printable
 from tests.storage.actors import Worker, new_job, the_job
 
@@ -188,6 +188,26 @@ class TestAlone:
         assert the_job(storage).status == "RETRY"
         worker.store(second, State.COMPLETED)
         assert the_job(storage).status == "SUCCESS"
+
+    @pytest.mark.parametrize(
+        ("ends", "word"), [(State.COMPLETED, "SUCCESS"), (State.DEAD, "FAILURE")], ids=["returned", "raised"]
+    )
+    def test_a_result_that_follows_the_acknowledgement(
+        self, storage: Storage, worker: Worker, ends: State, word: str
+    ) -> None:
+        storage.insert_many([new_job(), new_job("stored before")])
+        first, second = worker.claim(2)
+        store_alone(storage, ends, second.id, status=word)
+        assert worker.complete(first) == worker.complete(second) == 1
+        with storage.database.write() as connection:
+            results.await_results(connection, [first.hold, second.hold])
+        waits = the_job(storage)
+        assert (waits.state, waits.status) == (State.COMPLETED, "PENDING")
+        assert not result_listeners.is_ready(waits)
+        store_alone(storage, ends, status=word)
+        for job_id in ("job", "stored before"):
+            row = the_job(storage, job_id)
+            assert (row.state, row.status, row.result) == (State.COMPLETED, word, '"alone"')
 
     @pytest.mark.parametrize("earlier", ["RETRY", "STARTED"])
     def test_a_failure_after_an_end_without_a_result(self, storage: Storage, worker: Worker, earlier: str) -> None:

@@ -423,3 +423,15 @@ class PassingOn(Task):
 @shared_task(base=PassingOn, acks_late=False)
 def pass_on_early(path: str, journal: str) -> str:
     return wait_for_file.run(path, journal, "passed on")  # type: ignore[no-any-return]
+
+
+@shared_task(bind=True)
+def how_delivered(self: Task, path: str) -> list[bool]:
+    """Retry once, and come again once; return whether each delivery was said to be one more of the same message."""
+    append_line(path, str(self.request.delivery_info["redelivered"]))
+    lines = read_lines(path)
+    if len(lines) == 1:
+        raise self.retry(countdown=0)
+    if len(lines) == 2:
+        raise Reject("once more", requeue=True)
+    return [line == "True" for line in lines]
