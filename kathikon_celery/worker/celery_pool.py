@@ -70,8 +70,8 @@ class CeleryPool(Pool):
         return len(state.active_requests) >= processes(self._consumer)
 
     def lets_go(self, delivery: Delivery) -> bool:
-        if delivery.is_kept:  # its strategy acknowledges it, or passes it on
-            return self.has_ended
+        if delivery.is_kept:  # perhaps the pool runs a batch of its strategy
+            return self.has_ended or getattr(self._consumer.pool, "is_cold", False)
         if isinstance(self._consumer.pool, InProcessPool) and delivery.decision is not None:
             return delivery.decision.acquire(blocking=False) or self.has_ended
         return self.has_ended or not self._has(delivery) or self.withdraw(delivery)
