@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo bench test test-versions check clean
+.PHONY: help demo bench test test-versions test-upstream check clean
 
 help:
 	@echo "make demo    a real Celery worker runs a few thousand real jobs from an embedded SQL table"
 	@echo "make bench   measure the brokers that can be reached, half an hour; OPTIONS=--small to see that it runs"
 	@echo "make test    the test suite; brings its own PostgreSQL"
 	@echo "make test-versions   tests with real workers on the lowest Celery, on the oldest and the newest Python found"
+	@echo "make test-upstream   Celery's and kombu's own tests on Redis, SQLite and PostgreSQL, hours; see tests/upstream.py"
 	@echo "make check   ruff, mypy --strict, layer contracts"
 	@echo "make clean   remove the virtual environment and the caches"
 
@@ -24,6 +25,9 @@ test: $(VENV)/.installed-dev
 
 test-versions:
 	@$(PYTHON) -B -m tests.versions $(OPTIONS)
+
+test-upstream: $(VENV)/.installed-dev
+	@$(BIN)/python -B -m tests.upstream $(OPTIONS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -59,7 +59,7 @@ class FailingCanvas(BaseBackend):
         to_send = []
         for errback in request.errbacks:
             signature = maybe_signature(errback, app=self.app)
-            if _takes_an_error(signature):
+            if takes_an_error(signature):
                 try:
                     signature(request, exc, traceback)
                 except Exception:
@@ -73,7 +73,7 @@ class FailingCanvas(BaseBackend):
             send((request.id,), parent_id=request.id, root_id=request.root_id or request.id)
 
 
-def _takes_an_error(errback: Any) -> bool:
+def takes_an_error(errback: Any) -> bool:
     """Whether *errback* takes more than one argument beside its own."""
     try:
         header = getattr(errback.type, "__header__", None)

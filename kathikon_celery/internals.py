@@ -114,12 +114,15 @@ REQUESTS = Part(
     "the request",
     "Celery's request acknowledges, and a row says less of why a task has ended",
     (
+        "celery.concurrency.base:BasePool.apply_async > on_apply",
+        "celery.concurrency.base:apply_target(target, args, kwargs, callback, accept_callback)",
         "celery.worker.request:Request.__init__ > _decoded",
         "celery.worker.request:Request.__init__ > _body",
         "celery.worker.request:Request.__init__ > _content_type",
         "celery.worker.request:Request.__init__ > _content_encoding",
         "celery.worker.request:Request.__init__ > _message",
         "celery.worker.request:Request.__init__ > _on_ack",
+        "celery.worker.request:Request.__init__ > _on_reject",
         "celery.worker.request:Request.on_success(self, failed__retval__runtime)",
         "celery.worker.request:Request.on_accepted(self, pid, time_accepted)",
         "celery.worker.request:Request.on_failure(self, exc_info, send_failed_event, return_ok)",
@@ -130,6 +133,23 @@ REQUESTS = Part(
         "celery.worker.request:create_request_cls(base, task, pool, hostname, eventer)",
         "celery.worker.state:requests",
         "celery.worker.state:reserved_requests",
+    ),
+)
+
+SHUTDOWN = Part(
+    "the shutdown",
+    "pools of threads and greenlets may run a job twice when their worker ends",
+    (
+        "celery.concurrency.base:BasePool.apply_async(self, target, args, kwargs)",
+        "celery.concurrency.thread:TaskPool.__init__ > executor",
+        "celery.platforms:signals",
+        "celery.platforms:Signals.__setitem__(self, name, handler)",
+        "celery.worker.request:Request._already_revoked",
+        "celery.worker.request:Request._already_cancelled",
+        "celery.worker.request:Request.cancel(self, pool, signal)",
+        "celery.worker.request:Request._announce_cancelled(self)",
+        "celery.worker.worker:WorkController.start(self)",
+        "celery.worker.worker:WorkController.wait_for_soft_shutdown(self)",
     ),
 )
 
@@ -161,6 +181,7 @@ LIBPQ = Part(
         "psycopg.pq:ExecStatus.TUPLES_OK",
         "psycopg.pq:PGconn.send_prepare",
         "psycopg.pq:PGconn.send_query",
+        "psycopg.pq:PGconn.send_query_params",
         "psycopg.pq:PGconn.send_query_prepared",
     ),
 )
@@ -189,7 +210,7 @@ PREPARED = Part(
     ),
 )
 
-PARTS = (SENDING, PREFORK, REQUESTS, TRACING, LIBPQ, PREPARED)
+PARTS = (SENDING, PREFORK, REQUESTS, SHUTDOWN, TRACING, LIBPQ, PREPARED)
 
 
 @cache

@@ -44,6 +44,7 @@ class Cause(str, Enum):
     UNREGISTERED = "unregistered"  # the worker does not know the task
     REJECTED = "rejected"  # the task raised Celery's Reject, or a consumer rejected the message
     EXPIRED = "expired"  # the job waited longer than its `expires`
+    REFUSED = "refused"  # the database cannot store how the task ended
     REVOKED = "revoked"  # revoked before the task ran, or terminated while the task ran
 
     def __str__(self) -> str:
@@ -104,7 +105,10 @@ LONGEST_REASON = 1000
 
 def in_brief(error: object) -> str:
     """Return *error* as a text of at most `LONGEST_REASON` characters."""
-    text = repr(error) if isinstance(error, BaseException) else str(error)
+    try:
+        text = repr(error) if isinstance(error, BaseException) else str(error)
+    except Exception as failure:  # of a class of the application
+        text = f"<{type(error).__name__}, which has no text: {type(failure).__name__}>"
     return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 1]}…"
 
 

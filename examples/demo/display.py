@@ -34,7 +34,8 @@ def print_table(title: str, rows: Sequence[Sequence[str]], header: Sequence[str]
     """Print rows under a title: the first column to the left, the others to the right if there is a header."""
     lines = [header, *rows] if header else rows
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rule = "─" * max(len(title), sum(widths) + 2 * (len(widths) - 1))
+    widest = max(len(title), sum(widths) + 2 * (len(widths) - 1))
+    rule = "─" * min(widest, shutil.get_terminal_size().columns)
     print(f"\n{title}\n{rule}")
     for number, (first, *others) in enumerate(lines):
         cells = [text.rjust(width) if header else text for text, width in zip(others, widths[1:], strict=True)]

@@ -21,6 +21,9 @@ from kathikon_celery.storage.errors import is_lost
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.scan_start import cooldown
 
+#: From up to so many queues the intake claims without a look at which of them have jobs.
+FEW = 16
+
 
 class Claiming:
     """Claims for the subscriptions of one connection. Only the intake's thread uses it."""
@@ -79,14 +82,25 @@ class Claiming:
                     self._idle.is_called = True
         return taken
 
+    def narrow(self, connection: Connection, wanted: list[tuple[Subscription, int]]) -> list[tuple[Subscription, int]]:
+        """Leave out the queues without a ready job, if there are many queues: each claim is a statement."""
+        if len(wanted) <= FEW:
+            return wanted
+        filled = claim.filled(connection, [key(one.queue) for one, _ in wanted])
+        return [(one, limit) for one, limit in wanted if key(one.queue) in filled]
+
     def claim_jobs(
         self,
         connection: Connection,
         wanted: list[tuple[Subscription, int]],
         names: list[str],
         done: Sequence[Delivery] = (),
+        hungry: bool = False,
     ) -> Claimed:
-        """Claim jobs, or announce that the node is idle. The first claim also reports that *done* are completed."""
+        """Claim jobs, or announce that the node is idle. The first claim also reports that *done* are completed.
+
+        *hungry*: more jobs are wanted, but their queues are empty.
+        """
         subscriptions, idle, pool = self._subscriptions, self._idle, self._subscriptions.pool
         slots = pool.slots()
         if slots is None:
@@ -97,7 +111,7 @@ class Claiming:
         announces = by_name and not idle.will_be_woken and free > 0 and subscriptions.rate() <= RUSH
         notified, idle.notified = idle.notified, {}
         claimed: Claimed = []
-        room, hungry = max((limit for _, limit in wanted), default=0), False
+        room = max((limit for _, limit in wanted), default=0)
         for subscription, most in wanted:
             if (limit := min(most, room)) <= 0:
                 break
@@ -109,15 +123,16 @@ class Claiming:
             announces, done = False, ()
             now = monotonic()
             for job in jobs:
-                early, outcome = pool.is_early(job.task), pool.outcome_of(job.task)
+                keeps, outcome = pool.keeps(job.task), pool.outcome_of(job.task)
+                early = not keeps and pool.is_early(job.task)
                 carried = not early and len(jobs) > slots
-                delivery = Delivery(job, name, now, early, carried=carried, outcome=outcome)
+                delivery = Delivery(job, name, now, early, is_kept=keeps, carried=carried, outcome=outcome)
                 if early:
                     delivery.is_silent = pool.is_silent(job.task)
                 claimed.append((subscription, delivery))
             room -= len(jobs)
             hungry = hungry or len(jobs) < limit
-        if wanted:
+        if wanted or hungry:
             self._announce_or_look_again(connection, names, hungry, len(claimed), slots)
         return claimed
 

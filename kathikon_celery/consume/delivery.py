@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from threading import Lock
 
 from kathikon_celery.job import Cause, Hold, Job, State
 from kathikon_celery.storage.messages import Message
-from kathikon_celery.storage.transitions import LOST_AT_MOST_ONCE
 
 
 class Verdict(Enum):
@@ -36,16 +36,24 @@ class Outcome:
     traceback: str | None = None
     #: Texts of the result to write, by column.
     written: Mapping[str, str | None] | None = None
+    #: The task was acknowledged before it ran: a caller waits for the result, which is stored later.
+    result_follows: bool = False
 
 
 DONE = Outcome(Verdict.DONE)
+BEGUN = Outcome(Verdict.DONE, result_follows=True)
 BACK = Outcome(Verdict.BACK)
 CRASHED = Outcome(Verdict.CRASHED)
 REPLACED = Outcome(Verdict.REPLACED)
 PASSED_ON = Outcome(Verdict.PASSED_ON)
 WRITTEN = Outcome(Verdict.WRITTEN)
 #: A task that must not run twice was cut short.
-LOST = Outcome(Verdict.ENDED, State.DEAD, Cause.LOST_ONCE, LOST_AT_MOST_ONCE)
+LOST = Outcome(
+    Verdict.ENDED,
+    State.DEAD,
+    Cause.LOST_ONCE,
+    "the process that ran the task ended before the task did, and acks_late=False forbids to run it again",
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -75,8 +83,13 @@ class Delivery:
     running: bool = False
     #: Celery stores result and state, and reports a row that has moved on: the intake need not warn again.
     stored: bool = False
+    #: The task has a `Strategy` of its own, which keeps the delivery: it needs no slot until it goes to the pool.
+    is_kept: bool = False
     #: Jobs wait behind this one: its result is written in the worker's batch, not in a transaction of its own.
     carried: bool = False
+    #: Taken once and never released: by what runs the task, or by what gives the delivery back before the task begins.
+    #: `None` if the consumer does not ask before it runs the task.
+    decision: Lock | None = None
     #: How the delivery has ended if the consumer acknowledges it; the worker's request changes this.
     outcome: Outcome = DONE
     is_job: bool = field(init=False)

@@ -58,6 +58,7 @@ class Intake:
         transaction = Transaction(storage, self._ledger, self._idle, self._recovery, claiming)
         self._loop = Loop(storage, self.own_node, self._ledger, self._idle, self._recovery, transaction)
         self._thread: threading.Thread | None = None
+        self._all_written = threading.Event()
         self._turn = 0  # the queue that `pump` serves first
 
     @property
@@ -93,7 +94,7 @@ class Intake:
 
         Raises `Unavailable` if the database was replaced: the consumer must connect, and declare its queues, again.
         """
-        handed, ledger = 0, self._ledger
+        handed, are_kept, ledger = 0, False, self._ledger
         loss, ledger.loss = ledger.loss, None
         if loss is not None:
             raise loss
@@ -104,22 +105,40 @@ class Intake:
             subscription.allowed = 0
             while handed != most and (delivery := ledger.hand_out(subscription)) is not None:
                 handed += 1
+                are_kept = are_kept or delivery.is_kept
                 subscription.deliver(delivery)
+        if are_kept:  # they need no slot: there is room for more
+            self.look()
         return handed
 
     def wait(self, timeout: float) -> bool:
         """Sleep until something can be handed out, at most *timeout* seconds; false when nothing can."""
         return self._ledger.wait(timeout)
 
-    def interrupt(self) -> None:
-        """End the `wait` that the consumer is in, or else its next one. Any thread may call it."""
-        self._ledger.interrupt()
+    def interrupt(self, for_good: bool = False) -> None:
+        """End the `wait` that the consumer is in, or else its next one; *for_good*: all. Any thread may call it."""
+        self._ledger.interrupt(for_good)
 
     def look(self) -> None:
         """Look for work now."""
         with self._ledger.lock:
             self._idle.is_called = True
         self._ledger.notify()
+
+    def write_returns(self) -> None:
+        """Write in the caller's thread what was given back, so that the caller's next statement finds it ready."""
+        ledger = self._ledger
+        with self.own_node.claiming:  # no transaction of the intake's thread is under way
+            with ledger.lock:
+                returns = [one for one in ledger.reports if one[1] is BACK]
+                ledger.reports = [one for one in ledger.reports if one[1] is not BACK]
+            try:
+                with self._database.write() as connection:
+                    self._recovery.report(connection, returns)
+            except BaseException:
+                with ledger.lock:
+                    ledger.reports = returns + ledger.reports
+                raise
 
     def take_one(self, queue: str, no_ack: bool) -> Delivery | None:
         """Claim one delivery at once, in the caller's thread (AMQP's ``basic.get``)."""
@@ -156,6 +175,19 @@ class Intake:
         if not delivery.running:
             self._ledger.notify()
 
+    def leaves_strategy(self, delivery: Delivery, early: bool) -> bool:
+        """The `Strategy` that has kept *delivery* passes it on to the pool; false if the task must not run.
+
+        The start of an *early* task is on disk when this returns.
+        """
+        self._ledger.needs_slot(delivery)
+        if early and delivery.tag in self._ledger.in_hand:
+            with self._database.write(durable=True) as connection:
+                if not self.storage.backend.started(connection, [delivery.hold], acked=True):
+                    return False
+            delivery.early = delivery.marked = delivery.running = True
+        return True
+
     def acknowledge(self, tag: str) -> None:
         """Report that the delivery has ended as its `Delivery.outcome` says."""
         self._ledger.end(tag)
@@ -181,6 +213,7 @@ class Intake:
             self.own_node.enter()
             self.own_node.on_reborn.append(self._recovery.reborn)
             self.own_node.holds.append(ledger.holds)
+            self.own_node.consumes.append(self.subscriptions.of_jobs)
             self._database.on_replaced.append(self._replaced)
             ledger.wakeup = self._database.wakeup(self.own_node.id)
             ledger.is_closed = False
@@ -189,10 +222,12 @@ class Intake:
 
     def _run(self) -> None:
         self._loop.run()
+        self._all_written.set()
         if self._ledger.wakeup is not None:
             self._ledger.wakeup.close()
         self.own_node.on_reborn.remove(self._recovery.reborn)
         self.own_node.holds.remove(self._ledger.holds)
+        self.own_node.consumes.remove(self.subscriptions.of_jobs)
         self._database.on_replaced.remove(self._replaced)
         self.own_node.leave()
 
@@ -206,14 +241,18 @@ class Intake:
             for subscription in self.subscriptions.every():
                 self.unsubscribe(subscription.queue)
             for delivery in self.in_hand():
-                if self.pool.has(delivery) and not self.pool.withdraw(delivery):
-                    continue
-                self.finish(delivery.tag, delivery.when_left)
+                if self.pool.lets_go(delivery):
+                    self.finish(delivery.tag, delivery.when_left)
             ledger.is_closed = True
             remains = bool(ledger.in_hand)
         ledger.notify()
         if not remains:  # else the thread ends by itself, with the last report of what the pool still runs
             thread.join(timeout=10)
+
+    def abandon(self) -> None:
+        """After `stop`: end what the pool still runs, because the process ends, and wait until that is written."""
+        self.give_back(lambda delivery: True)
+        self._all_written.wait(timeout=10)
 
     def _replaced(self) -> None:
         """Note that the database was replaced. Any thread may call this, so this takes no lock."""

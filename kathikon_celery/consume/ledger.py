@@ -67,7 +67,7 @@ class Ledger:
         self._to_mark: list[Delivery] = []
         self._longest_wait = longest_wait
         self._ready = threading.Condition(self.lock)
-        self._interrupted = False
+        self._interrupted = self._is_hurried = False
 
     def notify(self) -> None:
         """Wake the intake's thread."""
@@ -90,11 +90,24 @@ class Ledger:
                     subscription.in_hand -= 1
                     return delivery
                 self.in_hand[delivery.tag] = delivery
+                if delivery.is_kept:
+                    self.subscriptions.keep(subscription, 1)
                 if not delivery.early or delivery.marked:
                     return delivery
                 self._to_mark.append(delivery)
                 self.notify()
             return None
+
+    def needs_slot(self, delivery: Delivery) -> None:
+        """The strategy that has kept *delivery* passes it on to the pool."""
+        with self.lock:
+            if delivery.tag in self.in_hand:
+                self._needs_slot(delivery, self.subscriptions.get(delivery.queue))
+
+    def _needs_slot(self, delivery: Delivery, subscription: Subscription | None) -> None:
+        if delivery.is_kept:
+            delivery.is_kept = False
+            self.subscriptions.keep(subscription, -1)
 
     def end(self, tag: str, outcome: Outcome | None = None) -> None:
         """Report the end of a delivery: *outcome*, or else its own. Other tags than those in hand are ignored."""
@@ -104,6 +117,7 @@ class Ledger:
                 return
             self.reports.append((delivery, outcome or delivery.outcome))
             subscription = self.subscriptions.get(delivery.queue)
+            self._needs_slot(delivery, subscription)
             if subscription is not None:
                 subscription.in_hand = max(0, subscription.in_hand - 1)
                 subscription.pace.count()
@@ -117,13 +131,13 @@ class Ledger:
         """See `Intake.wait`."""
         with self._ready:
             self._ready.wait_for(lambda: self._interrupted or self.subscriptions.can_hand_out(), timeout)
-            self._interrupted = False
+            self._interrupted = self._is_hurried
             return self.loss is not None or self.subscriptions.can_hand_out()
 
-    def interrupt(self) -> None:
+    def interrupt(self, for_good: bool = False) -> None:
         """See `Intake.interrupt`."""
         with self._ready:
-            self._interrupted = True
+            self._interrupted, self._is_hurried = True, for_good
             self._ready.notify_all()
 
     # --- the intake's thread
@@ -196,7 +210,10 @@ class Ledger:
                 self.reports.append((delivery, BACK))
         for delivery in list(self.in_hand.values()):
             is_stale = (
-                delivery.is_job and not delivery.early and delivery.accepted is None and delivery.claimed < oldest
+                delivery.is_job
+                and not (delivery.early or delivery.is_kept)
+                and delivery.accepted is None
+                and delivery.claimed < oldest
             )
             if is_stale and pool.withdraw(delivery):
                 del self.in_hand[delivery.tag]

@@ -96,7 +96,8 @@ class Loop:
                 if not is_lost(error) and not isinstance(error, StorageError):
                     logger.exception("Kathikon: unexpected error while claiming")
                 elif not pause:
-                    logger.warning("Kathikon: the database is away, trying until it is back: %s", in_words(error))
+                    what = "is away, trying until it is back" if is_lost(error) else "cannot be used, trying again"
+                    logger.warning("Kathikon: the database %s: %s", what, in_words(error))
                 if ledger.is_closed and pause >= PAUSE:
                     return  # the lease will run out, and the other nodes take over
                 pause = min(PAUSE, pause * 2 or 0.05)

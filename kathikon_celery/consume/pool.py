@@ -20,6 +20,8 @@ class Pool(Protocol):
     claims_ahead: bool = True
     #: Services whose questions the idle intake asks in one statement with its own look for work.
     askers: Sequence[Asker] = ()
+    #: How many deliveries in hand are kept by a `Strategy` of their task. The ledger counts them, under its lock.
+    kept: int = 0
 
     def slots(self) -> int | None:
         """How many jobs the pool can run at once; `None` where there is no pool."""
@@ -29,9 +31,9 @@ class Pool(Protocol):
         """Whether all slots are in use, so that the next job waits until another one ends."""
         return False
 
-    def has(self, delivery: Delivery) -> bool:
-        """Whether the pool runs *delivery* or has it in its own queue: then the intake must not give it back."""
-        return False
+    def lets_go(self, delivery: Delivery) -> bool:
+        """Take back *delivery*, because its consumer ends; false if the pool runs it or keeps it, and will report."""
+        return True
 
     def withdraw(self, delivery: Delivery) -> bool:
         """Take *delivery* out of the pool's queue; false if the pool keeps it, for example because it runs already."""
@@ -43,6 +45,10 @@ class Pool(Protocol):
 
     def is_silent(self, task: str) -> bool:
         """Whether the pool accepts an early *task* without notifying the intake: its requests are not Kathikon's."""
+        return False
+
+    def keeps(self, task: str) -> bool:
+        """Whether *task* has a `Strategy` of its own, which may keep deliveries before the pool gets them."""
         return False
 
     def outcome_of(self, task: str) -> Outcome:

@@ -56,6 +56,21 @@ class Recovery:
         returned = reporting.write(self._backend, connection, reports, partial(self.complain, connection))
         self._ledger.subscriptions.forget_fronts(returned)
 
+    def report_singly(self, reports: reporting.Reports) -> bool:
+        """Write each of *reports* in a transaction of its own; return whether the database refused one of them."""
+
+        def write(reports: reporting.Reports) -> None:
+            with self._database.write() as connection:
+                self.report(connection, reports)
+
+        is_any_refused = False
+        for delivery, outcome in reports:
+            ended = reporting.write_one(write, delivery, outcome)
+            is_any_refused = is_any_refused or ended is not outcome
+            if ended is not None:
+                self._recent.add(monotonic(), [(delivery, ended)])
+        return is_any_refused
+
     def complain(self, connection: Connection, deliveries: list[Delivery]) -> None:
         """Log which of *deliveries* had moved on when they were reported, unless the report is a repetition."""
         if not self.is_unsure:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 
 from sqlalchemy import Connection
 
-from kathikon_celery.consume.delivery import Delivery, Outcome, Verdict
-from kathikon_celery.job import Hold
-from kathikon_celery.storage import finish, messages
+from kathikon_celery.consume.delivery import CRASHED, Delivery, Outcome, Verdict
+from kathikon_celery.job import Cause, Hold, State, in_brief
+from kathikon_celery.storage import finish, messages, results
 from kathikon_celery.storage.backend import StorageBackend
+from kathikon_celery.storage.errors import in_words, is_refusal
+from kathikon_celery.storage.names import only_ascii
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +57,8 @@ def write(
             complain([delivery])
     if (done := jobs[Verdict.DONE]) and backend.completed(connection, _holds(done)) != len(done):
         complain(done)
+    if awaited := [one.hold for one, outcome in reports if outcome.result_follows]:
+        results.await_results(connection, awaited)
     if ends and backend.completed_with(connection, ends) != len(ends):
         complain([one for one, outcome in reports if outcome.written is not None])
     if back := jobs[Verdict.BACK]:
@@ -70,6 +76,30 @@ def write(
     if returned:
         messages.give_back(backend.database, connection, returned)
     return queues
+
+
+def write_one(write: Callable[[Reports], None], delivery: Delivery, outcome: Outcome) -> Outcome | None:
+    """Call *write* with one report, until the database accepts it; return what was accepted.
+
+    This is *outcome* itself, or, if the database refuses that, another object: the outcome with escapes in its texts;
+    else an end without them; else the job is given back, with one crash more; else nothing is written: `None`.
+    """
+    reason = ""
+    for ended in (outcome, replace(outcome), None, CRASHED):
+        attempt = ended or Outcome(
+            Verdict.ENDED, outcome.state or State.DEAD, Cause.REFUSED, reason, outcome.status
+        )  # fmt: skip
+        try:
+            with only_ascii() if reason else nullcontext():
+                write([(delivery, attempt)])
+            return attempt
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            reason = in_brief(f"the database cannot store how the task ended: {in_words(error)}")
+            name = getattr(delivery.item, "id", delivery.tag)
+            logger.error("Kathikon: the report of %s, %s, was refused: %s", name, attempt.verdict.name, in_words(error))
+    return None
 
 
 def _holds(deliveries: list[Delivery]) -> list[Hold]:

@@ -41,6 +41,8 @@ class Subscription:
     front: ScanStart = field(default_factory=ScanStart)
     waiting: deque[Delivery] = field(default_factory=deque)
     in_hand: int = 0
+    #: How many of those in hand need no slot (see `Delivery.is_kept`).
+    kept: int = 0
     #: How many more may be handed out before `Subscriptions.may_hand_out` must compute that again.
     allowed: int = 0
     #: Whether `allowed` is for jobs, which need slots, or for messages.
@@ -87,6 +89,10 @@ class Subscriptions:
         with self.lock:
             return list(self._by_key)
 
+    def of_jobs(self) -> list[str]:
+        """The names of the queues whose jobs are run: not those of remote control and events."""
+        return [one.queue for one in self.every() if not one.no_ack]
+
     def every(self) -> list[Subscription]:
         with self.lock:
             return list(self._by_key.values())
@@ -109,13 +115,14 @@ class Subscriptions:
         """Whether the next delivery may be handed out. Sets the subscription's `allowed`, `are_jobs` and `refill`."""
         subscription.are_jobs, limits = subscription.waiting[0].is_job, [UNLIMITED]
         if subscription.concurrency is not None:
-            limits.append(subscription.concurrency - subscription.in_hand)
+            limits.append(subscription.concurrency + subscription.kept - subscription.in_hand)
         limit = subscription.prefetch()
         slots = self.pool.slots() if subscription.are_jobs else None
         if slots is not None:
             if slots <= 0:
                 return False
-            limit = min(limit or UNLIMITED, slots + self._ahead(slots))
+            room = slots + self._ahead(slots)
+            limit = min(limit or room, room)
         if limit:
             limits.append(limit - self._in_hand_beside(subscription))
             if limits[-1] <= 0:
@@ -134,6 +141,12 @@ class Subscriptions:
     def _in_hand_beside(self, subscription: Subscription) -> int:
         """Number of deliveries in hand of all consumers that share the prefetch limit of *subscription*."""
         return sum(one.in_hand for one in self._by_key.values() if one.prefetch == subscription.prefetch)
+
+    def keep(self, subscription: Subscription | None, change: int) -> None:
+        """Count one more (*change* 1) or one less (-1) delivery that needs no slot. The caller holds the lock."""
+        self.pool.kept += change
+        if subscription is not None:
+            subscription.kept += change
 
     # --- claiming
 
@@ -172,7 +185,7 @@ class Subscriptions:
             return []
         wanted = []
         for one in every:
-            most = slots if one.concurrency is None else one.concurrency
+            most = slots if one.concurrency is None else one.concurrency + one.kept
             limit = min(target - outstanding, most + round(one.pace.ahead(horizon, most)) - one.outstanding)
             if limit > 0:
                 wanted.append((one, limit))

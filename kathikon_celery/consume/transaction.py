@@ -11,6 +11,7 @@ from kathikon_celery.consume.ledger import Batch, Claimed, Ledger
 from kathikon_celery.consume.recovery import Recovery
 from kathikon_celery.consume.subscriptions import Subscription
 from kathikon_celery.storage import Storage, messages
+from kathikon_celery.storage.errors import is_refusal
 
 
 class Transaction:
@@ -45,10 +46,18 @@ class Transaction:
                 or (for_jobs and names and self._claiming.is_worth_while(names, for_messages))
             ):
                 claimed = self._write(batch, wanted, names, for_messages)
-        except BaseException:
-            ledger.put_back(batch)
+        except BaseException as error:
             self._idle.is_called = True
-            raise
+            was_refused = False
+            try:
+                if batch.reports and is_refusal(error):
+                    was_refused = self._recovery.report_singly(batch.reports)
+                    batch = batch._replace(reports=[])
+            finally:
+                ledger.put_back(batch)
+            if not was_refused:
+                raise
+            return True
         self._recovery.written(now, batch.reports)
         ledger.written(batch.started, claimed)
         return bool(claimed or batch.to_mark or batch.reports)
@@ -60,23 +69,24 @@ class Transaction:
         with self._database.once() as connection:
             recovery.check()
             filled = messages.there(connection, names) if for_messages else []
+            asked, wanted = len(wanted), claiming.narrow(connection, wanted)
             if self._is_one_statement(batch, wanted, filled):
                 if not wanted:
                     recovery.report(connection, batch.reports)
                 done = [one for one, outcome in batch.reports if outcome is DONE]
-                return claiming.claim_jobs(connection, wanted, names, done)
+                return claiming.claim_jobs(connection, wanted, names, done, len(wanted) < asked)
             with self._database.transaction(connection):
                 if recovery.is_unsure:
                     recovery.say_again(connection)
                 if not recovery.may_claim():
-                    wanted = []
+                    asked, wanted = 0, []
                 recovery.report(connection, batch.reports)
                 if batch.started:
                     self._backend.started(connection, [one.hold for one in batch.started])
                 if recovery.is_unsure:
                     recovery.reconcile(connection, batch.reports)
                 taken = claiming.take_messages(connection, filled)
-                return taken + claiming.claim_jobs(connection, wanted, names)
+                return taken + claiming.claim_jobs(connection, wanted, names, (), len(wanted) < asked)
 
     def _is_one_statement(self, batch: Batch, wanted: list[tuple[Subscription, int]], filled: list[str]) -> bool:
         """Whether one statement does all, so that no transaction is needed around it."""

@@ -9,14 +9,13 @@ import platform
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from math import inf
 from time import monotonic
 from typing import TypeVar
 
-import psutil
-
 from kathikon_celery.job import Hold
-from kathikon_celery.nodes.machine import machine
-from kathikon_celery.nodes.others import Watch
+from kathikon_celery.nodes.machine import machine, start_of
+from kathikon_celery.nodes.others import LOOK, Watch
 from kathikon_celery.storage import Storage, nodes
 from kathikon_celery.storage.errors import in_words, is_lost
 
@@ -24,8 +23,6 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks at the other nodes, and at the lock.
-LOOK = 1.0
 
 _all: dict[tuple[int, Storage], OwnNode] = {}
 _all_lock = threading.Lock()
@@ -49,15 +46,18 @@ class OwnNode:
         #: may be given back, so a consumer holds the lock `claiming` while it claims or reports.
         self.holds: list[Callable[[], set[Hold]]] = []
         self.claiming = threading.Lock()
+        #: For each consumer of this process a function that returns the queues whose jobs it runs.
+        self.consumes: list[Callable[[], list[str]]] = []
         #: Whether a worker's lifeline and pruner run in this process. Otherwise the lease's thread watches the others,
         #: so that plain kombu programs need no worker beside them.
         self.is_watched = False
         self._users = 0
-        self._since: float | None = None
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
-        self._renewed = 0.0
+        self._registered = self._renewed = 0.0
         self._is_lost = False  # a renewal has found no row of ours
+        self._told: tuple[int, list[str]] = (0, [])  # the id and the queues that were last written
+        self._is_locked = False
 
     def _replaced(self) -> None:
         """The database was replaced: another node may get our id, so the lease's thread registers a new one."""
@@ -73,11 +73,6 @@ class OwnNode:
     def lease(self) -> float:
         """Seconds without renewal after which a node is taken for dead."""
         return self.storage.settings.lease
-
-    @property
-    def unbroken(self) -> float:
-        """Seconds for which the lease has been held without a gap."""
-        return monotonic() - self._since if self._since is not None else 0.0
 
     def enter(self) -> None:
         """Register the node, or count one more user of it. Raises the database's error when that is away."""
@@ -114,7 +109,13 @@ class OwnNode:
 
     def is_due(self, within: float = 0.0) -> bool:
         """Whether the lease is to be renewed in the next *within* seconds."""
-        return self._is_lost or monotonic() + within >= self._renewed + self.lease / 4
+        return self._is_lost or monotonic() + within >= self._renewed + self._renewal
+
+    @property
+    def _renewal(self) -> float:
+        """Seconds between two renewals: less while no lock shows the other nodes that this one is alive."""
+        often = inf if self._is_locked else self.storage.database.dialect.renewal_without_lock
+        return min(self.lease / 4, often)
 
     def renew_by(self, statement: Callable[[int, float], T | None]) -> T | None:
         """Renew the lease by *statement*(node id, lease in seconds), and return its answer.
@@ -122,8 +123,6 @@ class OwnNode:
         `None`: the node was taken for dead. The lease's thread then registers a new one.
         """
         now = monotonic()
-        if now - self._renewed > self.lease:
-            self._since = now  # before the statement: another thread may look at the other nodes meanwhile
         answer = statement(self.id, self.lease)
         self._is_lost = answer is None
         if answer is not None:
@@ -131,11 +130,12 @@ class OwnNode:
         return answer
 
     def _register(self) -> None:
-        process = psutil.Process()
-        database = self.storage.database
-        self.id = nodes.register(database, self.name, machine(), process.pid, process.create_time(), self.lease)
-        self._since = self._renewed = monotonic()
+        pid = os.getpid()
+        self.id = nodes.register(self.storage.database, self.name, machine(), pid, start_of(pid) or 0.0, self.lease)
+        self._registered = self._renewed = monotonic()
         self._is_lost = False
+        if advice := self.storage.database.dialect.advice:
+            logger.warning("Kathikon: %s", advice)
 
     def _run(self) -> None:
         holder, watch = nodes.Holder(self.storage.database), Watch(self.storage, self)
@@ -146,9 +146,12 @@ class OwnNode:
                     if complained or self.is_due():
                         self._renew()
                     holder.hold(self.id)
+                    self._tell_queues()
+                    self._is_locked = holder.is_held
                     complained = False
                 except Exception as error:
                     holder.drop()
+                    self._is_locked = False
                     if not is_lost(error):
                         logger.exception("Kathikon: the lease could not be renewed")
                     elif not complained:
@@ -156,11 +159,18 @@ class OwnNode:
                         complained = True
                     self._stopped.wait(min(0.5, self.lease / 8))
                 else:
-                    self._stopped.wait(min(max(0.0, self._renewed + self.lease / 4 - monotonic()), LOOK))
+                    self._stopped.wait(min(max(0.0, self._renewed + self._renewal - monotonic()), LOOK))
                     if not self.is_watched and not self._stopped.is_set():
                         watch.try_to_look()
         finally:
             holder.drop()
+
+    def _tell_queues(self) -> None:
+        """Write the queues of this node if they have changed, but not while its consumers still begin one by one."""
+        told = self.id, sorted({name for names in list(self.consumes) for name in names()})
+        if told != self._told and monotonic() >= self._registered + LOOK / 2:
+            nodes.consume(self.storage.database, *told)
+            self._told = told
 
     def _renew(self) -> None:
         database = self.storage.database

@@ -198,9 +198,6 @@ def unfold(envelope: str, body: str, tag: str, redelivered: bool) -> dict[str, A
     properties["delivery_tag"] = tag
     properties.pop(PUBLICATION, None)
     info["redelivered"] = redelivered
-    # A claimed job is due. With its eta Celery would keep the message in memory and wait once more.
-    if headers.get("eta"):
-        headers["eta"] = None
     return {
         "body": body,
         _HEADERS: headers,

@@ -33,6 +33,7 @@ from kathikon_celery.internals import SENDING, is_usable
 from kathikon_celery.job import Job
 from kathikon_celery.publish.destination import publish_new
 from kathikon_celery.publish.envelope import PUBLICATION, checked_priority, common, dumps_call, fold_call
+from kathikon_celery.publish.unconsumed import watch
 from kathikon_celery.routing import Router
 from kathikon_celery.storage import Storage
 from kathikon_celery.storage.errors import LOST, StorageError
@@ -204,6 +205,7 @@ class Sender:
             if known is not None:
                 if queue is not None:
                     maybe_declare(queue, producer.channel)
+                    watch(known.storage, queue.name)
                 if len(known.ways) >= _MEMO:
                     known.ways.clear()
                 known.ways[name, options.get("queue")] = self._way(queue) if queue is not None else None

@@ -13,13 +13,14 @@ from celery.exceptions import NotRegistered, Reject, TaskRevokedError, WorkerLos
 from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import AsyncResult, ResultSet, result_from_tuple
 from kombu.utils.encoding import ensure_bytes
+from sqlalchemy.engine import URL, make_url
 
 from kathikon_celery import frameworks
 from kathikon_celery.job import TERMINAL, Cause, Hold, Job, State, in_brief
 from kathikon_celery.publish import callers, outbox
 from kathikon_celery.results.canvas import CanvasBackend
 from kathikon_celery.results.waiting import Wait
-from kathikon_celery.settings import Settings, mask
+from kathikon_celery.settings import Settings, absolute, shown
 from kathikon_celery.settings.brokers import broker_of, databases_of, is_kathikon
 from kathikon_celery.storage import Storage, prune, result_listeners, results
 from kathikon_celery.storage.errors import is_lost
@@ -39,8 +40,8 @@ WORDS = {
     State.SCHEDULED: states.PENDING,
     State.AVAILABLE: states.PENDING,
     State.CLAIMED: states.PENDING,
-    State.RUNNING: states.STARTED,
-    State.WAITING_FOR_CHILDREN: states.STARTED,
+    State.RUNNING: states.PENDING,  # Celery stores STARTED if the task has `track_started`
+    State.WAITING_FOR_CHILDREN: states.PENDING,
     State.RETRYABLE: states.RETRY,
     State.COMPLETED: states.SUCCESS,
     State.DEAD: states.FAILURE,
@@ -55,6 +56,8 @@ BINARY = "base64,"
 SHORTEST_INTERVAL = 0.01
 #: Longest `Wait.take`, in seconds, if the caller set no timeout; then `take` is called again.
 LONG = 3600.0
+#: Seconds between two checks, during a wait, that no transaction of this process keeps the workers from writing.
+CHECK_WRITERS = 5.0
 
 
 class KathikonBackend(CanvasBackend):
@@ -89,10 +92,14 @@ class KathikonBackend(CanvasBackend):
         return self._own_url is None and is_kathikon(broker_of(self.app.conf))
 
     def as_uri(self, include_password: bool = False) -> str:
-        """Return the URL, without its password unless *include_password*."""
-        if self._own_url is None:
-            return "kathikon://"
-        return f"kathikon+{self._own_url if include_password else mask(self._own_url)}"
+        """Return the URL of the database, also if only the settings name it; its password if *include_password*."""
+        return f"kathikon+{shown(self._url, include_password)}"
+
+    @cached_property
+    def _url(self) -> URL:
+        if self._own_url is not None:
+            return absolute(make_url(self._own_url))
+        return Storage.for_app(self.app, setup=False).database.url
 
     def __reduce__(self, args: Any = (), kwargs: Any = None) -> Any:
         return super().__reduce__(args, dict(kwargs or {}, url=self._own_url))
@@ -235,7 +242,7 @@ class KathikonBackend(CanvasBackend):
             if meta is not None and meta["status"] in READY_STATES:
                 remaining.discard(task_id)
                 yield task_id, meta
-        step, looks, storage = 0.0, 0, self.storage
+        step, looks, storage, check_at = 0.0, 0, self.storage, monotonic() + CHECK_WRITERS
         with Wait(storage.database, remaining, storage.settings.poll_interval, on_message is not None) as wait:
             while not wait.is_over:
                 jobs = wait.take(step)
@@ -257,7 +264,10 @@ class KathikonBackend(CanvasBackend):
                 left = LONG if deadline is None else deadline - monotonic()
                 if left <= 0:
                     raise wait.loss or ResultTimeout("The operation timed out.")
-                step = min(pause, left) if on_interval else left
+                if monotonic() >= check_at:
+                    storage.database.check_writers()
+                    check_at = monotonic() + CHECK_WRITERS
+                step = min(left, pause if on_interval else CHECK_WRITERS if max_iterations is None else left)
 
     def iter_native(
         self, result: ResultSet, timeout: float | None = None, interval: float = 0.5, no_ack: bool = True,

@@ -17,14 +17,17 @@ from celery.canvas import _chain as chain
 from celery.canvas import _regen, maybe_signature
 from celery.exceptions import ChordError
 from celery.result import GroupResult, result_from_tuple
+from celery.utils.functional import maybe_list
+from kombu.exceptions import OperationalError
 
-from kathikon_celery.backports import Backend, name_group
+from kathikon_celery.backports import Backend, name_group, takes_an_error
 from kathikon_celery.job import Hold, State
 from kathikon_celery.publish import callers, outbox
 from kathikon_celery.results.carrier import carry, written
 from kathikon_celery.results.completion import NOTHING
 from kathikon_celery.storage import chords
 from kathikon_celery.storage.chords import Header, Part
+from kathikon_celery.storage.errors import in_words, is_lost
 from kathikon_celery.storage.settle import Incomplete, JobEnd, TaskEnd
 
 if TYPE_CHECKING:
@@ -38,6 +41,17 @@ def hold_by(request: Any, task_id: str) -> Hold | None:
     if getattr(request, "id", None) != task_id:
         return None
     return Hold.of_tag((getattr(request, "properties", None) or {}).get("delivery_tag"))
+
+
+@contextmanager
+def _sending() -> Iterator[None]:
+    """Raise what ``delay()`` raises if the database is away: Celery sends a chord through broker and backend."""
+    try:
+        yield
+    except Exception as error:
+        if not is_lost(error):
+            raise
+        raise OperationalError(in_words(error)) from error
 
 
 class CanvasBackend(Backend):
@@ -85,6 +99,22 @@ class CanvasBackend(Backend):
         """Store that the task was revoked, and count the task in its chord, in one transaction."""
         with self._ending(task_id, request, State.CANCELLED):
             super().mark_as_revoked(task_id, reason, request, *args, **kwargs)
+
+    def _call_task_errbacks(self, request: Any, exc: BaseException, traceback: Any) -> None:
+        if any(takes_an_error(maybe_signature(one, app=self.app)) for one in request.errbacks):
+            self._show_end(request.id)  # such an errback is called here and now, and may read the task's result
+        super()._call_task_errbacks(request, exc, traceback)
+
+    def _show_end(self, task_id: str) -> None:
+        """Store the result that is collected for *task_id*; the job's end follows, with what the errbacks send."""
+        storage, ending = self.storage.backend, outbox.current(self.storage.database)
+        for end in ending.ends if ending is not None else ():
+            if end.task_id != task_id or end.written["status"] is None:
+                continue
+            if end.hold is not None:
+                storage.store(end.hold, None, **end.written)  # type: ignore[arg-type]
+            elif not end.unreported:
+                storage.store_alone(task_id, end.state, reason=end.reason, cause=end.cause, **end.written)
 
     @contextmanager
     def _ending(self, task_id: str, request: Any, state: State) -> Iterator[None]:
@@ -136,6 +166,7 @@ class CanvasBackend(Backend):
 
     # --- chords
 
+    @_sending()
     def apply_chord(self, header_result_args: Any, body: Any, **kwargs: Any) -> None:
         """Insert the chord and its parts. Celery calls this before it sends the header."""
         self.ensure_chords_allowed()
@@ -149,13 +180,15 @@ class CanvasBackend(Backend):
         parts = [(task_id, position) for position, task_id in enumerate(_leaves(result))]
         callers.write(self.storage, lambda there: chords.open(there.database, result.id, parts, structure))
 
+    @_sending()
     def set_chord_size(self, group_id: str, chord_size: int) -> None:
         """Set the number of a chord's parts. Celery calls this before it sends the last part."""
         callers.write(self.storage, lambda there: chords.set_size(there.database, group_id, chord_size))
 
+    @_sending()
     def add_to_chord(self, chord_id: str, result: Any) -> None:
         """Raise the number of a chord's parts by one: one of the parts is about to send another."""
-        callers.write(self.storage, lambda there: chords.add_part(there.database, chord_id))
+        callers.write(self.storage, lambda there: chords.add_part(there.database, chord_id, result.id))
 
     def on_chord_part_return(self, request: Any, state: str, result: Any, **kwargs: Any) -> None:
         """Count a part that has ended; the last part sends the chord's body."""
@@ -200,6 +233,10 @@ class CanvasBackend(Backend):
     def _fail_body(self, body: Any, message: str, cause: BaseException) -> None:
         error = ChordError(message)
         error.__cause__ = cause
+        # If the chord is a part of another one, that fails too. `chord.link_error` links an errback to both chords; the
+        # outer one calls it, once.
+        outer = [_errbacks(maybe_signature(one.options.get("chord"), app=self.app)) for one in _last_tasks(body)]
+        body.options["link_error"] = [one for one in _errbacks(body) if not any(one in others for others in outer)]
         self.chord_error_from_stack(body, error)
         # If the body is a part of another chord, Celery does not count it there: that chord would wait for ever.
         for task in _last_tasks(body):
@@ -220,6 +257,10 @@ def _last_tasks(signature: Any) -> Iterator[Any]:
         yield from _last_tasks(signature.body)
     else:
         yield signature
+
+
+def _errbacks(signature: Any) -> list[Any]:
+    return maybe_list(signature.options.get("link_error")) or [] if signature is not None else []
 
 
 def _leaves(result: Any) -> Iterator[str]:

@@ -15,8 +15,10 @@ from kombu.message import Message
 from kathikon_celery.job import Cause, Job, State
 from kathikon_celery.publish import outbox
 from kathikon_celery.publish.envelope import unfold
-from kathikon_celery.results.backend import error_of
+from kathikon_celery.results.backend import WORDS, error_of
 from kathikon_celery.storage import finish
+from kathikon_celery.storage.errors import is_refusal
+from kathikon_celery.storage.settle import JobEnd, TaskEnd
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -31,17 +33,29 @@ def tell(app: Celery, storage: Storage) -> None:
     with storage.database.read() as connection:
         unreported = finish.unreported(connection)
     for job in unreported:
-        request, why = _request_of(job), job.reason or job.state.value
-        with outbox.within(unreported=job.id):
-            if job.state is State.DEAD:
-                app.backend.mark_as_failure(job.id, error_of(job), request=request)
-            elif job.cause is Cause.REJECTED:
-                app.backend.mark_as_failure(job.id, error_of(job), request=request, call_errbacks=False)
-            else:
-                app.backend.mark_as_revoked(job.id, why, request=request)
+        try:
+            _tell_of(app, job)
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            logger.exception("Kathikon: what was to follow job %s could not be written", job.id)
+            written = {"status": WORDS[job.state], "result": None, "traceback": None, "meta": None}
+            end = JobEnd(task_id=job.id, hold=None, state=job.state, written=written, unreported=True)
+            storage.backend.settle(TaskEnd(ends=[end]), {})  # else each of the next steps would fail at this job
 
 
-def _request_of(job: Job) -> Context:
+def _tell_of(app: Celery, job: Job) -> None:
+    request, why = request_of(job), job.reason or job.state.value
+    with outbox.within(unreported=job.id):
+        if job.state is State.DEAD:
+            app.backend.mark_as_failure(job.id, error_of(job), request=request)
+        elif job.cause is Cause.REJECTED:
+            app.backend.mark_as_failure(job.id, error_of(job), request=request, call_errbacks=False)
+        else:
+            app.backend.mark_as_revoked(job.id, why, request=request)
+
+
+def request_of(job: Job) -> Context:
     """Return the request as the task would have seen it; without its callbacks if the message cannot be read."""
     request: dict[str, Any] = {"id": job.id, "task": job.task, "group": job.group_id}
     request["delivery_info"] = {"routing_key": job.queue}

@@ -78,5 +78,6 @@ class Wait(Wanted):
                 sleep(min(PAUSE, left))
                 continue
             self._desk = desk
-            self.begin(in_doubt=self.database.dialect.enters_waits)
+            dialect = self.database.dialect
+            self.begin(in_doubt=dialect.enters_waits or bool(dialect.shares_sessions))
         return desk

@@ -12,23 +12,33 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from click import ClickException
-from sqlalchemy.engine import URL, make_url
 
 from kathikon_celery.settings import checks
 from kathikon_celery.settings.checks import QueueSettings
-from kathikon_celery.settings.urls import checked_url, mask, parse_url, shown
+from kathikon_celery.settings.urls import absolute, checked_url, mask, parse_url, shown
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
-__all__ = ["QueueSettings", "SettingError", "SettingWarning", "Settings", "checked_url", "mask", "parse_url", "shown"]
+__all__ = [
+    "QueueSettings",
+    "SettingError",
+    "SettingWarning",
+    "Settings",
+    "absolute",
+    "checked_url",
+    "mask",
+    "parse_url",
+    "shown",
+]
 
 _PREFIX = "kathikon_"
 _TEST_PREFIX = "KATHIKON_TEST_"
@@ -61,6 +71,15 @@ class Settings:
 
     #: Where the jobs live: a URL of SQLite or PostgreSQL. A relative file is in the working directory.
     database_url: str = _setting("sqlite:///kathikon.db", checked_url)
+
+    #: The schema of PostgreSQL that has the tables; None: the first one of the search path.
+    schema: str | None = _setting(None, checks.schema_name)
+
+    #: Whether processes LISTEN on PostgreSQL (``listen``), or ``poll``; ``auto``: poll behind a connection pooler.
+    wake: str = _setting("auto", checks.choice("auto", "listen", "poll"))
+
+    #: Connections of each of two kinds that a process keeps open for their next use.
+    pool_size: int = _setting(5, checks.whole_number(0, 50))
 
     #: The queues that a worker consumes, in order. Tasks that no other setting routes go to the first one.
     queues: Mapping[str, QueueSettings] = _setting("default:10", checks.queues_of, hash=False)
@@ -95,7 +114,8 @@ class Settings:
     #: The class that stores jobs.
     storage_backend: str = _setting("kathikon_celery.storage.sql:SQLBackend", checks.import_path)
 
-    #: ``disc``: tables in the database; ``ram``: tables that live as long as the process; ``auto``: see `in_ram`.
+    #: ``disc``: tables in the database; ``ram``: tables that live as long as the process; ``auto``: see `in_ram` and
+    #: `in_tests`.
     copies: str = _setting("auto", checks.choice("auto", "ram", "disc"))
 
     #: A worker that has not renewed its lease for so long is taken for dead.
@@ -160,12 +180,11 @@ class Settings:
         """Whether the tables live as long as the process: ``ram``, or ``auto`` in a notebook that sets no database."""
         return self.copies == "ram" or (self.copies == "auto" and "database_url" not in self.sources and _in_notebook())
 
-    def engine_url(self) -> URL:
-        """Return `database_url` for SQLAlchemy's ``create_engine``, the path of a SQLite file made absolute."""
-        url = make_url(self.database_url)
-        if url.get_backend_name() == "sqlite" and url.database and not url.database.startswith("file:"):
-            url = url.set(database=os.path.abspath(url.database))
-        return url
+    @property
+    def in_tests(self) -> bool:
+        """Whether the jobs go to tables in memory because Django's tests run here; not if ``copies`` is ``disc``."""
+        tests = getattr(sys.modules.get("django.test.utils"), "_TestState", None)
+        return self.copies != "disc" and hasattr(tests, "saved_data")  # since Django's setup_test_environment()
 
     def retention_for(self, state: str) -> float | None:
         """Return the seconds that a job in *state* stays; None for ever, as in a state that is not terminal."""
@@ -217,9 +236,14 @@ def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, str, st
             name = key[len(_PREFIX) :].lower()
             if name not in _CHECKS:
                 hint = checks.did_you_mean(key, (_PREFIX.upper() + known.upper() for known in _CHECKS))
-                warnings.warn(f"{key} in the environment is no setting of Kathikon{hint}", SettingWarning, stacklevel=2)
+                _warn_once(f"{key} in the environment is no setting of Kathikon{hint}")
             elif value.strip():
                 yield name, value.strip(), f"environment variable {key}"
+
+
+@cache
+def _warn_once(text: str) -> None:
+    warnings.warn_explicit(text, SettingWarning, "<environment>", 1)
 
 
 def _from_pyproject(directory: str | os.PathLike[str] | None) -> Iterator[tuple[str, Any, str]]:

@@ -190,6 +190,18 @@ def queues_of(value: Any) -> dict[str, QueueSettings]:
     return queues
 
 
+def schema_name(value: Any) -> str | None:
+    """Take the name of a schema of PostgreSQL, or None."""
+    if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
+        return None
+    allowed = "the name of a schema of PostgreSQL, of up to 63 bytes, that does not begin with pg_"
+    if not isinstance(value, str) or not value.isprintable() or value.startswith("pg_"):
+        raise ValueError(allowed)
+    if not 0 < len(value.encode(errors="replace")) <= 63:
+        raise ValueError(allowed)
+    return value
+
+
 _seconds_to_keep = seconds(0, LONGEST, above=True)
 
 

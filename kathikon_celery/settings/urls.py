@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -36,9 +37,17 @@ def mask(text: str) -> str:
     return re.sub(r"(?i)([?&][^=&]*(?:passw|pwd|secret|token)[^=&]*=)[^&]*", r"\1***", text)
 
 
-def shown(url: URL) -> str:
-    """Return *url* as text, with its passwords masked, also those in its options."""
-    return mask(url.render_as_string(hide_password=True))
+def shown(url: URL, include_password: bool = False) -> str:
+    """Return *url* as text; unless *include_password*, its passwords are masked, also those in its options."""
+    text = url.render_as_string(hide_password=not include_password)
+    return text if include_password else mask(text)
+
+
+def absolute(url: URL) -> URL:
+    """Return *url*; if it names a SQLite file, with the full path of the file."""
+    if url.get_backend_name() == "sqlite" and url.database and not url.database.startswith(("file:", ":memory:")):
+        return url.set(database=os.path.abspath(url.database))
+    return url
 
 
 def parse_url(value: str | URL) -> URL:

@@ -130,8 +130,11 @@ class StorageBackend(ABC):
         """Report that the tasks were replaced by others."""
 
     @abstractmethod
-    def remove_node(self, node_id: int, unless_renewed: bool = False) -> int | None:
-        """Delete a node, and give back its jobs; return their number, or `None` if its lease was renewed."""
+    def remove_node(self, node_id: int, renewal: str | None = None) -> int | None:
+        """Delete a node, and give back its jobs; return their number.
+
+        *renewal*: the `storage.nodes.Node.renewal` last seen; return `None` if the lease was renewed since then.
+        """
 
     # --- results
 

@@ -85,14 +85,39 @@ _SIZED = Upsert(
 
 def set_size(database: Database, chord: str, size: int) -> None:
     """Set the number of parts, before the last one is sent."""
-    with database.once() as connection:
-        database.dialect.upsert(connection, _SIZED, {"chord": key(chord), "new_size": size})
+
+    def write(again: bool) -> None:
+        with database.once() as connection:
+            database.dialect.upsert(connection, _SIZED, {"chord": key(chord), "new_size": size})
+
+    database.patiently(write)
 
 
-def add_part(database: Database, chord: str) -> None:
-    """Raise the number of parts by one."""
-    with database.once() as connection:
-        connection.execute(update(chords).where(chords.c.id == key(chord)).values(added=chords.c.added + 1))
+_NEW_PART = Upsert(
+    chord_parts,
+    (chord_parts.c.chord, chord_parts.c.task_id),
+    {
+        "chord": bindparam("of_chord"),
+        "task_id": bindparam("task"),
+        "label": bindparam("name", type_=Text()),
+        "ended": false(),
+    },
+)
+
+
+def add_part(database: Database, chord: str, task_id: str) -> None:
+    """Raise the number of parts by one, for the task *task_id*; a part that is added twice counts once."""
+    name = key(chord)
+
+    def write(again: bool) -> None:
+        with database.write() as connection:
+            if connection.execute(_LOCKED, {"chord": name}).first() is None:
+                return
+            values = {"of_chord": name, "task": key(task_id), "name": task_id}
+            if database.dialect.upsert(connection, _NEW_PART, values):
+                connection.execute(update(chords).where(chords.c.id == name).values(added=chords.c.added + 1))
+
+    database.patiently(write)
 
 
 _LOCKED = select(chords.c.id).where(chords.c.id == bindparam("chord")).with_for_update()

@@ -13,10 +13,11 @@ from sqlalchemy import (
     BigInteger,
     Connection,
     Integer,
+    Select,
     bindparam,
     desc,
     exists,
-    false,
+    literal_column,
     or_,
     select,
     type_coerce,
@@ -27,7 +28,9 @@ from sqlalchemy.types import NullType
 from kathikon_celery.job import Hold, Job, State
 from kathikon_celery.storage import messages
 from kathikon_celery.storage.clock import Instant
+from kathikon_celery.storage.column_types import rows_of
 from kathikon_celery.storage.dialects.parameters import Claim, Pick
+from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.finish import COMPLETED, completed
 from kathikon_celery.storage.scan_start import ScanStart
@@ -86,17 +89,29 @@ def _claim(marks: int) -> Claim:
     return Claim(claimed(), (*_DELIVERY, _SINCE), Pick(jobs, rows, "kathikon_jobs_ready"))
 
 
-def is_anything_there(queues: int, with_messages: bool) -> ColumnElement[bool]:
-    """Return the condition that a job or a message is ready in one of *queues* queues: keys ``queue_0`` and so on."""
+def is_anything_there(with_messages: bool) -> ColumnElement[bool]:
+    """Return the condition that a job or a message is ready in one of the ``queues``, a list of keys."""
+    queues = rows_of("queues")
+    found = [_first(queues.c.value), *([messages.first(queues.c.value)] if with_messages else [])]
+    is_there = or_(*(one.limit(1).correlate(queues).scalar_subquery().is_not(None) for one in found))
+    return select(literal_column("1")).select_from(queues).where(is_there).limit(1).scalar_subquery().is_not(None)
+
+
+def _first(queue: Any) -> Select[Any]:
     # In the order of the index: see `messages.first`.
-    first = []
-    for number in range(queues):
-        queue: Any = bindparam(f"queue_{number}", type_=jobs.c.queue.type)
-        job = select(jobs.c.seq).where(ready_in(queue))
-        first.append(job.order_by(desc(jobs.c.priority), jobs.c.available_at, jobs.c.seq))
-        if with_messages:
-            first.append(messages.first(queue))
-    return or_(false(), *(one.limit(1).scalar_subquery().is_not(None) for one in first))
+    ready = select(jobs.c.seq).where(ready_in(queue))
+    return ready.order_by(desc(jobs.c.priority), jobs.c.available_at, jobs.c.seq)
+
+
+_QUEUES = rows_of("queues")
+_FILLED = select(_QUEUES.c.value).where(
+    _first(_QUEUES.c.value).limit(1).correlate(_QUEUES).scalar_subquery().is_not(None)
+)
+
+
+def filled(connection: Connection, queues: Sequence[str]) -> set[str]:
+    """Return those of *queues* (keys) in which a job is ready."""
+    return {queue for (queue,) in prepared.rows(connection, _FILLED, {"queues": list(queues)})}
 
 
 def claim(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from click import ClickException
-from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 
@@ -35,6 +35,10 @@ class TransactionRefused(StorageError):
     """An open transaction of the caller's cannot take a job: nothing was sent, and the transaction may be over."""
 
 
+class Refused(StorageError):
+    """The database cannot carry out a statement; trying again does not help."""
+
+
 class NotFound(StorageError):
     """There is no job with that id."""
 
@@ -52,6 +56,16 @@ def is_lost(error: BaseException) -> bool:
     if isinstance(error, DBAPIError) and error.connection_invalidated:
         return True
     return isinstance(error, LOST)
+
+
+#: Errors that say that the database cannot store a value.
+UNSTORABLE = (DataError, UnicodeError)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether *error* says that the database, which can be reached, does not do what it was asked to do."""
+    is_ours = isinstance(error, StorageError) and not isinstance(error, Refused)
+    return isinstance(error, Exception) and not is_lost(error) and not is_ours
 
 
 def in_words(error: BaseException) -> str:

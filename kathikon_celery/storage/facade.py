@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kathikon_celery.job import Job, State
 from kathikon_celery.settings import SettingError, Settings, shown
@@ -57,6 +57,8 @@ class Storage:
             backend = _backend_class(self.settings.storage_backend)(self.database)
         self.backend: StorageBackend = backend
         self._is_set_up = False
+        #: Whether nothing names a database, so that the jobs are in a file of the working directory.
+        self.is_on_default_file = False
         self.database.on_replaced.append(self._replaced)
 
     def _replaced(self) -> None:
@@ -72,16 +74,19 @@ class Storage:
         Of several *urls*, the first server that can be written to is used. *connect_timeout* (seconds) counts only in
         the first call for a database.
         """
+        if settings.in_tests:
+            urls = [_ram_url()]
         name = (*urls, settings, *sorted(settings.sources))
         storage = _storages.get(name)
         if storage is None:
             place = (*(urls or [settings.database_url]), settings.in_ram and not urls)
-            place += (settings.publish_durability, settings.worker_durability)
+            place += tuple(_options_of(settings).values())
             database = _databases.get(place)
             if database is None:
                 database = _databases.setdefault(place, _database_of(urls, settings))
                 database.connect_timeout = connect_timeout or database.connect_timeout
             storage = _storages.setdefault(name, cls(settings=settings, database=database))
+            storage.is_on_default_file = not (urls or settings.in_ram or "database_url" in settings.sources)
         return storage
 
     @classmethod
@@ -109,7 +114,8 @@ class Storage:
     def insert(self, job: Job) -> None:
         """Publish *job*. It is committed, and on disk if the settings say so, when this returns.
 
-        If the id is known, its row waits again and keeps its errors.
+        If the id is known, its row waits again and keeps its errors. The same object again is a repetition, as after a
+        lost connection, and changes nothing; a job that was read by `fetch` is another publication.
         """
         self.backend.insert(job)
 
@@ -202,10 +208,16 @@ def _database_of(urls: Sequence[str], settings: Settings) -> Database:
     first, *alternates = urls or [_ram_url() if settings.in_ram else settings.database_url]
     return Database(
         first,
-        publish_durability=settings.publish_durability,
-        worker_durability=settings.worker_durability,
+        silence=settings.lease / 2,
         alternates=alternates,
+        **_options_of(settings),
     )
+
+
+def _options_of(settings: Settings) -> dict[str, Any]:
+    """Return the settings that are arguments of a `Database`."""
+    names = ("publish_durability", "worker_durability", "schema", "wake", "pool_size")
+    return {name: getattr(settings, name) for name in names}
 
 
 def _backend_class(path: str) -> type[StorageBackend]:

@@ -12,7 +12,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Boolean, Connection, Text, bindparam, select, update
+from sqlalchemy import Boolean, Connection, Text, bindparam, case, null, or_, select, update
 
 from kathikon_celery.job import Cause, Hold, Job, State, in_brief
 from kathikon_celery.storage import transitions
@@ -29,7 +29,11 @@ LOST = "the process that ran it was lost"
 
 _STARTED = transitions.started(acked=bindparam("acked_early", type_=Boolean()))
 #: The change of `completed`, also for `Dialect.complete_and_claim`.
-COMPLETED = transitions.ended(State.COMPLETED)
+#: Without a result of its own, the end is not hidden by what Celery has stored on the way.
+COMPLETED = transitions.ended(
+    State.COMPLETED,
+    status=case((or_(jobs.c.status == "RETRY", jobs.c.status == "STARTED"), null()), else_=jobs.c.status),
+)
 _REPLACED = transitions.replaced()
 _RETURNED = transitions.returned(crashed=transitions.has_crashed())
 
@@ -117,7 +121,10 @@ def add_error(connection: Connection, seq: int, reason: str, fence: int) -> None
     if row is None:
         return
     # A retry may run already, or have ended. A claim adds 1 to the fence, and so does the next publication or return.
-    attempt = max(1, row.attempts - (row.fence - fence) // 2)
+    try:
+        attempt = max(1, row.attempts - (row.fence - fence) // 2)
+    except TypeError:  # SQLite has texts in columns of numbers, if somebody writes them
+        attempt = 1
     at: datetime = row.at
     try:
         every = errors_of(row.errors)

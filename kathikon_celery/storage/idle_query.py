@@ -13,7 +13,6 @@ from kathikon_celery.storage import claim, finish, nodes, promote, prune, topolo
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
-from kathikon_celery.storage.messages import by_number
 
 #: Name of a question -> values of its parameters.
 Questions = Mapping[str, Mapping[str, Any]]
@@ -34,26 +33,36 @@ def _next_due(dialect: Dialect) -> Any:
 
 
 def _is_amiss(dialect: Dialect) -> Any:
-    """Whether a node may be dead, or is new; or a job's end is unreported; or a queue is unused."""
+    """Whether the connection of a node is gone; or a job's end is unreported; or a queue is unused."""
     return or_(nodes.is_any_suspect(dialect), finish.IS_ANY_UNREPORTED, topology.IS_ANY_UNUSED)
+
+
+def _renewals(dialect: Dialect) -> Any:
+    """Which nodes there are, and when their leases end: see `nodes.renewals_of`."""
+    return nodes.RENEWALS
 
 
 def _is_anything_old(dialect: Dialect) -> Any:
     return prune.IS_ANYTHING_OLD
 
 
-_QUESTIONS = {"next_due": _next_due, "is_amiss": _is_amiss, "is_anything_old": _is_anything_old}
+_QUESTIONS = {
+    "next_due": _next_due,
+    "is_amiss": _is_amiss,
+    "renewals": _renewals,
+    "is_anything_old": _is_anything_old,
+}
 
 
 @lru_cache(maxsize=64)
-def _look(dialect: Dialect, queues: int, with_messages: bool, questions: tuple[str, ...]) -> Any:
+def _look(dialect: Dialect, with_messages: bool, questions: tuple[str, ...]) -> Any:
     answers = [_QUESTIONS[name](dialect).label(name) for name in questions]
-    return select(claim.is_anything_there(queues, with_messages), *answers)
+    return select(claim.is_anything_there(with_messages), *answers)
 
 
-@lru_cache(maxsize=64)
-def _there(queues: int, with_messages: bool) -> tuple[ColumnElement[bool]]:
-    return (claim.is_anything_there(queues, with_messages),)
+@lru_cache(maxsize=2)
+def _there(with_messages: bool) -> tuple[ColumnElement[bool]]:
+    return (claim.is_anything_there(with_messages),)
 
 
 def look(
@@ -65,10 +74,10 @@ def look(
 ) -> bool:
     """Whether a job or a message is ready in one of *queues* (keys); the askers in *asked* get their answers."""
     parameters = {name: values for _, questions in asked for name, values in questions.items()}
-    values: dict[str, Any] = {**by_number(queues)}
+    values: dict[str, Any] = {"queues": list(queues)}
     for one in parameters.values():
         values |= one
-    statement = _look(database.dialect, len(queues), with_messages, tuple(parameters))
+    statement = _look(database.dialect, with_messages, tuple(parameters))
     # The text of a question may depend on its parameters.
     (row,) = connection.execute(statement, values) if asked else prepared.rows(connection, statement, values)
     answers = dict(zip(parameters, row[1:], strict=True))
@@ -79,8 +88,7 @@ def look(
 
 def renew(database: Database, queues: Sequence[str], with_messages: bool, node_id: int, lease: float) -> bool | None:
     """`look` and renew the node's lease to *lease* seconds, in one statement; `None` if the node was taken for dead."""
-    values = {**by_number(queues), "node": node_id, "lease": lease}
+    values = {"queues": list(queues), "node": node_id, "lease": lease}
     with database.once() as connection:
-        there = _there(len(queues), with_messages)
-        found = database.dialect.change_and_read(connection, nodes.RENEW, there, values)
+        found = database.dialect.change_and_read(connection, nodes.RENEW, _there(with_messages), values)
     return bool(found[0]) if found is not None else None

@@ -23,9 +23,9 @@ _PAYLOAD = ("expires_at", "envelope", "body")
 
 
 @lru_cache(maxsize=8)
-def _published(later: bool, own: bool, again: bool) -> Upsert:
+def _published(later: bool, own: bool) -> Upsert:
     columns = {name: bindparam(f"new_{name}", type_=jobs.c[name].type) for name in _BROUGHT + _PAYLOAD}
-    return transitions.published(columns, later, own, again)
+    return transitions.published(columns, later, own)
 
 
 _OWN = (
@@ -80,8 +80,8 @@ def _key(name: str | None) -> str | None:
 def insert(database: Database, job: Job, hold: Hold | None = None, soon: bool = True) -> bool:
     """Publish *job*, on disk when this returns; return false if it was refused (see *hold*).
 
-    An existing row with the same id waits again and keeps its errors, unless it is of this very publication and has
-    not ended.
+    An existing row with the same id waits again and keeps its errors, unless it is of this very publication: then it
+    does not change, also if its job has ended.
 
     Arguments:
         hold: the claim of the run that publishes its own job again. If the job was given to another worker meanwhile,
@@ -98,13 +98,13 @@ def insert(database: Database, job: Job, hold: Hold | None = None, soon: bool = 
             with database.write(durable=True) as connection:
                 if own and not prepared.rows(connection, _OWN, claim):
                     return again
-                database.dialect.upsert(connection, _published(later, own, again), values)
+                database.dialect.upsert(connection, _published(later, own), values)
                 if soon:
                     _announce(database, connection, [job])
                 database.events.published(connection, [job])
         else:
             with database.once(durable=True) as connection:
-                database.dialect.publish(connection, _published(later, False, again), values, later, again)
+                database.dialect.publish(connection, _published(later, False), values, later, again)
                 database.events.published(connection, [job])
         return True
 
@@ -116,18 +116,18 @@ def insert_many(database: Database, batch: Sequence[Job]) -> None:
 
     def write(again: bool) -> None:
         with database.write(durable=True) as connection:
-            publish(database, connection, batch, again)
+            publish(database, connection, batch)
 
     database.patiently(write)
 
 
-def publish(database: Database, connection: Connection, batch: Sequence[Job], again: bool = False) -> None:
-    """Publish *batch* as a part of a transaction; *again*: an earlier try may have been committed."""
+def publish(database: Database, connection: Connection, batch: Sequence[Job]) -> None:
+    """Publish *batch* as a part of a transaction."""
     for later in (False, True):
         chosen = [job for job in batch if (job.scheduled_at is not None) is later]
         if chosen:
             rows = [_values(job) for job in chosen]
-            database.dialect.upsert_many(connection, _published(later, False, again), rows)
+            database.dialect.upsert_many(connection, _published(later, False), rows)
     _announce(database, connection, batch)
     database.events.published(connection, batch)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import (
@@ -24,11 +23,12 @@ from sqlalchemy import (
 
 from kathikon_celery.job import Hold
 from kathikon_celery.storage.clock import now, seconds
+from kathikon_celery.storage.column_types import rows_of
 from kathikon_celery.storage.dialects.parameters import Change, Pick
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.names import key
-from kathikon_celery.storage.tables import FREE, jobs, messages, queues, ready_in
+from kathikon_celery.storage.tables import FREE, jobs, messages, next_fence, queues, ready_in
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,29 +110,23 @@ def first(queue: Any) -> Select[Any]:
     )
 
 
-def by_number(queues: Sequence[str]) -> dict[str, str]:
-    """Return *queues* (keys) as the parameters ``queue_0`` and so on."""
-    return {f"queue_{number}": queue for number, queue in enumerate(queues)}
-
-
-@lru_cache(maxsize=64)
-def _there(queues: int) -> Any:
-    firsts = [first(bindparam(f"queue_{number}")).limit(1) for number in range(queues)]
-    return select(*(one.scalar_subquery().is_not(None).label(f"is_in_{number}") for number, one in enumerate(firsts)))
+_QUEUES = rows_of("queues")
+_THERE = select(_QUEUES.c.value).where(
+    first(_QUEUES.c.value).limit(1).correlate(_QUEUES).scalar_subquery().is_not(None)
+)
 
 
 def there(connection: Connection, queues: Sequence[str]) -> list[str]:
     """Return those of *queues* (keys) in which a message waits."""
     if not queues:
         return []
-    (found,) = prepared.rows(connection, _there(len(queues)), by_number(queues))
-    return [queue for queue, is_there in zip(queues, found, strict=True) if is_there]
+    return [queue for (queue,) in prepared.rows(connection, _THERE, {"queues": list(queues)})]
 
 
 _READY = first(bindparam("from_queue")).where(_FRESH).limit(bindparam("at_most", type_=Integer()))
 _PICK = Pick(messages, (_READY,), "kathikon_messages_ready")
-_KEPT = Change(messages, {"node_id": bindparam("by_node"), "fence": messages.c.fence + 1})
-_RETURNED = Change(messages, {"node_id": null(), "fence": messages.c.fence + 1})
+_KEPT = Change(messages, {"node_id": bindparam("by_node"), "fence": next_fence(messages)})
+_RETURNED = Change(messages, {"node_id": null(), "fence": next_fence(messages)})
 
 
 def take(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,8 +13,9 @@ from sqlalchemy import (
     Connection,
     Select,
     Table,
-    and_,
+    Text,
     bindparam,
+    cast,
     delete,
     func,
     insert,
@@ -32,13 +35,19 @@ from kathikon_celery.storage.dialects import Dialect, dialect_of
 from kathikon_celery.storage.dialects.parameters import Change
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.finish import note_crashes
-from kathikon_celery.storage.tables import HELD, jobs, messages, nodes, queues
+from kathikon_celery.storage.tables import HELD, jobs, messages, next_fence, nodes, queues
 from kathikon_celery.storage.topology import delete_queue
 
 
 @dataclass(frozen=True)
 class Node:
-    """Another process's row. *pid_started*: epoch seconds. *lease*: seconds left, negative when it has run out."""
+    """Another process's row.
+
+    Arguments:
+        pid_started: see `kathikon_celery.nodes.machine.start_of`.
+        lease: seconds left by the database's clock, negative when it has run out. That clock may have been set.
+        renewal: the end of the lease as text; each renewal changes it.
+    """
 
     id: int
     name: str
@@ -46,6 +55,7 @@ class Node:
     pid: int
     pid_started: float
     lease: float
+    renewal: str
 
 
 def register(database: Database, name: str, machine: str, pid: int, pid_started: float, lease: float) -> int:
@@ -70,6 +80,26 @@ def renew(database: Database, node_id: int, lease: float) -> bool:
         return connection.execute(_RENEW, {"node": node_id, "lease": lease}).rowcount > 0
 
 
+def consume(database: Database, node_id: int, queue_names: Sequence[str]) -> None:
+    """Note the queues whose jobs the node runs."""
+    with database.once() as connection:
+        connection.execute(update(nodes).where(nodes.c.id == node_id).values(consumes=json.dumps(list(queue_names))))
+
+
+def consumed(connection: Connection) -> list[set[str] | None]:
+    """Return for each living node that runs jobs the queues of these jobs; `None`: that is not known (yet)."""
+    found = connection.execute(select(nodes.c.consumes).where(nodes.c.lease_until > now())).scalars()
+    return [None if text is None else set(json.loads(text)) for text in found if text != "[]"]
+
+
+def without_consumer(queue_names: Iterable[str], known: Sequence[set[str] | None]) -> list[str]:
+    """Return those queues that none of the nodes consumes; *known*: the answer of `consumed`."""
+    if None in known:
+        return []
+    everywhere = {name for names in known for name in names or ()}
+    return [name for name in queue_names if name not in everywhere]
+
+
 class Holder:
     """Holds a node's lock on a connection of its own. The node's death frees the lock."""
 
@@ -87,6 +117,11 @@ class Holder:
             self._locked_for = node_id
         else:
             dialect.check_held(self._lock)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether we have the lock."""
+        return self._lock is not None
 
     def drop(self) -> None:
         """Release the lock; the next `hold` takes it again."""
@@ -122,22 +157,29 @@ def orphans(connection: Connection) -> list[int]:
 
 
 def is_any_suspect(dialect: Dialect) -> ColumnElement[bool]:
-    """Return the condition that a node other than ``node`` is suspect, or that there are `orphans`.
-
-    Suspect: not among the ``known``, or its lease has run out, or on another than ``machine`` and its lock is free.
-    """
+    """Return the condition that the lock of a node on another ``machine`` is free, or that there are `orphans`."""
     other = nodes.alias("other")
     is_elsewhere = other.c.machine != bindparam("machine")
-    is_unknown = other.c.id.not_in(bindparam("known", expanding=True))
-    is_suspect = or_(is_unknown, other.c.lease_until <= now(), and_(is_elsewhere, dialect.has_free_lock(other.c.id)))
-    suspects = select(other.c.id).where(other.c.id != bindparam("node"), is_suspect)
-    return or_(*(found.limit(1).scalar_subquery().is_not(None) for found in (suspects, _NODELESS)))
+    unlocked = select(other.c.id).where(is_elsewhere, dialect.has_free_lock(other.c.id))
+    return or_(*(found.limit(1).scalar_subquery().is_not(None) for found in (unlocked, _NODELESS)))
+
+
+_RENEWAL: Any = cast(nodes.c.lease_until, Text)
+#: The `Node.renewal` of each node, as one text for `renewals_of`.
+RENEWALS = select(func.aggregate_strings(cast(nodes.c.id, Text) + "=" + _RENEWAL, ",")).scalar_subquery()
+
+
+def renewals_of(text: str | None) -> dict[int, str]:
+    """Return node id -> `Node.renewal`, from the value of `RENEWALS`."""
+    pairs = (one.partition("=") for one in (text or "").split(",") if one)
+    return {int(node_id): renewal for node_id, _, renewal in pairs if node_id.isdecimal()}
 
 
 def others(connection: Connection, node_id: int) -> list[Node]:
     """Return all nodes but this one."""
     columns = (nodes.c.id, nodes.c.name, nodes.c.machine, nodes.c.pid, nodes.c.pid_started)
-    query = select(*columns, seconds_until(nodes.c.lease_until).label("lease")).where(nodes.c.id != node_id)
+    lease = func.coalesce(seconds_until(nodes.c.lease_until), 0.0)  # NULL: `lease_until` is no moment
+    query = select(*columns, lease.label("lease"), _RENEWAL.label("renewal")).where(nodes.c.id != node_id)
     return [Node(*row) for row in connection.execute(query)]
 
 
@@ -160,23 +202,23 @@ def _rescued() -> Any:
 _FREED = (
     update(messages)
     .where(HELD, messages.c.node_id == bindparam("node"))
-    .values(node_id=null(), fence=messages.c.fence + 1)
+    .values(node_id=null(), fence=next_fence(messages))
 )
 _AUTO_DELETED = select(queues.c.name).where(queues.c.node_id == bindparam("node"), queues.c.auto_delete)
 _DISOWNED = update(queues).where(queues.c.node_id == bindparam("node")).values(node_id=null(), used_at=now())
 _ORPHANS = select(jobs.c.seq, jobs.c.fence, jobs.c.queue, jobs.c.state).where(HELD, jobs.c.node_id == bindparam("node"))
 
 
-def remove(database: Database, node_id: int, unless_renewed: bool = False) -> int | None:
+def remove(database: Database, node_id: int, renewal: str | None = None) -> int | None:
     """Delete a node, and give back the jobs and messages that it held; return the number of its jobs.
 
-    *unless_renewed*: do nothing, and return `None`, if its lease has not run out.
+    *renewal*: the `Node.renewal` last seen; if the lease was renewed since then, do nothing and return `None`.
     """
     removal = delete(nodes).where(nodes.c.id == node_id)
-    if unless_renewed:
-        removal = removal.where(nodes.c.lease_until <= now())
+    if renewal is not None:
+        removal = removal.where(renewal == _RENEWAL)
     with database.write() as connection:
-        if not connection.execute(removal).rowcount and unless_renewed:
+        if not connection.execute(removal).rowcount and renewal is not None:
             return None
         held = connection.execute(_ORPHANS, {"node": node_id}).all()
         if held:

@@ -73,6 +73,15 @@ def _pick(state: State, from_front: bool) -> Pick:
     return Pick(jobs, (old,), "kathikon_jobs_ended")
 
 
+_CLOCK = select(now())
+
+
+def clock(connection: Connection) -> float:
+    """Return the database's clock, in epoch seconds."""
+    at: datetime = connection.execute(_CLOCK).scalar_one()
+    return at.timestamp()
+
+
 def prunable(connection: Connection, retention: Mapping[State, float | None], limit: int = CHUNK) -> list[str]:
     """Return keys of up to *limit* jobs that ended longer ago than *retention* (seconds by state; `None`: for ever)."""
     found: list[str] = []

@@ -7,13 +7,26 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from typing import Any
 
-from sqlalchemy import Boolean, Column, Connection, Select, Text, bindparam, func, select, type_coerce, union
+from sqlalchemy import (
+    Boolean,
+    Column,
+    Connection,
+    Select,
+    Text,
+    and_,
+    bindparam,
+    func,
+    literal,
+    select,
+    type_coerce,
+    union,
+)
 from sqlalchemy.types import NullType
 
 from kathikon_celery.job import Cause, Job, State, in_brief
-from kathikon_celery.storage.clock import Instant
+from kathikon_celery.storage.clock import Instant, now
 from kathikon_celery.storage.names import key
-from kathikon_celery.storage.tables import jobs
+from kathikon_celery.storage.tables import DUE, jobs, ready_in
 
 _BY_ID = select(jobs).where(jobs.c.id == bindparam("job_id"))
 _LOCKED = _BY_ID.with_for_update()
@@ -37,6 +50,7 @@ def jobs_of(connection: Connection, query: Select[Any], values: dict[str, Any] |
 def _job_of(row: Any) -> Job:
     """Return the job of *row*. Raises `ValueError`, `TypeError` or `AttributeError` for a corrupt one."""
     values = dict(row)
+    values.pop("publication", None)  # a job that is inserted after it was read is another publication
     values["state"] = State(values["state"])
     values["cause"] = cause_of(values.get("cause"))
     values["errors"] = errors_of(values["errors"])
@@ -131,6 +145,19 @@ def select_all(connection: Connection, queue: str | None = None, state: State | 
     return jobs_of(connection, query)
 
 
+_SCHEDULED = (
+    select(jobs)
+    .where(DUE, jobs.c.queue.in_(bindparam("queues", expanding=True)), jobs.c.scheduled_at > now())
+    .order_by(jobs.c.available_at)
+    .limit(bindparam("most"))
+)
+
+
+def scheduled(connection: Connection, queues: list[str], limit: int) -> list[Job]:
+    """Return up to *limit* jobs of *queues* that wait for their due time, those that are due first."""
+    return jobs_of(connection, _SCHEDULED, {"queues": [key(queue) for queue in queues], "most": limit})
+
+
 def _workflow() -> Select[Any]:
     given = bindparam("of", type_=Text())
     root = func.coalesce(jobs.c.root_id, jobs.c.id).label("root")  # NULL in the root itself
@@ -148,6 +175,13 @@ _WORKFLOW = _workflow()
 def workflow(connection: Connection, job_id: str) -> list[Job]:
     """Return the jobs that have the same root as the job, or as a job of the group, with that id; oldest first."""
     return jobs_of(connection, _WORKFLOW, {"of": key(job_id)})
+
+
+def is_any_waiting(connection: Connection, queue: str) -> bool:
+    """Whether a job of the queue is ready, or waits until it is due."""
+    of_queue = literal(key(queue), jobs.c.queue.type)
+    conditions = (ready_in(of_queue), and_(DUE, jobs.c.queue == of_queue))
+    return any(connection.execute(select(jobs.c.seq).where(one).limit(1)).first() for one in conditions)
 
 
 def counts(connection: Connection) -> dict[tuple[str, str], int]:

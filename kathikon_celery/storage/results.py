@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from sqlalchemy import Connection, Text, bindparam, case, delete, null, select, update
@@ -163,8 +163,16 @@ def end_alone(
     return number > 0
 
 
-#: The status of an ended job whose result was forgotten: with NULL, its end might be reported once more.
+#: The status of an ended job whose result was forgotten, or is still to come: with NULL, its end might be reported
+#: once more.
 FORGOTTEN = "PENDING"
+_AWAITED = update(jobs).where(
+    jobs.c.seq == bindparam("of_seq"),
+    jobs.c.fence == bindparam("of_fence"),
+    jobs.c.state == State.COMPLETED.value,
+    jobs.c.status.is_(None),
+)
+_AWAITED = _AWAITED.values(status=FORGOTTEN)
 _FORGET = update(jobs).where(jobs.c.id == bindparam("job_id"))
 _FORGET = _FORGET.values(
     status=case((UNREPORTED, null()), (state_in(TERMINAL), FORGOTTEN), else_=null()),
@@ -180,6 +188,11 @@ def forget(database: Database, task_id: str) -> None:
     with database.write() as connection:
         connection.execute(_FORGET_ALONE, {"job_id": key(task_id)})
         connection.execute(_FORGET, {"job_id": key(task_id)})
+
+
+def await_results(connection: Connection, holds: Sequence[Hold]) -> None:
+    """Note that the results of the completed jobs of *holds* are still to come, unless they are stored already."""
+    connection.execute(_AWAITED, [{"of_seq": hold.seq, "of_fence": hold.fence} for hold in holds])
 
 
 _MEMBERS = bindparam("members", type_=Text())

@@ -6,13 +6,15 @@ import io
 import logging
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
 from sqlalchemy import URL, Column, Connection, MetaData, String, Table, inspect, make_url, select
 
-from kathikon_celery.storage.dialects import dialect_class
+from kathikon_celery.storage.dialects import dialect_for
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.errors import SchemaError, TablesInUse
 
@@ -21,7 +23,7 @@ logger = logging.getLogger(__name__)
 #: The newest migration in ``migrations/versions``, a number of four digits. Code can use the tables of a newer version
 #: with the same first digit: such migrations only add what older code does not need. So a fleet may be upgraded worker
 #: by worker, and its old workers may restart.
-HEAD = "0002"
+HEAD = "0003"
 #: Seconds for which an upgrade is tried while other transactions use the tables, and between two tries.
 PATIENCE, PAUSE = 120.0, 0.5
 #: Where alembic keeps the version of the tables.
@@ -52,7 +54,9 @@ def setup(database: Database) -> None:
     until = monotonic() + PATIENCE
     while True:
         try:
-            return _upgrade(database)
+            _upgrade(database)
+            with database.read() as connection:
+                return database.dialect.set_up(connection)
         except Exception as error:
             explained = database.explain(error)
             if not isinstance(explained, TablesInUse) or monotonic() > until:
@@ -76,13 +80,15 @@ def _upgrade(database: Database) -> None:
                 " they were made by a newer kathikon-celery; install that version or a newer one"
             )
         _alembic(attributes={"connection": connection, "dialect": database.dialect})
+    done = "created" if version is None else f"upgraded from version {version!r}"
+    logger.info("Kathikon: the tables of %r are %s; their version is %r", database, done, HEAD)
 
 
 def _is_newer_and_usable(version: str | None) -> bool:
     return version is not None and version > HEAD and version[:-3] == HEAD[:-3] and version.isdigit()
 
 
-def ddl(url: str | URL, since: str | None = None) -> str:
+def ddl(url: str | URL, since: str | None = None, schema: str | None = None) -> str:
     """Return the SQL that `setup` would run on a database of *url*'s kind, from version *since* (default: no tables).
 
     Does not connect. Raises `SchemaError` for a version that does not exist.
@@ -91,21 +97,35 @@ def ddl(url: str | URL, since: str | None = None) -> str:
         known = ", ".join(sorted(_known()))
         raise SchemaError(f"the schema has no version {since!r}; known to this code: {known}")
     out = io.StringIO()
-    _alembic(attributes={"url": url, "dialect": dialect_class(make_url(url))}, out=out, since=since)
+    dialect = dialect_for(make_url(url), schema)
+    out.writelines(f"{statement};\n\n" for statement in dialect.before_migrations())
+    _alembic(attributes={"url": url, "dialect": dialect}, out=out, since=since)
     return out.getvalue()
 
 
 def _alembic(attributes: dict[str, Any], out: io.StringIO | None = None, since: str | None = None) -> None:
-    from alembic import command  # slow to import, and needed once in the life of a schema
+    with _turn, _quietly():
+        from alembic import command  # slow to import, and needed once in the life of a schema
 
-    config = _config()
-    config.attributes.update(attributes)
-    with _turn:
+        config = _config()
+        config.attributes.update(attributes)
         if out is None:
             command.upgrade(config, HEAD)
         else:
             config.output_buffer = out
             command.upgrade(config, f"{since}:{HEAD}" if since else HEAD, sql=True)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep what alembic says of its own steps out of the user's log."""
+    log = logging.getLogger("alembic")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _config() -> Any:
@@ -118,6 +138,7 @@ def _config() -> Any:
 
 
 def _known() -> set[str]:
-    from alembic.script import ScriptDirectory
+    with _turn, _quietly():
+        from alembic.script import ScriptDirectory
 
     return {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}

@@ -119,8 +119,8 @@ class SQLBackend(StorageBackend):
     def replaced(self, connection: Connection, holds: Sequence[Hold]) -> int:
         return finish.replaced(self.database, connection, holds)
 
-    def remove_node(self, node_id: int, unless_renewed: bool = False) -> int | None:
-        return nodes.remove(self.database, node_id, unless_renewed)
+    def remove_node(self, node_id: int, renewal: str | None = None) -> int | None:
+        return nodes.remove(self.database, node_id, renewal)
 
     def settle(self, ending: TaskEnd, bodies: Mapping[str, TaskEnd], on_disk: bool = False) -> bool:
         return settle(self.database, ending, bodies, on_disk)

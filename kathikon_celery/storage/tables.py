@@ -19,6 +19,7 @@ from sqlalchemy import (
     UniqueConstraint,
     and_,
     bindparam,
+    case,
     desc,
     literal_column,
     text,
@@ -140,6 +141,20 @@ def _(element: due_at, compiler: Any, **options: Any) -> str:
     return str(compiler.process(element.clauses, **options))
 
 
+#: Highest value of an `Integer` column.
+HIGHEST = 2**31 - 1
+
+
+def one_more(column: ColumnElement[int]) -> ColumnElement[int]:
+    """Return *column* plus one, or its value if that is the highest: one such row must not stop a whole statement."""
+    return case((column < HIGHEST, column + 1), else_=column)
+
+
+def next_fence(table: Table) -> ColumnElement[int]:
+    """Return the fence of a row of *table* after its next claim, return or publication."""
+    return case((table.c.fence.between(0, HIGHEST - 1), table.c.fence + 1), else_=1)
+
+
 class first_fence(FunctionElement[int]):  # noqa: N801
     """The fence of a new row, random: the row may reuse the ``seq`` of a deleted one, whose claims must not fit.
 
@@ -242,6 +257,8 @@ nodes = Table(
     Column("lease_until", Instant, nullable=False),
     #: The queues that an idle node waits for; NULL while it is busy (PostgreSQL wakes by it).
     Column("waiting", Text().with_variant(postgresql.ARRAY(postgresql.TEXT(collation="C")), "postgresql")),
+    #: The queues whose jobs the node runs, a list in JSON; NULL: not known (yet).
+    Column("consumes", Text()),
     sqlite_autoincrement=True,
 )
 

@@ -38,12 +38,12 @@ from sqlalchemy.sql.expression import ColumnElement
 from kathikon_celery.job import HELD, TERMINAL, WAITING, Cause, Job, State, sources
 from kathikon_celery.storage.clock import Instant, now
 from kathikon_celery.storage.dialects.parameters import Change, Condition, NewRow, Upsert
-from kathikon_celery.storage.tables import first_fence, jobs, state_in
+from kathikon_celery.storage.tables import first_fence, jobs, next_fence, one_more, state_in
 
 #: The reason on the row of a job whose process was lost too often.
 LOST_TOO_OFTEN = "the process that ran it was lost, as often as max_attempts allows"
-#: The reason on the row of a job whose message was acknowledged before its process was lost.
-LOST_AT_MOST_ONCE = "the worker was lost while the task ran, and acks_late=False forbids to run it again"
+#: The reason on the row of a job whose message was acknowledged before its worker was lost: the task may have begun.
+LOST_AT_MOST_ONCE = "the worker was lost after its pool had got the task, and acks_late=False forbids to run it again"
 #: The reason on the row of a job that waited longer than its `expires`: Celery's own word.
 EXPIRED = "expired"
 
@@ -68,7 +68,7 @@ WRITTEN = {name: bindparam(f"new_{name}", type_=Text()) for name in ("status", "
 _END: dict[str, Any] = {"ended_at": now(), "node_id": null()}
 #: The columns that change whenever a job enters a state, by the database's clock.
 BRINGS: Mapping[State, Mapping[str, Any]] = {
-    State.CLAIMED: {"claimed_at": now(), "fence": jobs.c.fence + 1, "attempts": jobs.c.attempts + 1},
+    State.CLAIMED: {"claimed_at": now(), "fence": next_fence(jobs), "attempts": one_more(jobs.c.attempts)},
     State.RUNNING: {"started_at": now()},
     State.WAITING_FOR_CHILDREN: {"node_id": null()},
     # A job that ends before its start is written keeps started_at NULL; claimed_at is the best estimate then.
@@ -102,14 +102,13 @@ def _due(later: bool) -> dict[str, Any]:
     }
 
 
-def published(brought: Mapping[str, Any], later: bool, own: bool, again: bool) -> Upsert:
+def published(brought: Mapping[str, Any], later: bool, own: bool) -> Upsert:
     """A new row for a job; an existing row with the same id waits again, if it is of another publication.
 
     Arguments:
         brought: columns of the message -> their parameters.
         later: the job has a due time.
         own: the caller has locked the existing row, which waits again without a condition.
-        again: an earlier try may have been committed. Otherwise a row that has ended waits again in any case.
     """
     columns = {**brought, **_due(later)}
     values = {
@@ -127,7 +126,7 @@ def published(brought: Mapping[str, Any], later: bool, own: bool, again: bool) -
         return {
             **{name: new[name] for name in columns},
             **{name: null() for name in OF_A_RUN},
-            "fence": jobs.c.fence + 1,
+            "fence": next_fence(jobs),
             "acked": false(),
             "attempts": case((has_ended, literal_column("0")), else_=jobs.c.attempts),
             "crashes": case((has_ended, literal_column("0")), else_=jobs.c.crashes),
@@ -136,7 +135,7 @@ def published(brought: Mapping[str, Any], later: bool, own: bool, again: bool) -
 
     def is_another(new: NewRow) -> ColumnElement[bool]:
         other: ColumnElement[bool] = jobs.c.publication != new["publication"]
-        return other if again else or_(other, has_ended)
+        return other
 
     return Upsert(jobs, (jobs.c.id,), values, changes, None if own else is_another)
 
@@ -154,7 +153,6 @@ def claimed(*where: Condition) -> Change:
     values = {
         "state": State.CLAIMED.value,
         "node_id": bindparam("by_node", type_=BigInteger()),
-        "status": null(),  # perhaps RETRY, from the run before
         **BRINGS[State.CLAIMED],
     }
     return Change(jobs, values, where)
@@ -170,10 +168,12 @@ def returned(*where: Condition, crashed: Any) -> Change:
 
     A crashed job becomes dead if it must not run again (``acked``) or has reached ``max_attempts`` crashes.
     """
-    crashes = jobs.c.crashes + case((crashed, 1), else_=0)
+    crashes = case((crashed, one_more(jobs.c.crashes)), else_=jobs.c.crashes)
     lost = and_(crashed, or_(jobs.c.acked, crashes >= jobs.c.max_attempts))
     why = case((jobs.c.acked, LOST_AT_MOST_ONCE), else_=LOST_TOO_OFTEN)
     cause = case((jobs.c.acked, Cause.LOST_ONCE.value), else_=Cause.LOST.value)
+    # Any other status stays, as with any result backend: the next run may read it, for example Celery's ABORTED.
+    forgets = or_(lost, func.coalesce(jobs.c.status, "STARTED") == "STARTED")
     values = {
         "state": case((lost, State.DEAD.value), else_=State.AVAILABLE.value),
         "ended_at": case((lost, now()), else_=null()),
@@ -182,12 +182,16 @@ def returned(*where: Condition, crashed: Any) -> Change:
         "crashes": crashes,
         "node_id": null(),
         "acked": false(),
-        "fence": jobs.c.fence + 1,
+        "fence": next_fence(jobs),
         "claimed_at": case((lost, jobs.c.claimed_at), else_=null()),
         "started_at": case((lost, jobs.c.started_at), else_=null()),
-        **dict.fromkeys(WRITTEN, null()),
+        **{name: case((forgets, null()), else_=jobs.c[name]) for name in WRITTEN},
     }
     return Change(jobs, values, (*where, IS_HELD))
+
+
+#: Celery's states of a task that has ended -> the job's state.
+_ENDS = {"SUCCESS": State.COMPLETED, "FAILURE": State.DEAD, "REVOKED": State.CANCELLED}
 
 
 def replaced(*where: Condition) -> Change:
@@ -195,10 +199,9 @@ def replaced(*where: Condition) -> Change:
 
     If the others have ended already, ``status`` says how, and the job enters the terminal state for that instead.
     """
-    ends = {"SUCCESS": State.COMPLETED, "FAILURE": State.DEAD, "REVOKED": State.CANCELLED}
     open_ = State.WAITING_FOR_CHILDREN
-    state = case({word: end.value for word, end in ends.items()}, value=jobs.c.status, else_=open_.value)
-    ended_at = case(dict.fromkeys(ends, now()), value=jobs.c.status, else_=null())
+    state = case({word: end.value for word, end in _ENDS.items()}, value=jobs.c.status, else_=open_.value)
+    ended_at = case(dict.fromkeys(_ENDS, now()), value=jobs.c.status, else_=null())
     waits = _becomes(open_, *where)
     return Change(jobs, {**waits.values, "state": state, "ended_at": ended_at}, waits.where)
 
@@ -221,7 +224,9 @@ def ended_from_afar(ended: State | None) -> Upsert:
     """A new row for a result that is written without a claim; an existing row gets the result instead.
 
     An existing row also enters the state *ended*, unless a worker holds it; `None`: the result is progress of a task
-    that goes on. A SUCCESS is never overwritten. Parameters: those of `WRITTEN`, ``of_id``, ``why`` and ``because``.
+    that goes on. A SUCCESS is never overwritten. A job that was completed without a result gets a failure as its
+    result, and stays completed: a strategy of its own may acknowledge a task first, and store the failure then.
+    Parameters: those of `WRITTEN`, ``of_id``, ``why`` and ``because``.
     """
     becomes = ended or State.COMPLETED
     reason, cause = bindparam("why", type_=Text()), bindparam("because", type_=Text())
@@ -232,19 +237,22 @@ def ended_from_afar(ended: State | None) -> Upsert:
         **WRITTEN,
     )  # fmt: skip
 
+    is_late = and_(jobs.c.state == State.COMPLETED.value, func.coalesce(jobs.c.status, "PENDING") == "PENDING")
+    stays = or_(IS_HELD, is_late) if ended is State.DEAD else IS_HELD
+
     def changes(new: NewRow) -> dict[str, Any]:
         changed: dict[str, Any] = dict(WRITTEN)
         if ended:
-            changed["state"] = case((IS_HELD, jobs.c.state), else_=ended.value)
-            changed["ended_at"] = case((IS_HELD, null()), else_=now())
-            changed["reason"] = case((IS_HELD, jobs.c.reason), else_=reason)
-            changed["cause"] = case((IS_HELD, jobs.c.cause), else_=cause)
+            changed["state"] = case((stays, jobs.c.state), else_=ended.value)
+            changed["ended_at"] = case((IS_HELD, null()), (stays, jobs.c.ended_at), else_=now())
+            changed["reason"] = case((stays, jobs.c.reason), else_=reason)
+            changed["cause"] = case((stays, jobs.c.cause), else_=cause)
         if ended is State.CANCELLED:  # by another process: leave status NULL, so that the lifeline runs errbacks
             changed["status"] = case((or_(IS_HELD, jobs.c.queue.is_(None)), WRITTEN["status"]), else_=null())
         return changed
 
     def is_open(new: NewRow) -> ColumnElement[bool]:
-        fits = or_(may_become(becomes), jobs.c.state == becomes.value) if ended else not_(state_in(TERMINAL))
+        fits = or_(may_become(becomes), jobs.c.state == becomes.value, stays) if ended else not_(state_in(TERMINAL))
         return and_(func.coalesce(jobs.c.status, "") != "SUCCESS", or_(jobs.c.queue.is_(None), fits))
 
     return Upsert(jobs, (jobs.c.id,), row, changes, is_open)
@@ -256,9 +264,11 @@ def ended_from_afar(ended: State | None) -> Upsert:
 def put_back(job: Job, old: State) -> dict[str, Any]:
     """Return new values by column for a row that `update` changes from the state *old* to the state of *job*."""
     if job.state in BRINGS:
-        return {"state": job.state.value, **BRINGS[job.state]}
+        # Such as RETRY: NULL, so that the lifeline runs the errbacks of a job that did not succeed.
+        progress = {"status": null()} if old not in TERMINAL and job.status not in _ENDS else {}
+        return {"state": job.state.value, **BRINGS[job.state], **progress}
     due = job.scheduled_at if job.state in WAITING and job.scheduled_at else now()
-    waits: dict[str, Any] = {"available_at": due, "acked": false(), "fence": jobs.c.fence + 1}
+    waits: dict[str, Any] = {"available_at": due, "acked": false(), "fence": next_fence(jobs)}
     if old in TERMINAL:
         waits |= {"attempts": 0, "crashes": 0}
     return {"state": job.state.value, **dict.fromkeys(OF_A_RUN, null()), **waits}

@@ -30,6 +30,7 @@ from pytest_celery import (
 
 from kathikon_celery import config
 from kathikon_celery.settings import mask, parse_url
+from kathikon_celery.testing.isolation import disconnect
 from kathikon_celery.testing.process import ProcessContainer
 
 __all__ = [
@@ -161,10 +162,11 @@ def celery_backend(kathikon_database_container: DatabaseContainer) -> KathikonTe
 @pytest.fixture
 def celery_setup_app(
     celery_setup_cls: Any, celery_setup_config: dict[str, Any], celery_setup_name: str
-) -> celery.Celery:
+) -> Iterator[celery.Celery]:
     """The app of `celery_setup` and its workers, with late acks and the other switches of `kathikon_celery.config`.
 
-    Other values in `celery_setup_config` or the ``update_app_config`` of `celery_setup_cls` come first.
+    Other values in `celery_setup_config` or the ``update_app_config`` of `celery_setup_cls` come first. The connections
+    of the app are closed when the test ends.
     """
     app = celery_setup_cls.create_setup_app(
         celery_setup_config=celery_setup_config, celery_setup_app_name=celery_setup_name
@@ -173,7 +175,8 @@ def celery_setup_app(
     chosen = {*app.conf.changes, *celery_setup_config}
     values = {name: getattr(config, name) for name in config.__all__ if name not in chosen}
     app.conf.update({name: value for name, value in values.items() if isinstance(value, bool)})
-    return app
+    yield app
+    disconnect(app)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
 from inspect import getmembers, isfunction
 from typing import cast
 from unittest.mock import create_autospec
@@ -57,4 +58,5 @@ def _database_double() -> Database:
         result.rowcount = 0
         result.scalar.return_value = result.first.return_value = result.one_or_none.return_value = None
         result.all.return_value = []
+        result.scalar_one.return_value = datetime.now(timezone.utc)  # the database's clock
     return cast("Database", database)

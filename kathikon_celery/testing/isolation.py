@@ -14,7 +14,7 @@ from celery import Celery, _state
 from kathikon_celery.settings import mask
 from kathikon_celery.storage import Storage
 
-__all__ = ["ScratchApp", "isolated"]
+__all__ = ["ScratchApp", "disconnect", "isolated"]
 
 
 class ScratchApp(Celery):
@@ -44,6 +44,7 @@ def isolated(app: Celery, url: str) -> Iterator[Celery]:
         "broker_read_url": broker,
         "broker_write_url": broker,
         "result_backend": "kathikon",
+        "kathikon_copies": "disc",  # this very database, also in Django's tests
         "kathikon_publish_durability": "server",
     }
     # Up to Celery 5.6, a name with the namespace, wherever it is set, comes before the name without it.
@@ -61,8 +62,7 @@ def isolated(app: Celery, url: str) -> Iterator[Celery]:
         try:
             yield app
         finally:
-            _drop_connections(app)
-            Storage.for_app(app, setup=False).close()
+            disconnect(app)
             _forget(app)
             _state._tls.current_app = current
 
@@ -76,7 +76,8 @@ def _forget(app: Celery) -> None:
         vars(app).pop(name, None)
 
 
-def _drop_connections(app: Celery) -> None:
+def disconnect(app: Celery) -> None:
+    """Close all connections of *app* in this process. It connects again when it needs to."""
     pool = app._pool
     if pool is not None:
         pool.force_close_all()
@@ -84,3 +85,4 @@ def _drop_connections(app: Celery) -> None:
             for key, found in list(group.items()):
                 if pool in (found, getattr(found, "connections", None)):
                     dict.pop(group, key)  # kombu's own `pop` would hash the key again
+    Storage.for_app(app, setup=False).close()

@@ -21,6 +21,7 @@ from kathikon_celery.publish import callers, outbox
 from kathikon_celery.publish.destination import publish
 from kathikon_celery.publish.enqueue_in import enqueue_in
 from kathikon_celery.publish.envelope import check_call, fold, loads, priority_of, task_of, to_job, unfold
+from kathikon_celery.publish.unconsumed import watch
 from kathikon_celery.results.carrier import CARRIED
 from kathikon_celery.storage import Storage, messages, prune, topology
 from kathikon_celery.storage.engine.database import Database
@@ -116,6 +117,8 @@ class Channel(virtual.Channel):
 
     def __init__(self, connection: Transport, **kwargs: Any) -> None:
         super().__init__(connection, **kwargs)
+        #: As `connection`, which kombu sets to None when it closes the channel: a publisher may still have the channel.
+        self._transport = connection
         self._storage = connection.storage
         self._database = connection.storage.database
         self._intake = connection.intake
@@ -124,6 +127,8 @@ class Channel(virtual.Channel):
         self.bound: dict[str, tuple[Any, Any]] = {}
         #: Tags of the deliveries that this channel has handed out.
         self.unacknowledged: set[str] = set()
+        #: A delivery was given back, and perhaps that is not written yet.
+        self._has_returned = False
         #: Queues declared on this channel that are deleted with their consumer, or after some time without use.
         self._auto_delete: set[str] = set()
         self._expiring: set[str] = set()
@@ -217,7 +222,7 @@ class Channel(virtual.Channel):
             if auto_delete:
                 self._auto_delete.add(name)
             if exclusive:
-                self.connection.exclusive.add(name)
+                self._transport.exclusive.add(name)
                 self._intake.start()  # become a node: when a node dies, its exclusive queues are deleted
                 self._own(name, True)
             elif expires is not None:
@@ -280,6 +285,8 @@ class Channel(virtual.Channel):
     def queue_purge(self, queue: str, **kwargs: Any) -> int:
         """Delete the messages and jobs that wait in the queue; return their number."""
 
+        self._write_returns()
+
         def purge() -> int:
             with self._database.write(durable=True) as connection:
                 return messages.purge(connection, key(queue)) + prune.purge(connection, key(queue))
@@ -287,6 +294,8 @@ class Channel(virtual.Channel):
         return self._tried(purge)
 
     def _size(self, queue: str) -> int:
+        self._write_returns()
+
         def read() -> int:
             with self._database.read() as connection:
                 return messages.size(connection, key(queue))
@@ -317,7 +326,8 @@ class Channel(virtual.Channel):
             callers.write(self._storage, lambda there: self._put_now(queues, message, there.database))
             return
         attempts = self._storage.settings.max_attempts
-        publish(self._storage, to_job(message, task, queues[0], attempts, self.connection.local_zone()))
+        watch(self._storage, queues[0])
+        publish(self._storage, to_job(message, task, queues[0], attempts, self._transport.local_zone()))
 
     def _put(self, queues: list[str], message: dict[str, Any], **kwargs: Any) -> None:
         if not queues:
@@ -343,9 +353,9 @@ class Channel(virtual.Channel):
                 durable=properties.get("delivery_mode") != 1,
             )
         except Exception as error:
-            if properties.get("delivery_mode") != 1 or not self.connection.is_worker:
+            if properties.get("delivery_mode") != 1 or not self._transport.is_worker:
                 raise
-            self.connection.lost_transient(error)
+            self._transport.lost_transient(error)
 
     def _route(self, exchange: str, routing_key: str) -> list[str]:
         def read() -> tuple[str, list[tuple[str, str]]]:
@@ -379,15 +389,19 @@ class Channel(virtual.Channel):
     def _message(self, delivery: Delivery, no_ack: bool) -> Delivered | None:
         item = delivery.item
         try:
-            again = item.crashes > 0 or item.attempts > 1 if delivery.is_job else item.redelivered  # type: ignore[union-attr]
+            again = item.attempts > 1 if delivery.is_job else item.redelivered  # type: ignore[union-attr]
             unfolded = unfold(item.envelope, item.body, delivery.tag, again)
+            if again and delivery.is_job:  # a retry is a message of its own
+                retries = unfolded["headers"].get("retries")
+                is_first = isinstance(retries, int) and item.attempts == 1 + retries  # type: ignore[union-attr]
+                unfolded["properties"]["delivery_info"]["redelivered"] = not is_first
             unfolded["properties"][CARRIED] = delivery.carried
             message = Delivered(unfolded, channel=self)
         except Exception as error:
             self._intake.finish(
                 delivery.tag, Outcome(Verdict.ENDED, State.DEAD, Cause.UNREADABLE, in_brief(str(error)))
             )
-            self.connection.corrupt(delivery, error)
+            self._transport.corrupt(delivery, error)
             return None
         message.delivery = delivery
         if message.errors:  # of its decompression
@@ -414,6 +428,7 @@ class Channel(virtual.Channel):
 
     def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Delivered | None:
         """Return the next message of the queue, or `None`."""
+        self._write_returns()
         delivery = self._tried(lambda: self._intake.take_one(queue, no_ack))
         return None if delivery is None else self._message(delivery, no_ack)
 
@@ -433,7 +448,18 @@ class Channel(virtual.Channel):
                 pass  # as with any broker: it was acknowledged before it ran
             elif decided.verdict is Verdict.DONE or (requeue and decided.verdict is Verdict.ENDED):
                 decided = BACK if requeue else REJECTED
+            self._has_returned = self._has_returned or decided is BACK
             intake.finish(delivery_tag, decided)
+
+    def _write_returns(self) -> None:
+        """What this channel has given back is ready for its own next call, as with any broker."""
+        if self._has_returned:
+            self._has_returned = False
+            try:
+                self._tried(self._intake.write_returns)
+            except BaseException:
+                self._has_returned = True
+                raise
 
     def basic_recover(self, requeue: bool = False) -> None:
         """Give back all deliveries that are not acknowledged."""
@@ -447,18 +473,18 @@ class Channel(virtual.Channel):
 
     def drain_events(self, timeout: float | None = None, callback: Any = None) -> None:
         """Deliver one message. Raises `TimeoutError` if none comes within *timeout* seconds."""
-        self.connection.drain_events(self.connection, timeout=timeout)
+        self._transport.drain_events(self._transport, timeout=timeout)
 
     def close(self) -> None:
         """Cancel the consumers, and give back unacknowledged deliveries that the pool does not have."""
         if self.closed:
             return
         self.closed = True
-        transport = self.connection
+        transport = self._transport
         for tag in list(self._consumers):
             self.basic_cancel(tag)
-        for tag in self.unacknowledged:
+        for tag in list(self.unacknowledged):
             delivery = self._intake.delivery(tag)
-            if delivery is not None and not self._intake.pool.has(delivery):
+            if delivery is not None and self._intake.pool.lets_go(delivery):
                 self._intake.finish(tag, delivery.when_left)
         transport.close_channel(self)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import sqlalchemy
 from kombu.transport import virtual
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 
 import kathikon_celery.hook  # noqa: F401 (a worker that has imported this one gets our parts)
@@ -19,10 +20,10 @@ from kathikon_celery.consume.delivery import Delivery
 from kathikon_celery.consume.intake import Intake
 from kathikon_celery.publish import fast_path
 from kathikon_celery.routing import APP_OPTION, app_named
-from kathikon_celery.settings import Settings, mask
+from kathikon_celery.settings import Settings, absolute, mask, shown
 from kathikon_celery.settings.brokers import broker_of, databases_of, is_kathikon
 from kathikon_celery.storage import Storage, topology
-from kathikon_celery.storage.errors import LOST, Unavailable, in_words, is_lost
+from kathikon_celery.storage.errors import LOST, StorageError, Unavailable, in_words, is_lost
 from kathikon_celery.storage.names import key
 from kathikon_celery.transport.channel import Channel
 
@@ -94,6 +95,8 @@ class Transport(virtual.Transport):
 
     def __init__(self, client: Any, **kwargs: Any) -> None:
         super().__init__(client, **kwargs)
+        #: As those of `client`, which kombu sets to None when it closes the connection.
+        self._options = client.transport_options or {}
         client.cycle = None  # `Database` finds the server that can be reached, for all connections
         #: Queues that are deleted when this connection is closed.
         self.exclusive: set[str] = set()
@@ -107,7 +110,7 @@ class Transport(virtual.Transport):
 
     @property
     def _app(self) -> Celery | None:
-        return app_of_connection(self.client.transport_options or {})
+        return app_of_connection(self._options)
 
     @property
     def storage(self) -> Storage:
@@ -134,10 +137,15 @@ class Transport(virtual.Transport):
     def driver_version(self) -> str:
         return sqlalchemy.__version__
 
-    def as_uri(self, uri: str, include_password: bool = False, mask_with: str = "**") -> str:
-        """Return the URL for people, without its password unless *include_password*."""
-        shown = uri if include_password else mask(uri)
-        return shown if shown.startswith("kathikon:") else f"kathikon+{shown}"
+    def as_uri(self, uri: str | None, include_password: bool = False, mask_with: str = "**") -> str:
+        """Return the URL of the database, also if only the settings name it; its password if *include_password*."""
+        full = uri if uri and is_kathikon(uri) else f"kathikon+{uri}" if uri else "kathikon://"
+        try:
+            named = databases_of(full)
+            url = absolute(make_url(full.partition("+")[2])) if named else self.storage.database.url
+        except (ValueError, StorageError):  # the connection's first use says what is wrong
+            return full if include_password else mask(full)
+        return f"kathikon+{shown(url, include_password)}"
 
     def establish_connection(self) -> Transport:
         """Connect to the database, and create its tables if needed. Raises `Unavailable`."""
@@ -146,7 +154,7 @@ class Transport(virtual.Transport):
         except Unavailable:
             type(self).on_unreachable()
             raise
-        if (app := app_named((self.client.transport_options or {}).get(APP_OPTION))) is not None:
+        if (app := app_named(self._options.get(APP_OPTION))) is not None:
             fast_path.install(app)
         frameworks.install()
         return cast("Transport", super().establish_connection())

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from celery.app.task import Task
 from celery.worker import state
+from celery.worker.strategy import default
 from kombu.utils.imports import symbol_by_name
 
 from kathikon_celery.consume.delivery import DONE, Delivery, Outcome, Verdict
@@ -18,6 +20,7 @@ from kathikon_celery.storage.sql import SQLBackend
 from kathikon_celery.worker.prefork.pool import TaskPool
 from kathikon_celery.worker.request import Request, is_early
 from kathikon_celery.worker.services.registry import services_of
+from kathikon_celery.worker.shutdown import InProcessPool
 
 #: How a job ends if Celery cannot make a request of its message: Celery acknowledges or rejects that.
 UNREADABLE = Outcome(
@@ -29,7 +32,7 @@ class CeleryPool(Pool):
     """The pool of one worker, for one connection of its consumer.
 
     Threads: all attributes stay as they are made, but for `has_ended`, which the worker's thread sets once, and the
-    cache of outcomes, in which two threads may write the same value. Celery's own books, such as
+    caches, in which two threads may write the same value; for `kept` see `Pool`. Celery's own books, such as
     ``state.active_requests``, are the worker's; other threads only read them.
 
     Arguments:
@@ -48,22 +51,33 @@ class CeleryPool(Pool):
         self.askers: Sequence[Asker] = self._services if isinstance(storage.backend, SQLBackend) else ()
         self._earlier = tuple(state.active_requests)  # requests of a lost connection that still run
         self._outcomes: dict[str, Outcome] = {}
+        self._keeps: dict[Any, bool] = {}
 
     def slots(self) -> int:
         """How many jobs the consumer may have from this connection. Jobs of an earlier one that still run take slots.
 
-        A job that waits for its rate limit needs no slot yet. As with any broker, the prefetch count limits those jobs.
+        A job that waits for its rate limit, or that a strategy keeps, needs no slot yet. As with any broker, the
+        prefetch count limits those jobs.
         """
         consumer = self._consumer
         slots = processes(consumer) - sum(request in state.active_requests for request in self._earlier)
         limited = sum(len(bucket.contents) for bucket in list(consumer.task_buckets.values()) if bucket is not None)
-        return max(slots, min(slots + limited, consumer.qos.value or UNLIMITED)) if limited else slots
+        if not (limited or self.kept):
+            return slots
+        return max(slots, min(slots + limited + self.kept, consumer.qos.value or UNLIMITED + self.kept))
 
     def is_full(self) -> bool:
         return len(state.active_requests) >= processes(self._consumer)
 
-    def has(self, delivery: Delivery) -> bool:
-        if self.has_ended or not isinstance(delivery.item, Job):
+    def lets_go(self, delivery: Delivery) -> bool:
+        if delivery.is_kept:  # perhaps the pool runs a batch of its strategy
+            return self.has_ended or getattr(self._consumer.pool, "is_cold", False)
+        if isinstance(self._consumer.pool, InProcessPool) and delivery.decision is not None:
+            return delivery.decision.acquire(blocking=False) or self.has_ended
+        return self.has_ended or not self._has(delivery) or self.withdraw(delivery)
+
+    def _has(self, delivery: Delivery) -> bool:
+        if not isinstance(delivery.item, Job):
             return False
         request = state.requests.get(delivery.item.id)
         if isinstance(request, Request):
@@ -81,7 +95,7 @@ class CeleryPool(Pool):
         if not isinstance(request, Request) or request._delivery is not delivery:
             return False
         pool = self._consumer.pool
-        return request.withdraw() or (isinstance(pool, TaskPool) and pool.give_back(request))
+        return request.take() or (isinstance(pool, TaskPool) and pool.give_back(request))
 
     def is_early(self, task: str) -> bool:
         found = self._tasks.get(task)
@@ -90,6 +104,13 @@ class CeleryPool(Pool):
     def is_silent(self, task: str) -> bool:
         found = self._tasks.get(task)
         return found is not None and not issubclass(symbol_by_name(found.Request), Request)
+
+    def keeps(self, task: str) -> bool:
+        found = self._tasks.get(task)
+        keeps = self._keeps.get(found)
+        if keeps is None:
+            keeps = self._keeps[found] = found is not None and has_own_strategy(found)
+        return keeps
 
     def outcome_of(self, task: str) -> Outcome:
         outcome = self._outcomes.get(task)
@@ -101,12 +122,22 @@ class CeleryPool(Pool):
         task = self._tasks.get(name)
         if task is None:
             return Outcome(Verdict.ENDED, State.DEAD, Cause.UNREGISTERED, f"NotRegistered({name!r})")
-        return UNREADABLE if issubclass(symbol_by_name(task.Request), Request) else DONE
+        is_ours = issubclass(symbol_by_name(task.Request), Request) and not has_own_strategy(task)
+        return UNREADABLE if is_ours else DONE
 
     def on_call(self) -> None:
         for service in self._services:
             if service.heeds_calls:
                 service.nudge()
+
+
+def has_own_strategy(task: Any) -> bool:
+    """Whether code of *task* decides what becomes of its messages, as that of celery-batches does.
+
+    A task whose requests are not Kathikon's is not meant: nothing would tell when the pool gets such a request.
+    """
+    is_own = type(task).start_strategy is not Task.start_strategy or symbol_by_name(task.Strategy) is not default
+    return is_own and issubclass(symbol_by_name(task.Request), Request)
 
 
 def processes(consumer: Any) -> int:

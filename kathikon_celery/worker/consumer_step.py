@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from threading import current_thread, main_thread
 from typing import Any
 
 from celery import bootsteps
 from celery.worker import state
+from celery.worker.consumer.gossip import Gossip
+from celery.worker.consumer.mingle import Mingle
 from celery.worker.consumer.tasks import Tasks
 
 from kathikon_celery.settings import mask
 from kathikon_celery.transport.transport import Transport
 from kathikon_celery.worker.celery_pool import CeleryPool
 from kathikon_celery.worker.completing import end_transactions
+from kathikon_celery.worker.in_process import report_errors
 from kathikon_celery.worker.prefork.ahead import request_of
 from kathikon_celery.worker.prefork.pool import FastPool
+from kathikon_celery.worker.shutdown import ThreadPool
 from kathikon_celery.worker.tracing import carry_results
+
+logger = logging.getLogger(__name__)
 
 
 class ConsumerStep(bootsteps.StartStopStep):
@@ -25,8 +32,19 @@ class ConsumerStep(bootsteps.StartStopStep):
     #: The pool, as the present connection's intake sees it.
     pool: CeleryPool | None = None
 
+    def __init__(self, c: Any, without_gossip: bool = False, without_mingle: bool = False, **kwargs: Any) -> None:
+        self._off = [
+            name
+            for step, name, unwanted in ((Mingle, "mingle", without_mingle), (Gossip, "gossip", without_gossip))
+            if not unwanted and Transport.driver_type not in step.compatible_transports
+        ]
+        super().__init__(c, **kwargs)
+
     def start(self, c: Any) -> None:
         """Give the connection's intake its view of the pool."""
+        if self._off:
+            off, self._off = " and ".join(self._off), []
+            logger.info("Kathikon: without %s, which Celery has for RabbitMQ and Redis only", off)
         transport = c.connection.transport
         transport.is_worker = True
         Transport.on_unreachable = staticmethod(_end_if_asked)
@@ -35,13 +53,14 @@ class ConsumerStep(bootsteps.StartStopStep):
         for task in c.app.tasks.values():  # the pools whose tasks run in this process
             end_transactions(task)
             carry_results(task, intake.storage)
+        report_errors(c.pool)
         self.pool = intake.pool = CeleryPool(c, intake.storage)
 
     def stop(self, c: Any) -> None:
         """Give back at once the jobs that were claimed and have not begun; the pool goes on with those that it has."""
         if c.connection is not None:
             intake = c.connection.transport.intake
-            intake.give_back(lambda delivery: delivery.is_job and not intake.pool.has(delivery))
+            intake.give_back(lambda delivery: delivery.is_job and intake.pool.lets_go(delivery))
 
     def info(self, c: Any) -> dict[str, Any]:
         """What ``celery inspect stats`` says of the broker: what Celery says, without the password in the URL."""
@@ -53,8 +72,11 @@ class ConsumerStep(bootsteps.StartStopStep):
         return {"broker": broker | shown}
 
     def shutdown(self, c: Any) -> None:
-        """The pool has ended, so it has no delivery any more: closing the connection gives back all that is left."""
-        if self.pool is not None:
+        """The pool has ended, so it has no delivery any more: closing the connection gives back all that is left.
+
+        Threads that a cold shutdown cannot end may still end their tasks, until the process ends.
+        """
+        if self.pool is not None and not (isinstance(c.pool, ThreadPool) and c.pool.is_cold):
             self.pool.has_ended = True
 
 

@@ -6,18 +6,21 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from celery import signals
-from celery.concurrency import prefork
+from celery.concurrency import get_implementation, prefork
 from kombu.utils.imports import symbol_by_name
 
 from kathikon_celery.backports import mark_what_is_revoked
-from kathikon_celery.internals import LIBPQ, PARTS, PREFORK, REQUESTS, is_usable
+from kathikon_celery.internals import LIBPQ, PARTS, PREFORK, REQUESTS, SHUTDOWN, is_usable
 from kathikon_celery.nodes.own import OwnNode
 from kathikon_celery.routing import configure, declare_queues
 from kathikon_celery.settings.brokers import is_kathikon
 from kathikon_celery.storage import Storage
+from kathikon_celery.worker import shutdown
 from kathikon_celery.worker.completing import complete_in_transaction, end_transactions
 from kathikon_celery.worker.consumer_step import ConsumerStep, SentJobs
 from kathikon_celery.worker.log_filters import add_filters
+from kathikon_celery.worker.panel import show_scheduled
+from kathikon_celery.worker.prefork.pool import TaskPool
 from kathikon_celery.worker.request import Request, acknowledge_at_the_end, joined
 from kathikon_celery.worker.retrying import retry_failed
 from kathikon_celery.worker.services.registry import STEPS
@@ -45,6 +48,7 @@ def install(sender: Any, **kwargs: Any) -> None:
     configure(app)
     declare_queues(app)
     mark_what_is_revoked()
+    show_scheduled()
     app.steps["worker"].update([*STEPS, SentJobs])
     app.steps["consumer"].add(ConsumerStep)
     has_requests = is_usable(REQUESTS)
@@ -66,7 +70,12 @@ def install(sender: Any, **kwargs: Any) -> None:
         collect_successors(task, storage)
         if storage.settings.retry_failed and not task.name.startswith("celery."):
             retry_failed(task, storage.settings.max_attempts)
-    if sender.pool_cls in ("prefork", "processes", prefork.TaskPool) and has_requests and is_usable(PREFORK):
-        sender.pool_cls = "kathikon_celery.worker.prefork.pool:TaskPool"
+    pool = get_implementation(sender.pool_cls)
+    if pool is prefork.TaskPool and has_requests and is_usable(PREFORK):
+        sender.pool_cls = TaskPool
+    elif has_requests and is_usable(SHUTDOWN):
+        sender.pool_cls = shutdown.in_process(pool) or sender.pool_cls
+    if has_requests and is_usable(SHUTDOWN):
+        shutdown.prepare(sender)
     OwnNode.of(storage).name = sender.hostname
     add_filters()

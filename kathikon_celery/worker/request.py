@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
-from functools import cache
+import logging
+from collections.abc import Callable
+from functools import cache, wraps
 from threading import Lock
 from typing import Any
 
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
+from billiard.exceptions import Terminated
 from celery import states
-from celery.exceptions import Ignore, InvalidTaskError, Reject, Retry, TaskRevokedError, WorkerLostError
+from celery.exceptions import (
+    Ignore,
+    InvalidTaskError,
+    Reject,
+    Retry,
+    TaskRevokedError,
+    WorkerLostError,
+    WorkerShutdown,
+    WorkerTerminate,
+)
 from celery.worker import state as worker_state
 from celery.worker.request import Request as CeleryRequest
 
-from kathikon_celery.consume.delivery import CRASHED, DONE, PASSED_ON, REPLACED, WRITTEN, Delivery, Outcome, Verdict
+from kathikon_celery.consume.delivery import (
+    BACK,
+    BEGUN,
+    CRASHED,
+    DONE,
+    LOST,
+    PASSED_ON,
+    REPLACED,
+    WRITTEN,
+    Delivery,
+    Outcome,
+    Verdict,
+)
 from kathikon_celery.job import Cause, State, in_brief
 from kathikon_celery.publish import outbox
 from kathikon_celery.results.carrier import Carried
-from kathikon_celery.storage.transitions import LOST_AT_MOST_ONCE
+from kathikon_celery.storage.errors import is_lost
 from kathikon_celery.transport.channel import Delivered
+from kathikon_celery.worker.shutdown import KILLED, NOT_BEGUN, InProcessPool
+
+logger = logging.getLogger(__name__)
 
 #: The text of the `Ignore` that `Task.on_replace` raises. The last task of the replacement has the replaced one's id.
 REPLACED_BY_NEW_TASK = "Replaced by new task"
@@ -26,6 +53,41 @@ REPLACED_BY_NEW_TASK = "Replaced by new task"
 def _ended(state: State, cause: Cause, reason: str, traceback: str | None = None) -> Outcome:
     status = states.FAILURE if state is State.DEAD else states.REVOKED
     return Outcome(Verdict.ENDED, state, cause, reason, status, traceback)
+
+
+def _settles(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a *callback* of the pool, after which the delivery is settled, whatever else the callback has raised."""
+
+    @wraps(callback)
+    def settle(self: Request, *args: Any, **options: Any) -> Any:
+        try:
+            return callback(self, *args, **options)
+        except (WorkerShutdown, WorkerTerminate):
+            raise
+        except BaseException as error:  # also MemoryError and SystemExit, which would end the worker
+            logger.exception(
+                "Kathikon: task %s[%s] has ended, and what follows its end has raised %s", self.name, self.id,
+                in_brief(error),
+            )  # fmt: skip
+            return None
+        finally:
+            self._settle()
+
+    return settle
+
+
+def _lost(einfo: ExceptionInfo) -> ExceptionInfo:
+    """Return the error of a task that a pool without processes has reported as `WorkerLostError`.
+
+    Errors that are no `Exception` are treated as the prefork pool treats them: those that would end its process count
+    as a lost process, the others as raised.
+    """
+    error = einfo.exception
+    error = error.exc if isinstance(error, ExceptionWithTraceback) else error
+    cause = error.__context__ if isinstance(error, WorkerLostError) else None
+    if cause is None or isinstance(cause, Exception | SystemExit | KeyboardInterrupt):
+        return einfo
+    return ExceptionInfo((type(cause), cause, cause.__traceback__))
 
 
 def _check_limits(limits: Any) -> None:
@@ -47,9 +109,13 @@ class Request(CeleryRequest):
 
     def __init__(self, message: Any, **options: Any) -> None:
         self._delivery: Delivery | None = getattr(message, "delivery", None)
-        #: Taken once and never released: by the pool, which runs the task, or by the intake, which gives it back.
+        #: See `Delivery.decision`.
         self._decision = Lock()
         self._has_failed = False
+        #: A cold shutdown has ended the run, or is about to.
+        self._is_cut = False
+        if self._delivery is not None:
+            self._delivery.decision = self._decision
         try:
             super().__init__(message, **options)
             _check_limits(self.time_limits)
@@ -58,6 +124,8 @@ class Request(CeleryRequest):
             if self._delivery is not None:
                 self._delivery.outcome = Outcome(Verdict.ENDED, State.DEAD, Cause.UNREADABLE, reason)
             raise InvalidTaskError(reason) from error  # anything else would end the worker
+        # A claimed job is due: Celery would keep the request in memory and wait once more. The task sees its eta.
+        self._eta = None
         self._set_outcome(DONE)
         if not self._decoded and isinstance(message, Delivered) and message.is_read_easily():
             # Decoded here, so that Celery's slower way is not needed. The values are fresh: the task, or a receiver of
@@ -69,7 +137,10 @@ class Request(CeleryRequest):
         super().__init_subclass__(**kwargs)
         succeeded, execute = cls.on_success, cls.execute_using_pool
 
+        @_settles
         def on_success(self: Request, failed__retval__runtime: Any, **options: Any) -> Any:
+            if isinstance(failed__retval__runtime, ExceptionInfo):  # see in_process.py
+                return self.on_failure(_lost(failed__retval__runtime))
             failed, carried, _ = failed__retval__runtime
             if not failed:  # now: Celery does it in its event loop's next turn, which a shutdown skips
                 self._on_ack = self._message.ack_log_error
@@ -77,16 +148,15 @@ class Request(CeleryRequest):
                 self._set_outcome(
                     WRITTEN if carried.written is None else Outcome(Verdict.DONE, written=carried.written)
                 )
-            try:
-                return succeeded(self, failed__retval__runtime, **options)
-            finally:
-                self._end_of_early_task()
+            return succeeded(self, failed__retval__runtime, **options)
 
         def execute_using_pool(self: Request, pool: Any, **options: Any) -> Any:
-            if not self._decision.acquire(blocking=False):
+            decides = not isinstance(pool, InProcessPool)  # that one decides when the task begins
+            if self._decision.locked() if not decides else not self.take():
                 self._leave()
                 raise TaskRevokedError("given back")  # Celery goes on with the next message
             try:
+                self._leave_strategy()
                 return execute(self, pool, **options)
             except Unsendable as error:  # would end this worker, then the one that gets the job next
                 self.on_failure(ExceptionInfo())
@@ -96,9 +166,24 @@ class Request(CeleryRequest):
         if "execute_using_pool" in cls.__dict__:  # else the inherited one is wrapped already
             cls.execute_using_pool = execute_using_pool
 
-    def withdraw(self) -> bool:
-        """Keep the task from the pool; return false if the pool has it. Any thread may call this."""
-        return bool(self._decision.acquire(blocking=False))
+    def take(self) -> bool:
+        """Decide that the task runs; false if the job was given back."""
+        return self._decision.acquire(blocking=False)
+
+    def _leave_strategy(self) -> None:
+        delivery = self._delivery
+        if delivery is None or not delivery.is_kept:
+            return
+        try:
+            may_run = self._intake.leaves_strategy(delivery, is_early(self.task))
+        except Exception as error:
+            if not is_lost(error):
+                raise
+            may_run = False
+        if not may_run:  # another node has the job, or it is not known who has
+            self._intake.finish(delivery.tag, BACK)
+            self._leave()
+            raise TaskRevokedError("given back")
 
     def _leave(self) -> None:
         worker_state.reserved_requests.discard(self)
@@ -109,41 +194,92 @@ class Request(CeleryRequest):
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         if self._delivery is not None:
             self._intake.accepted(self._delivery)
-        super().on_accepted(pid, time_accepted)
+        try:
+            super().on_accepted(pid, time_accepted)
+        except Exception as error:  # the task runs all the same
+            logger.exception("Kathikon: the start of task %s[%s] has raised %s", self.name, self.id, in_brief(error))
 
+    def cancel(self, pool: Any, signal: Any = None, **options: Any) -> None:
+        is_cold = getattr(pool, "is_cold", False)  # otherwise the connection was lost
+        if not is_cold or not isinstance(pool, InProcessPool) or pool.can_cut():
+            self._is_cut = is_cold
+            super().cancel(pool, signal, **options)
+
+    def _announce_cancelled(self, *args: Any, **options: Any) -> None:
+        if not self._is_cut:
+            super()._announce_cancelled(*args, **options)
+            return
+        # Celery would store the state RETRY, though nothing retries a task with early acknowledgement.
+        worker_state.task_ready(self)
+        self.send_event("task-cancelled")
+        self._already_cancelled = True
+
+    def on_returned(self, returned: Any) -> None:
+        """Called with what a run in the worker's own process has returned."""
+        if returned is NOT_BEGUN:
+            self._leave()
+        elif returned is KILLED:
+            self.on_killed()
+        else:
+            self.on_success(returned)
+
+    def abandon(self) -> None:
+        """Give back the job, if the task may run again: the process ends now."""
+        if self._delivery is not None:
+            self._intake.abandon()
+
+    @_settles
+    def on_killed(self) -> None:
+        """Report that the process or the greenlet of the task was killed while the task ran."""
+        if self._is_cut:
+            if self._delivery is not None:
+                self._delivery.outcome = self._delivery.when_left
+        elif not self._already_revoked and not self._already_cancelled:
+            try:
+                raise WorkerLostError("the greenlet of the task was killed")
+            except WorkerLostError:
+                self.on_failure(ExceptionInfo())
+
+    @_settles
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
+        if self._is_cut and isinstance(_error_of(exc_info), (Terminated, WorkerLostError, SystemExit)):
+            return self.on_killed()
         self._decide(exc_info)
         self._has_failed = True
-        try:
-            return super().on_failure(exc_info, send_failed_event, return_ok)
-        finally:
-            self._end_of_early_task()
+        self._on_reject = self._message.reject_log_error  # now, as in `on_success`
+        return super().on_failure(exc_info, send_failed_event, return_ok)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
-        if not soft:
-            self._set_outcome(_ended(State.DEAD, Cause.TIME_LIMIT, f"hard time limit ({timeout} s) exceeded"))
-        try:
-            with outbox.within(is_reported=self._has_failed):  # by billiard: Celery's report is the second
-                super().on_timeout(soft, timeout)
-        finally:
-            if not soft:
-                self._end_of_early_task()
+        if soft:
+            super().on_timeout(soft, timeout)
+        else:
+            self._on_hard_timeout(timeout)
 
+    @_settles
+    def _on_hard_timeout(self, timeout: float) -> None:
+        self._set_outcome(_ended(State.DEAD, Cause.TIME_LIMIT, f"hard time limit ({timeout} s) exceeded"))
+        with outbox.within(is_reported=self._has_failed):  # by billiard: Celery's report is the second
+            super().on_timeout(False, timeout)
+
+    @_settles
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         state, cause = (State.DISCARDED, Cause.EXPIRED) if expired else (State.CANCELLED, Cause.REVOKED)
         self._set_outcome(_ended(state, cause, reason))
         if self._delivery is not None:
             self._delivery.stored = self.store_errors
         super()._announce_revoked(reason, terminated, signum, expired)
-        self._end_of_early_task()
 
     def acknowledge(self) -> None:
         delivery = self._delivery
         if delivery is not None and not self.ignore_result and delivery.outcome.written is None:
             delivery.stored = True
+            if delivery.is_kept and delivery.outcome is DONE and is_early(self.task):
+                delivery.outcome = BEGUN  # by its strategy
+        if self._has_failed and delivery is not None:
+            return  # `_settle` reports the end when the failure, which Celery acknowledges first, is stored
         if delivery is None or not delivery.early or delivery.outcome.verdict is Verdict.ENDED:
             super().acknowledge()
-        elif not self.acknowledged:  # the task is about to run: `_end_of_early_task` reports its end
+        elif not self.acknowledged:  # the task is about to run: `_settle` reports its end
             self._message.channel.unacknowledged.discard(delivery.tag)
             self.acknowledged = True
 
@@ -156,9 +292,7 @@ class Request(CeleryRequest):
             self._delivery.outcome = outcome
 
     def _decide(self, exc_info: Any) -> None:
-        error = exc_info.exception
-        if isinstance(error, ExceptionWithTraceback):
-            error = error.exc
+        error = _error_of(exc_info)
         if isinstance(error, Retry):
             self._set_outcome(PASSED_ON)
         elif isinstance(error, Ignore):
@@ -166,7 +300,7 @@ class Request(CeleryRequest):
         elif isinstance(error, Reject):
             if not error.requeue:
                 # Celery does nothing for what follows a rejected task: the lifeline does.
-                reason = in_brief(f"rejected: {error.reason}")
+                reason = in_brief(f"rejected: {in_brief(error.reason)}")
                 self._set_outcome(Outcome(Verdict.ENDED, State.DISCARDED, Cause.REJECTED, reason))
         elif isinstance(error, (WorkerLostError, SystemExit, KeyboardInterrupt)) and self.task.reject_on_worker_lost:
             self._set_outcome(CRASHED)
@@ -174,17 +308,24 @@ class Request(CeleryRequest):
             cause = Cause.LOST if isinstance(error, WorkerLostError) else Cause.RAISED
             self._set_outcome(_ended(State.DEAD, cause, in_brief(error), str(exc_info.traceback)))
 
-    def _end_of_early_task(self) -> None:
-        """Report the end of a task that was acknowledged before it ran."""
-        if self._delivery is not None and self._delivery.early:
-            outcome = self._delivery.outcome
-            if outcome.verdict is Verdict.CRASHED:
-                outcome = _ended(
-                    State.DEAD,
-                    Cause.LOST_ONCE,
-                    LOST_AT_MOST_ONCE,
-                )
-            self._intake.finish(self._delivery.tag, outcome)
+    def _settle(self) -> None:
+        """Report how the task has ended, unless it was acknowledged after its end."""
+        delivery = self._delivery
+        if delivery is None or (self.acknowledged and not delivery.early):
+            return
+        self.acknowledged = True
+        self._message.channel.unacknowledged.discard(delivery.tag)
+        outcome = delivery.outcome
+        if self._already_cancelled:
+            outcome = delivery.when_left
+        elif delivery.early and outcome.verdict is Verdict.CRASHED:
+            outcome = LOST
+        self._intake.finish(delivery.tag, outcome)
+
+
+def _error_of(exc_info: Any) -> Any:
+    error = exc_info.exception
+    return error.exc if isinstance(error, ExceptionWithTraceback) else error
 
 
 def acknowledge_at_the_end(task: Any) -> None:

@@ -44,6 +44,12 @@ def work(job: int, seconds: float) -> int:
     return WORKER
 
 
+@app.task(name="endurance.work_once", acks_late=False)
+def work_once(job: int, seconds: float) -> int:
+    """As `work`, but acknowledged before it starts."""
+    return work.run(job, seconds)  # type: ignore[no-any-return]
+
+
 @app.task(name="endurance.part")
 def part(job: int, number: int, seconds: float) -> list[int]:
     """Sleep for `seconds`, as one part of the chord that a job is, and return what the body checks."""

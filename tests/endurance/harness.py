@@ -13,9 +13,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import psutil
 from kombu.utils.url import maybe_sanitize_url
@@ -34,6 +34,7 @@ APP = "tests.endurance.app"
 ACK_WINDOW = 1.0
 
 Figures = dict[str, Any]
+T = TypeVar("T")
 
 
 class Disturbance(NamedTuple):
@@ -97,7 +98,8 @@ class Run:
             if self._database:
                 cleanup.enter_context(self._database)
             self.purge()
-            cleanup.callback(self.purge)
+            if not self._database:
+                cleanup.callback(self.purge)
             self._cleanup = cleanup.pop_all()
         return self
 
@@ -128,7 +130,7 @@ class Run:
                 stderr=log,
             )
 
-    def start(self, *options: str, count: int = 1, concurrency: int = 2) -> list[Worker]:
+    def start(self, *options: str, count: int = 1, concurrency: int = 2, pool: str = "prefork") -> list[Worker]:
         """Start `count` workers with these further options of ``celery worker``, without waiting for them."""
         first = len(self.workers)
         for index in range(first, first + count):
@@ -136,6 +138,7 @@ class Run:
                 directory=self.directory,
                 app=APP,
                 name=f"worker-{index}",
+                pool=pool,
                 concurrency=concurrency,
                 args=("--loglevel", "warning", *options),
                 env=self.environ | {"ENDURANCE_WORKER": str(index)},
@@ -146,9 +149,9 @@ class Run:
             self.workers.append(worker)
         return self.workers[first:]
 
-    def start_ready(self, *options: str, count: int = 1, concurrency: int = 2) -> list[Worker]:
+    def start_ready(self, *options: str, count: int = 1, concurrency: int = 2, pool: str = "prefork") -> list[Worker]:
         """As `start`, and wait until they accept jobs."""
-        workers = self.start(*options, count=count, concurrency=concurrency)
+        workers = self.start(*options, count=count, concurrency=concurrency, pool=pool)
         self.expect("the workers are ready", lambda: self.journal.ready.issuperset(w.index for w in workers))
         return workers
 
@@ -196,6 +199,14 @@ class Run:
         """Wait until every job is sent and done; False if some never are."""
         self.sent()
         return self.wait(lambda: not self.journal.unfinished())
+
+    def move(self, broker: str) -> None:
+        """From now on, processes are started on this broker, and rows read there."""
+        self.broker = self.environ["ENDURANCE_BROKER"] = broker
+
+    def keep(self, resource: AbstractContextManager[T]) -> T:
+        """Enter *resource*; it is left at the end of the run, after all processes have ended that began later."""
+        return self._cleanup.enter_context(resource)
 
     def logs(self) -> str:
         """What workers and producers have logged, one after the other."""

@@ -6,16 +6,23 @@ import traceback
 
 from celery import chord
 
-from tests.endurance.app import body, journal, part, work
+from tests.endurance.app import body, journal, part, work, work_once
 from tests.endurance.journal import Event
 
 
 def send(
-    first: int, count: int, *, seconds: float = 0.0, rate: float = 0.0, countdown: float = 0.0, parts: int = 0
+    first: int,
+    count: int,
+    *,
+    seconds: float = 0.0,
+    rate: float = 0.0,
+    countdown: float = 0.0,
+    parts: int = 0,
+    once: int = 0,
 ) -> None:
     """Send jobs `first` to `first` + `count`, `rate` a second (0: as fast as they go), each once.
 
-    With `parts` each is a chord of so many.
+    With `parts` each is a chord of so many. With `once`, every so many is acknowledged before it starts.
 
     A job whose ``delay()`` raises may or may not have reached the broker, so it is recorded as refused and not sent
     again, and its traceback printed.
@@ -29,7 +36,8 @@ def send(
             if parts:
                 chord([part.s(job, one, seconds) for one in range(parts)], body.s(job, parts, seconds)).apply_async()
             else:
-                work.apply_async((job, seconds), countdown=countdown or None)
+                task = work_once if once and job % once == 0 else work
+                task.apply_async((job, seconds), countdown=countdown or None)
         except Exception:
             journal.write(Event.REFUSED, job, at=at)
             traceback.print_exc()
@@ -46,6 +54,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.0, help="jobs a second; 0: as fast as they go")
     parser.add_argument("--countdown", type=float, default=0.0, help="seconds until the jobs are due")
     parser.add_argument("--parts", type=int, default=0, help="how many parts each job has; 0: it is no chord")
+    parser.add_argument("--once", type=int, default=0, help="every so many is acknowledged before it starts; 0: none")
     send(**vars(parser.parse_args()))
 
 

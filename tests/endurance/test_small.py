@@ -9,6 +9,8 @@ import pytest
 from tests.endurance.child_recycling import child_recycling
 from tests.endurance.client_memory import client_memory
 from tests.endurance.database_restart import database_restart
+from tests.endurance.failover import failover
+from tests.endurance.faults import POOLS, faults
 from tests.endurance.harness import Figures, Run
 from tests.endurance.kill_chords import kill_chords
 from tests.endurance.kill_workers import kill_workers
@@ -69,6 +71,13 @@ def test_nothing_is_lost_when_connections_are_cut(cluster_run: Run) -> None:
     assert_figures(figures, **NOT_LOST, workers_lost=0)
 
 
+@pytest.mark.postgresql
+@pytest.mark.parametrize("how", ["crash", "silence", "demote"])
+def test_a_synchronous_standby_takes_the_place_of_its_primary(cluster_run: Run, how: str) -> None:
+    figures = failover(cluster_run, how=how, rate=20.0, before=1.0, away=0.5, after=4.0)
+    assert_figures(figures, **NOT_LOST, lost=0, workers_lost=0, consumed_after=2)
+
+
 def test_many_processes_share_a_sqlite_file(sqlite_url: str) -> None:
     with Run(f"kathikon+{sqlite_url}") as run:
         figures = sqlite_contention(run, minutes=0.05, workers=3, producers=3)
@@ -89,3 +98,19 @@ def test_children_are_replaced_and_no_job_with_them(run: Run) -> None:
 def test_a_client_gets_every_result_and_keeps_none(run: Run) -> None:
     figures = client_memory(run, jobs=200, waits=100, together=10)
     assert_figures(figures, **ONCE, sent=500, stored=500)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("fault", ["warm", "cold"])
+def test_a_shutdown_loses_nothing_on_any_pool(run: Run, fault: str, pool: str) -> None:
+    figures = faults(run, fault=fault, pool=pool, jobs=60, times=1, every=1.0)
+    assert_figures(figures, sent=60, refused=0, lost=0, false_ends=0, once_twice=0, dead_unbegun=0, crashes=0)
+    assert_figures(figures, consuming=2, alive=2)
+    if fault == "warm":
+        assert_figures(figures, begun_twice=0, dead=0, exits=[0])
+
+
+@pytest.mark.parametrize(("fault", "pool"), [("child", "prefork"), *(("kill", pool) for pool in POOLS)])
+def test_a_kill_loses_nothing_on_any_pool(run: Run, fault: str, pool: str) -> None:
+    figures = faults(run, fault=fault, pool=pool, jobs=60, times=1, every=1.0)
+    assert_figures(figures, sent=60, refused=0, lost=0, false_ends=0, once_twice=0, consuming=2, alive=2)

@@ -59,6 +59,7 @@ CORRUPT = {
     "content-type-not-allowed": ({"content-type": "application/x-python-serialize"}, BODY, "pickle"),
     "timelimit-no-pair": ({"timelimit": 5}, BODY, "timelimit is 5"),
     "expires-no-time": ({"expires": [5]}, BODY, "expires"),
+    "eta-no-time": ({"eta": "soon"}, BODY, "invalid ETA value 'soon'"),
     "unknown-compression": ({"compression": "squeeze"}, BODY, "squeeze"),
 }
 
@@ -69,7 +70,7 @@ def test_a_corrupt_row_is_dead_and_says_why(app: Celery, jobs: Jobs, worker: Wor
     job_id = f"corrupt-{what}"
     if isinstance(changes, dict):
         envelope = envelope_of(job_id, **changes)
-        for name in ("compression", "timelimit", "expires"):
+        for name in ("compression", "timelimit", "expires", "eta"):
             if name in changes:
                 envelope["headers"][name] = envelope.pop(name)
         changes = json.dumps(envelope)

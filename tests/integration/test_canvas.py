@@ -312,6 +312,13 @@ ERRBACKS: dict[str, tuple[Callable[[], Any], int]] = {
     "chord with a broken body": (lambda: chord([add.s(1, 1)], fail.si("broken")), 1),
     "chord with a group as body": (lambda: chord([add.s(1, 1), fail.s("broken")], group(total.s(), total.s())), 2),
     "chord with a chain as body": (lambda: chord([add.s(1, 1), fail.s("broken")], chain(total.s(), add.s(1))), 1),
+    "chord in a header": (lambda: chord([add.s(1, 1), chord([fail.s("broken")], total.s())], total.s()), 1),
+    "chord in a chord in a header": (
+        lambda: chord([chord([chord([fail.s("broken")], total.s())], total.s()), add.s(1, 1)], total.s()),
+        1,
+    ),
+    # Celery links the errback to both bodies, and both fail.
+    "chord with a broken body in a header": (lambda: chord([chord([add.s(1, 1)], fail.si("broken"))], total.s()), 2),
     "chain": (lambda: chain(add.s(1, 1), fail.si("broken"), add.s(1)), 1),
     "chain with a chord": (lambda: chain(add.s(1, 1), group(add.s(1), fail.si("broken")), total.s(), add.s(1)), 1),
     "group": (lambda: group(add.s(1, 1), fail.si("broken"), fail.si("broken")), 2),

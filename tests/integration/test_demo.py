@@ -79,6 +79,7 @@ def test_what_it_prints_is_so(tmp_path: Path) -> None:
         code = process.wait(100)
         text = printed(tmp_path)
     assert code == 0, text
+    assert max(len(line) for line in text.splitlines() if line.startswith("─")) <= 80
 
     files = library(FILES)
     defined = [word for path in files for word in words(path)]

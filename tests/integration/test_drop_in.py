@@ -156,6 +156,63 @@ def test_django(project: Project) -> None:
     ]
 
 
+DJANGO_TESTS = """
+    from django.core import mail
+    from django.test import TestCase
+    from kathikon_celery.storage import Storage
+    from kathikon_celery.testing.isolation import isolated
+    from proj.celery import app
+    from proj.tasks import add
+
+    class Tests(TestCase):
+        def test_nothing_of_the_real_table(self):
+            sent = add.delay(1, 2)
+            self.assertEqual([job.id for job in Storage.for_app(app).all()], [sent.id])
+            self.assertEqual(sent.state, "PENDING")
+
+        def test_a_database_of_its_own(self):
+            with isolated(app, "sqlite:///own.db"):
+                add.delay(1, 2)
+            Storage.for_app(app).reset()
+"""
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        'CELERY_KATHIKON_DATABASE_URL = "sqlite:///django.db"',
+        'CELERY_BROKER_URL = CELERY_RESULT_BACKEND = "kathikon+sqlite:///django.db"',
+        "",
+    ],
+)
+def test_djangos_tests_do_not_touch_the_real_table(project: Project, setting: str) -> None:
+    pytest.importorskip("django")
+    project.environment["DJANGO_SETTINGS_MODULE"] = "proj.settings"
+    project.write(
+        "proj/settings.py",
+        f"""
+        from kathikon_celery.django import *
+
+        SECRET_KEY = "not needed"
+        INSTALLED_APPS = ["proj"]
+        DATABASES = {{"default": {{"ENGINE": "django.db.backends.sqlite3", "NAME": "site.db"}}}}
+        {setting}
+        """,
+    )
+    project.write(
+        "proj/celery.py",
+        """
+        from celery import Celery
+        app = Celery("proj")
+        app.config_from_object("django.conf:settings", namespace="CELERY")
+        app.autodiscover_tasks()
+        """,
+    )
+    project.write("proj/tests.py", DJANGO_TESTS)
+    assert "OK" in project.call("-m", "django", "test")
+    assert {path.name for path in project.directory.glob("*.db")} == {"own.db"}
+
+
 def test_a_queues_concurrency_is_never_exceeded(project: Project, tmp_path: Path) -> None:
     project.environment["KATHIKON_QUEUES"] = "default:none,narrow:2,one:1"
     journals = {name: Journal(tmp_path / name) for name in ("default", "narrow", "one")}
@@ -321,12 +378,12 @@ def test_as_a_daemon(project: Project) -> None:
 
 def test_celery_multi(project: Project) -> None:
     arguments = ["-A", "proj", "-c", "2", "--pidfile=%n.pid", "--logfile=%n.log", "--loglevel=INFO"]
-    project._call("-m", "celery", "multi", "start", "one", "two", *arguments)
+    project.call("-m", "celery", "multi", "start", "one", "two", *arguments)
     with daemons(project, "one.pid", "two.pid") as pids:
         assert project.run(USE) == RESULTS
         for name in ("one", "two"):  # who has not begun yet has no pid file, and so is not stopped
             wait_until(lambda name=name: "ready." in (project.directory / f"{name}.log").read_text(), what="both")
-        project._call("-m", "celery", "multi", "stopwait", "one", "two", *arguments)
+        project.call("-m", "celery", "multi", "stopwait", "one", "two", *arguments)
         for pid in pids:
             wait_until(ends(pid), 60, "the worker has ended")
 

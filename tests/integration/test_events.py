@@ -11,7 +11,8 @@ from urllib.request import urlopen
 import pytest
 from celery import Celery
 
-from tests.integration.conftest import Workers
+from kathikon_celery.job import State
+from tests.integration.conftest import Jobs, Workers
 from tests.support import apps
 from tests.support.events import listening
 from tests.support.programs import CeleryProgram
@@ -49,13 +50,13 @@ def test_nothing_is_sent_by_who_sends_tasks_unless_it_is_asked_for(app: Celery, 
         assert [event for event in events.of("task-sent") if event["uuid"] == result.id] == []
 
 
-def test_failures_retries_and_revokes_are_told(app: Celery, worker: WorkerProcess, tmp_path: Path) -> None:
+def test_failures_retries_and_revokes_are_told(app: Celery, jobs: Jobs, worker: WorkerProcess, tmp_path: Path) -> None:
     with listening(app) as events:
         failed = apps.fail.delay("alas")
         retried = apps.retry_then_succeed.delay(str(tmp_path / "journal"), 1)
         assert retried.get(timeout=60) == 1
         running = apps.wait_for_file.delay(str(tmp_path / "go on"))
-        wait_until(lambda: running.state == "STARTED", what="a running task")
+        jobs.wait(running, State.RUNNING)
         running.revoke(terminate=True)
         [failure], [retry], [revoked] = (events.wait(kind) for kind in ("task-failed", "task-retried", "task-revoked"))
     assert (failure["uuid"], failure["exception"]) == (failed.id, "ValueError('alas')")

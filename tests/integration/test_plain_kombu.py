@@ -19,6 +19,7 @@ import sqlalchemy
 from kombu import Connection, Exchange, Message, Queue, compression, serialization
 from kombu.exceptions import ChannelError, ContentDisallowed, OperationalError
 
+from kathikon_celery.consume.ledger import Ledger
 from tests.support import peers
 from tests.support.peers import TIMEOUT
 from tests.support.waiting import wait_until
@@ -414,6 +415,26 @@ class TestConsuming:
         inbox = Inbox(connection, queue)
         assert [one.delivery_info["redelivered"] for one in inbox.wait(3)] == [True, False, False]
         assert inbox.bodies == [0, 1, 2]
+
+    @pytest.mark.parametrize("how", ["requeue", "reject", "recover"])
+    def test_requeued_is_there_for_the_next_call(
+        self, connection: Connection, queue: Queue, monkeypatch: pytest.MonkeyPatch, how: str
+    ) -> None:
+        monkeypatch.setattr(Ledger, "notify", lambda ledger: None)  # the intake's thread is slow
+        send(connection, queue, "x")
+        channel = connection.default_channel
+        bound = queue(channel)
+        for count in range(1, 4):
+            message = bound.get()
+            assert message is not None, f"gone after {count} calls"
+            if how == "recover":
+                channel.basic_recover()
+            elif how == "reject":
+                message.reject(requeue=True)
+            else:
+                message.requeue()
+            assert count != 2 or bound.queue_declare(passive=True)[1] == 1
+        assert bound.purge() == 1
 
     def test_rejected_is_gone(self, connection: Connection, queue: Queue) -> None:
         send(connection, queue, 0, 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 from time import time
 
 import pytest
-from celery import Celery
+from celery import Celery, Task
 from celery.exceptions import Ignore, NotRegistered
 
 from kathikon_celery import bulk
@@ -86,10 +86,12 @@ def test_a_retry_waits_in_the_same_row(app: Celery, jobs: Jobs, journal: Journal
     assert result.get(timeout=60) == 2
     assert journal.lines == [result.id] * 3
     job = jobs.wait(result, State.COMPLETED)
-    assert [(error["attempt"], error["reason"]) for error in job.errors] == [
-        (1, "RuntimeError('try 1')"),
-        (2, "RuntimeError('try 2')"),
-    ]
+
+    def errors() -> list[tuple[int, str]]:
+        return [(error["attempt"], error["reason"]) for error in jobs.wait(result, State.COMPLETED).errors]
+
+    # The process that retries writes its error after the next run may have begun in another process.
+    wait_until(lambda: errors() == [(1, "RuntimeError('try 1')"), (2, "RuntimeError('try 2')")], what="both errors")
     assert (job.attempts, job.crashes, job.reason) == (3, 0, None)
     waiting = apps.retry_then_succeed.delay(journal.path, 1, countdown=3600)
     assert jobs.wait(waiting, State.RETRYABLE).node_id is None
@@ -117,7 +119,8 @@ def test_a_countdown_is_kept_in_the_table_and_met(
     job = jobs.of(result)
     assert job.state is State.SCHEDULED
     assert before + 3.0 <= job.scheduled_at.timestamp() <= after + 3.0
-    assert app.control.inspect([worker.hostname], timeout=30).scheduled() == {worker.hostname: []}
+    scheduled = app.control.inspect([worker.hostname], timeout=30).scheduled()[worker.hostname]
+    assert result.id in [entry["request"]["id"] for entry in scheduled] or time() >= job.scheduled_at.timestamp()
     lines = journal.lines
     assert not lines or time() >= job.scheduled_at.timestamp()  # the answer may have taken that long
     assert result.get(timeout=60) == "countdown"
@@ -128,7 +131,7 @@ def test_an_eta_is_met_whatever_its_zone(app: Celery, jobs: Jobs) -> None:
     eta = datetime.now(timezone(timedelta(hours=5))) + timedelta(seconds=0.5)
     result = apps.describe.apply_async(eta=eta)
     assert jobs.of(result).scheduled_at == eta
-    assert result.get(timeout=60)["id"] == result.id
+    assert datetime.fromisoformat(result.get(timeout=60)["eta"]) == eta
     assert jobs.of(result).claimed_at >= eta
 
 
@@ -196,6 +199,38 @@ def test_a_task_that_acknowledges_early_is_running_on_disk_before_it_starts(
     assert (job.attempts, journal.lines) == (1, ["early"])
 
 
+@pytest.mark.parametrize("task", [apps.collect, apps.collect_early])
+def test_a_strategy_keeps_more_than_there_are_slots(app: Celery, jobs: Jobs, task: Task) -> None:
+    batch = [task.delay() for _ in range(apps.COLLECTED)]
+    assert {result.get(timeout=60) for result in batch} == {apps.COLLECTED}
+    assert {jobs.wait(result, State.COMPLETED).attempts for result in batch} == {1}
+    kept = [task.delay() for _ in range(apps.COLLECTED - 1)]
+    for result in kept:
+        jobs.wait(result, State.CLAIMED)
+    assert apps.add.delay(1, 1).get(timeout=60) == 2  # the slots are free
+    last = task.delay()
+    assert {result.get(timeout=60) for result in [*kept, last]} == {apps.COLLECTED}
+
+
+def test_a_failure_is_stored_after_a_strategys_acknowledgement(app: Celery, jobs: Jobs) -> None:
+    for result in [apps.collect_early.delay("alas") for _ in range(apps.COLLECTED)]:
+        with pytest.raises(ValueError, match="alas"):
+            result.get(timeout=60)
+        jobs.wait(result, State.COMPLETED)
+
+
+def test_a_strategy_may_pass_on_what_runs_at_most_once(
+    app: Celery, jobs: Jobs, journal: Journal, tmp_path: Path
+) -> None:
+    results = [apps.pass_on_early.delay(str(tmp_path / "go on"), journal.path) for _ in range(3)]
+    journal.wait(1)
+    wait_until(lambda: State.RUNNING in [jobs.of(result).state for result in results], what="one that runs")
+    assert all(job.acked for job in map(jobs.of, results) if job.state is State.RUNNING)
+    (tmp_path / "go on").touch()
+    assert [result.get(timeout=60) for result in results] == ["done"] * 3
+    assert (len(journal.lines), {jobs.wait(one, State.COMPLETED).attempts for one in results}) == (3, {1})
+
+
 def test_many_tasks_that_acknowledge_early_run_once(app: Celery, jobs: Jobs, journal: Journal) -> None:
     results = [apps.append_early.delay(journal.path, str(number)) for number in range(30)]
     assert [result.get(timeout=60) for result in results] == [str(number) for number in range(30)]
@@ -228,7 +263,6 @@ def test_progress_is_seen_while_the_task_runs(app: Celery, jobs: Jobs, tmp_path:
 def test_a_long_task_is_seen_to_run(app: Celery, jobs: Jobs, tmp_path: Path) -> None:
     result = apps.wait_for_file.delay(str(tmp_path / "go on"))
     job = jobs.wait(result, State.RUNNING)
-    assert result.state == "STARTED"
     assert job.started_at >= job.claimed_at
     (tmp_path / "go on").touch()
     assert result.get(timeout=60) == "done"
@@ -247,9 +281,16 @@ def test_a_task_knows_its_delivery(app: Celery, worker: WorkerProcess, pool: str
     described = apps.describe.apply_async(priority=7).get(timeout=60)
     assert (described["priority"], described["queue"], described["hostname"]) == (7, "default", worker.hostname)
     assert described["eta"] is None
+    banner = f"concurrency: 2 ({'thread' if pool == 'threads' else pool})"
+    assert banner in worker.log
+    assert "without mingle and gossip" in worker.log
     in_child = pool == "prefork"
     assert (described["ppid"] if in_child else described["pid"]) == worker.pid
     assert described["pid"] != os.getpid()
+
+
+def test_a_retry_is_not_redelivered(app: Celery, journal: Journal) -> None:
+    assert apps.how_delivered.delay(journal.path).get(timeout=60) == [False, False, True]
 
 
 def test_higher_priorities_run_first(app: Celery, jobs: Jobs, journal: Journal, tmp_path: Path, pool: str) -> None:

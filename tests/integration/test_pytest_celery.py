@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import celery
+import psutil
 import pytest
 from pytest_celery import CeleryTestSetup, CeleryTestWorker, CeleryWorkerCluster
 from pytest_celery.vendors.worker import tasks
@@ -29,6 +30,13 @@ pytest_plugins = ["kathikon_celery.testing.components"]
 def no_docker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were an engine asked for, the test would fail, also where there is one."""
     monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:1")
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_open(no_docker: None, tmp_path: Path) -> Iterator[None]:
+    """After the end of all other fixtures, this process has no file of the test's database open."""
+    yield
+    assert not [file.path for file in psutil.Process().open_files() if file.path.startswith(str(tmp_path))]
 
 
 @pytest.fixture
@@ -80,6 +88,7 @@ def test_what_the_nodes_say(celery_setup: CeleryTestSetup, kathikon_database_url
     assert all(
         worker.hostname().replace(worker.container.id[:12], "%h") not in process["cmdline"] for process in processes
     )
+    assert worker.get_running_processes_info(["name"], {"name": "celery"}) == [{"name": "celery"}] * len(processes)
     assert worker.get_running_processes_info(["pid"], {"pid": processes[0]["pid"]}) == [{"pid": processes[0]["pid"]}]
 
 
@@ -88,11 +97,10 @@ def test_a_killed_worker_and_what_it_ran(
 ) -> None:
     worker = celery_setup.worker
     running = apps.wait_for_file.s(str(tmp_path / "go on")).apply_async(queue=worker.worker_queue)
-    wait_until(
-        lambda: running.state == "STARTED" or kathikon_storage.counts().get(("celery", "running")), what="it runs"
-    )
+    wait_until(lambda: kathikon_storage.counts().get((worker.worker_queue, "running")), what="it runs")
     worker.kill()
     assert worker.container.status == "exited"
+    assert worker.container.attrs["State"]["ExitCode"] == 137
     assert running.state != "SUCCESS"
     worker.restart()
     assert worker.container.status == "running"
@@ -108,9 +116,22 @@ def test_signals_reach_the_worker(celery_setup: CeleryTestSetup) -> None:
     worker.kill("SIGTERM", reload_container=True)
     worker.wait_for_log("worker: Warm shutdown (MainProcess)")
     wait_until(lambda: worker.container.status == "exited", 60, "the worker has ended")
+    assert worker.container.attrs["State"]["ExitCode"] == 0
     waiting = tasks.ping.s().apply_async(queue=worker.worker_queue)
     worker.restart(force=True)
     assert waiting.get(timeout=60) == "pong"
+
+
+def test_one_signal_after_the_other(celery_setup: CeleryTestSetup, tmp_path: Path) -> None:
+    """A warm shutdown becomes a cold one, which becomes a hard one."""
+    worker = celery_setup.worker
+    apps.wait_for_file.s(str(tmp_path / "never")).apply_async(queue=worker.worker_queue)
+    worker.wait_for_log("wait_for_file")
+    for signal in ("SIGTERM", "SIGQUIT", "SIGQUIT"):
+        worker.kill(signal)
+    wait_until(lambda: worker.container.status == "exited", 60, "the worker has ended")
+    said = worker.logs()
+    assert 0 < said.index("worker: Warm shutdown (MainProcess)") < said.index("worker: Cold shutdown (MainProcess)")
 
 
 class TestCluster:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -200,11 +201,20 @@ def test_inspect_revoked(app: Celery) -> None:
 
 
 def test_inspect_scheduled(app: Celery, jobs: Jobs) -> None:
-    result = apps.add.apply_async((1, 1), countdown=60)
-    # It waits in the table: no worker has it.
-    assert inspected(app, "scheduled") == {ONE: [], TWO: []}
-    assert jobs.of(result).state is State.SCHEDULED
+    elsewhere = apps.add.apply_async((1, 1), countdown=60, queue="other")
+    result = apps.add.apply_async((1, 2), countdown=60, priority=3)
+    answers = inspected(app, "scheduled")  # each shows what it may run when it is due
+    shown = {name: {entry["request"]["id"]: entry for entry in entries} for name, entries in answers.items()}
+    assert (result.id in shown[TWO], elsewhere.id in shown[ONE]) == (False, False)
+    assert shown[TWO][elsewhere.id]["request"]["delivery_info"]["routing_key"] == "other"
+    found = shown[ONE][result.id]
+    assert datetime.fromisoformat(found["eta"]) == jobs.of(result).scheduled_at
+    request = found["request"]
+    assert (request["name"], request["args"], request["kwargs"]) == (apps.add.name, [1, 2], {})
+    assert (request["hostname"], request["acknowledged"], request["delivery_info"]["priority"]) == (ONE, False, 3)
     result.revoke()
+    elsewhere.revoke()
+    wait_until(lambda: result.id not in str(inspected(app, "scheduled")), what="it is revoked")
 
 
 def test_inspect_stats(app: Celery, one: WorkerProcess) -> None:

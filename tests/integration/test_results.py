@@ -146,10 +146,17 @@ class TestStatesOfOnesOwn:
     def test_started(self, app: Celery, jobs: Jobs, tmp_path: Path) -> None:
         tracked = wait_for_state(outcomes.tracked.delay(str(tmp_path / "file")), "STARTED")
         assert tracked.info.keys() == {"pid", "hostname"}
-        untracked = wait_for_state(apps.wait_for_file.delay(str(tmp_path / "file")), "STARTED")  # the row knows
-        assert untracked.info is None
+        untracked = apps.wait_for_file.delay(str(tmp_path / "file"))
+        jobs.wait(untracked, State.RUNNING)
+        assert (untracked.state, untracked.info) == ("PENDING", None)
         (tmp_path / "file").touch()
         assert [one.get(timeout=60) for one in (tracked, untracked)] == ["done", "done"]
+
+    def test_aborted_before_it_runs(self, app: Celery) -> None:
+        result = outcomes.abortable.apply_async(countdown=0.5)
+        result.abort()
+        assert result.state == "ABORTED"
+        assert result.get(timeout=60) == "aborted"
 
     @pytest.mark.parametrize("word", ["SUCCESS", "FAILURE", "REVOKED"])
     def test_a_word_for_the_end_is_no_end(self, app: Celery, jobs: Jobs, journal: Journal, word: str) -> None:
@@ -261,6 +268,11 @@ class TestErrors:
         result = outcomes.fail_unheard.delay()  # whatever the result backend keeps, the row has its reason
         assert jobs.wait(result, State.DEAD).reason == "ValueError('nobody may ask')"
         assert jobs.of(result).result is None
+
+    def test_an_errback_that_takes_the_error_reads_it(self, app: Celery, journal: Journal) -> None:
+        errback = outcomes.note_failure.s(path=journal.path)
+        result = outcomes.say.apply_async(("PROGRESS", "raise"), link_error=errback)
+        assert journal.wait(1) == [f"FAILURE {again(result).result!r}"]
 
 
 class TestForgetting:

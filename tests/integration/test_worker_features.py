@@ -10,14 +10,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from celery import Celery
+from celery import Celery, chain
 from celery.exceptions import SoftTimeLimitExceeded, TaskRevokedError, TimeLimitExceeded
 from celery.result import AsyncResult
 
 from kathikon_celery import bulk
 from kathikon_celery.job import State
 from tests.integration.conftest import Jobs, Journal, Workers
-from tests.support import apps
+from tests.support import apps, outcomes
 from tests.support.waiting import wait_until
 from tests.support.workers import WorkerProcess
 
@@ -185,6 +185,15 @@ def test_a_task_that_acknowledges_early_is_dead_when_its_worker_is_lost(
     job = jobs.wait(result, State.DEAD)
     assert apps.add.delay(1, 1).get(timeout=60) == 2
     assert (journal.lines, job.attempts) == (["once"], 1)
+
+
+def test_a_success_that_was_stored_is_not_run_again_where_that_is_wanted(
+    client: Celery, jobs: Jobs, workers: Workers
+) -> None:
+    workers(app="tests.support.outcomes", conf={"worker_deduplicate_successful_tasks": True})
+    result = chain(outcomes.succeed_and_come_again.s(), apps.echo.s()).apply_async()
+    assert result.get(timeout=60) == [["first run"], {}]
+    assert jobs.wait(result.parent, State.COMPLETED).attempts == 2
 
 
 # --- the pool

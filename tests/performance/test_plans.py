@@ -58,7 +58,8 @@ def result(state: State | None) -> dict[str, Any]:
 #: All that an idle worker may ask at once.
 QUESTIONS: idle_query.Questions = {
     "next_due": {},
-    "is_amiss": {"node": 1, "machine": "elsewhere", "known": list(range(1, 21))},
+    "is_amiss": {"machine": "elsewhere"},
+    "renewals": {},
     "is_anything_old": prune.ages(dict.fromkeys(TERMINAL, 600000.0), group=1e6, chord=1e6, wait=1e6),
 }
 

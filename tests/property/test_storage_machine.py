@@ -42,7 +42,7 @@ class Row:
     queue: str
     priority: int
     state: State
-    publication: int
+    publication: int = field(compare=False)
     fence: int = 0
     attempts: int = 0
     crashes: int = 0
@@ -59,7 +59,7 @@ class Model:
 
     def publish(self, job: Job, waits: State | None) -> None:
         old = self.rows.get(job.id)
-        if old is not None and old.publication == job.publication and old.state not in TERMINAL:
+        if old is not None and old.publication == job.publication:
             return
         new = Row(job.queue, job.priority, waits or State.AVAILABLE, job.publication)
         if old is not None:
@@ -128,9 +128,6 @@ class StorageMachine(RuleBasedStateMachine):
         if len(self.published) <= which:
             return
         job = self.published[-1 - which]
-        row = self.model.rows.get(job.id)
-        if row is not None and row.publication == job.publication and row.state in TERMINAL:
-            return
         self.storage.insert(job)
         self._note(job, job.state if job.scheduled_at else None)
 

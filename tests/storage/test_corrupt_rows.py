@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
+from itertools import product
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import column as sa_column
-from sqlalchemy import table, update
+from sqlalchemy import insert, literal_column, select, table, update
 
 from kathikon_celery.job import State
-from kathikon_celery.storage import Storage
+from kathikon_celery.nodes.machine import machine
+from kathikon_celery.nodes.others import Watch
+from kathikon_celery.storage import Storage, promote
+from kathikon_celery.storage.scan_start import ScanStart
+from kathikon_celery.storage.tables import HIGHEST, nodes
 from tests.storage.actors import Worker, new_job, the_job
 
 SQLITE = pytest.mark.parametrize("storage", ["sqlite"], indirect=True)  # the other one has types of its own
+
+
+#: The columns of a node's row that a copy of the row shares.
+COPIED = ("name", "machine", "pid", "pid_started", "started_at", "lease_until")
 
 
 def set_raw(storage: Storage, job_id: str, column: str, value: object) -> None:
@@ -95,6 +105,73 @@ def test_a_due_time_that_is_none_keeps_no_other_from_its_own(storage: Storage, m
         overdue = storage.next_due()
     assert overdue == pytest.approx(3600, abs=60)
     assert the_job(storage, "sound").state is State.SCHEDULED
+
+
+#: Values at the ends of a column, and beyond what Python has: (kind of database, column, value).
+EXTREMES = [
+    *product(["sqlite", "postgresql"], ["fence", "attempts", "crashes", "max_attempts"], [-(2**31), HIGHEST]),
+    *product(["sqlite"], ["fence", "attempts", "crashes", "priority", "node_id"], [2**63 - 1, "many"]),
+    *product(["postgresql"], ["priority", "node_id"], [-1, -(2**63), 2**63 - 1]),
+    *product(["postgresql"], ["available_at", "inserted_at", "expires_at"], ["infinity", "-infinity", "0044-03-15 BC"]),
+]
+
+
+@pytest.mark.parametrize("when", ["it waits", "it is held"])
+@pytest.mark.parametrize(
+    ("storage", "column", "value"),
+    [pytest.param(*one, marks=[pytest.mark.postgresql] * (one[0] == "postgresql")) for one in EXTREMES],
+    indirect=["storage"],
+)
+def test_an_extreme_value_keeps_no_other_job_from_its_way(
+    three: Storage, worker: Worker, other: Worker, column: str, value: object, when: str
+) -> None:
+    def spoil() -> None:
+        set_raw(three, "second", column, value if isinstance(value, int) else literal_column(f"'{value}'"))
+
+    front = ScanStart()
+    if when == "it waits":
+        spoil()
+    claimed = {job.id: job for job in worker.claim(10, front=front)}
+    assert {"first", "third"} <= claimed.keys()
+    if when == "it is held":
+        spoil()
+    worker.start(*claimed.values())
+    assert worker.complete(claimed["first"]) == 1
+    assert worker.die() is not None
+    front.forget()
+    assert "third" in {job.id for job in other.claim(10, front=front)}
+    assert {job.id for job in three.all()} == {"first", "second", "third"}
+    assert (three.promote_scheduled(), promote.expire(three.database)) in [(0, 0), (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("pid", -1),
+        ("pid", 0),
+        ("pid", HIGHEST),
+        ("pid_started", -1e300),
+        ("pid_started", "NaN"),
+        ("lease_until", "infinity"),
+    ],
+)
+def test_a_node_that_is_no_process_stops_no_rescue(
+    three: Storage, worker: Worker, column: str, value: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoilt = literal_column(f"'{value}'") if isinstance(value, str) else value
+    worker.claim(10)
+    with three.database.write() as connection:
+        connection.execute(insert(nodes).from_select(COPIED, select(*(nodes.c[name] for name in COPIED))))
+        connection.execute(update(nodes).values(machine=machine(), pid_started=-1e6))  # of a process that has ended
+        nonsense = table("kathikon_nodes", sa_column("id"), sa_column(column))
+        connection.execute(update(nonsense).where(nonsense.c.id != worker.id).values({column: spoilt}))
+    watch = Watch(three, SimpleNamespace(id=-1, lease=60.0))
+    watch.look()
+    assert watch.is_calm(False, None) is False
+    with three.database.read() as connection:
+        assert connection.execute(select(nodes.c.id)).all() == []
+    assert {job.state for job in three.all()} == {State.AVAILABLE}
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_errors_that_are_none_do_not_keep_a_job_from_its_end(

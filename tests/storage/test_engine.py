@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import threading
@@ -269,3 +270,26 @@ def test_that_a_file_was_replaced_is_told_once_though_two_see_it(
             pass
         assert told == ["replaced"]
         storage.insert(new_job())
+
+
+@pytest.mark.parametrize("failing", ["INotify", "add_watch"])
+def test_a_user_who_has_no_inotify_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
+) -> None:
+    """The system gives each user 128 instances, and file synchronizers and editors take some."""
+    inotify_simple = pytest.importorskip("inotify_simple")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    if failing == "INotify":
+        monkeypatch.setattr(inotify_simple, "INotify", refuse)
+    else:
+        monkeypatch.setattr(inotify_simple.INotify, "add_watch", refuse)
+    with closing(Storage(f"sqlite:///{tmp_path}/jobs.db", Settings())) as storage:
+        storage.setup()
+        wakeup = storage.database.wakeup(1)
+        storage.insert(new_job())
+        assert wakeup.wait(60)
+        wakeup.close()
+    assert "fs.inotify.max_user_instances" in caplog.text

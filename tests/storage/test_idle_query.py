@@ -45,8 +45,9 @@ def answer(storage: Storage, question: str, **parameters: Any) -> Any:
 def test_all_is_one_statement(storage: Storage, worker: Worker) -> None:
     storage.insert(new_job())
     ages = prune.ages(dict.fromkeys(TERMINAL, AGE), group=AGE, chord=AGE, wait=AGE)
-    is_amiss = {"node": worker.id, "machine": "machine", "known": [worker.id]}
-    askers = [Asker({"next_due": {}, "is_amiss": is_amiss}), Asker({}), Asker({"is_anything_old": ages})]
+    askers = [
+        Asker({"next_due": {}, "is_amiss": {"machine": "machine"}}), Asker({}), Asker({"is_anything_old": ages})
+    ]  # fmt: skip
     with storage.database.read() as connection, counted() as statements:
         asked = [(asker, asker.asks(1.0)) for asker in askers]
         assert idle_query.look(storage.database, connection, ["default", "mails"], True, asked)
@@ -69,31 +70,18 @@ class TestIsAmiss:
     def _as_seen_by(self, storage: Storage, worker: Worker) -> None:
         self.storage, self.worker = storage, worker
 
-    def is_amiss(self, *known: Worker, machine: str = "machine") -> bool:
-        ids = [self.worker.id, *(one.id for one in known)]
-        return bool(answer(self.storage, "is_amiss", node=self.worker.id, machine=machine, known=ids))
+    def is_amiss(self, machine: str = "machine") -> bool:
+        return bool(answer(self.storage, "is_amiss", machine=machine))
 
     def test_nothing(self) -> None:
         assert not self.is_amiss()
 
-    def test_a_node_that_is_new(self) -> None:
-        other = Worker(self.storage)
-        assert self.is_amiss()
-        assert not self.is_amiss(other)
-        other.die()
-        assert not self.is_amiss(other)
-
-    def test_a_lease_that_has_run_out(self) -> None:
-        nodes.renew(self.storage.database, self.worker.id, -1)
-        assert not self.is_amiss()
-        assert self.is_amiss(Worker(self.storage, lease=-1))
-
     def test_a_free_lock_on_another_machine(self) -> None:
-        other, holder = Worker(self.storage), Holder(self.storage.database)
-        assert not self.is_amiss(other)
-        assert self.is_amiss(other, machine="elsewhere") is (self.storage.database.dialect.name == "postgresql")
-        holder.hold(other.id)
-        assert not self.is_amiss(other, machine="elsewhere")
+        holder = Holder(self.storage.database)
+        assert not self.is_amiss()
+        assert self.is_amiss(machine="elsewhere") is (self.storage.database.dialect.name == "postgresql")
+        holder.hold(self.worker.id)
+        assert not self.is_amiss(machine="elsewhere")
         holder.drop()
 
     def test_what_no_node_holds(self, set_row: Callable[..., None]) -> None:
@@ -123,6 +111,20 @@ class TestIsAmiss:
         assert not self.is_amiss()
         topology.declare_queue(self.storage.database, "unused", expires=0.0)
         wait_until(self.is_amiss)  # SQLite's clock counts in milliseconds
+
+
+def test_renewals(storage: Storage, worker: Worker, other: Worker) -> None:
+    before = nodes.renewals_of(answer(storage, "renewals"))
+    with storage.database.read() as connection:
+        assert {node.id: node.renewal for node in nodes.others(connection, 0)} == before
+    nodes.renew(storage.database, worker.id, 120)
+    after = nodes.renewals_of(answer(storage, "renewals"))
+    assert after.keys() == before.keys() == {worker.id, other.id}
+    assert [node for node in after if after[node] != before[node]] == [worker.id]
+    for one in (worker, other):
+        one.die()
+    assert nodes.renewals_of(answer(storage, "renewals")) == {}
+    assert nodes.renewals_of("1=no moment, but,2=text") == {1: "no moment", 2: "text"}
 
 
 class TestIsAnythingOld:

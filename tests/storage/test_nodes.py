@@ -78,11 +78,21 @@ def test_an_early_acknowledged_job_that_ran_is_dead_and_runs_not_twice(storage: 
 
 
 @pytest.mark.parametrize("max_attempts", [1, 20])
-def test_what_the_lost_run_said_of_itself_is_forgotten(storage: Storage, worker: Worker, max_attempts: int) -> None:
+def test_what_a_lost_run_said_stays_for_the_next(storage: Storage, worker: Worker, max_attempts: int) -> None:
     storage.insert(new_job(max_attempts=max_attempts))
     job = worker.claim_one()
     worker.start(job)
     worker.store(job, None, status="PROGRESS", result='{"done":1}', meta="{}")
+    worker.die()
+    row = the_job(storage)
+    assert (row.status, row.result, row.meta) == (
+        (None,) * 3 if max_attempts == 1 else ("PROGRESS", '{"done":1}', "{}")
+    )
+
+
+def test_a_lost_run_is_not_started_any_more(storage: Storage, worker: Worker) -> None:
+    storage.insert(new_job())
+    worker.store(worker.claim_one(), State.RUNNING, status="STARTED", meta="{}")
     worker.die()
     row = the_job(storage)
     assert row.status is row.result is row.meta is row.traceback is None
@@ -109,13 +119,15 @@ def test_a_second_rescue_finds_nothing(storage: Storage, worker: Worker) -> None
 
 
 def test_a_lease_that_was_renewed_meanwhile_saves_the_node(storage: Storage) -> None:
-    dead = Worker(storage, lease=-1)
-    alive = Worker(storage, lease=60)
+    dead, alive = Worker(storage), Worker(storage)
     storage.insert_many([new_job("1"), new_job("2")])
     for worker in (dead, alive):
         worker.claim_one()
-    assert nodes.remove(storage.database, alive.id, unless_renewed=True) is None
-    assert nodes.remove(storage.database, dead.id, unless_renewed=True) == 1
+    with storage.database.read() as connection:
+        seen = {node.id: node.renewal for node in nodes.others(connection, 0)}
+    nodes.renew(storage.database, alive.id, 120)
+    assert nodes.remove(storage.database, alive.id, seen[alive.id]) is None
+    assert nodes.remove(storage.database, dead.id, seen[dead.id]) == 1
     assert storage.counts() == {("default", "available"): 1, ("default", "claimed"): 1}
 
 

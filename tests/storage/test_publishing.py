@@ -117,7 +117,10 @@ def test_the_very_same_publication_again_is_no_second_one(storage: Storage, work
     assert the_job(storage).fence == held.fence
     worker.complete(held)
     storage.insert(job)
-    assert the_job(storage).state is State.AVAILABLE  # a job object that is published once more on purpose
+    storage.insert_many([job])
+    assert the_job(storage).state is State.COMPLETED
+    storage.insert(the_job(storage))  # as it was read: a publication of its own
+    assert the_job(storage).state is State.AVAILABLE
 
 
 def test_the_very_same_countdown_again_is_no_second_one(storage: Storage) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kathikon_celery.job import State
-from kathikon_celery.storage import Storage, finish, prune, results
+from kathikon_celery.storage import Storage, finish, prune, result_listeners, results
 from kathikon_celery.storage.names import printable
 from tests.storage.actors import Worker, new_job, the_job
 
@@ -167,7 +167,7 @@ class TestAlone:
         row = the_job(storage)
         assert (row.state, row.status, row.result) == (State.AVAILABLE, "SENT", '"alone"')
         job = worker.claim_one()
-        assert the_job(storage).status is None
+        assert the_job(storage).status == "SENT"
         worker.store(job, State.DEAD, status="FAILURE")
         store_alone(storage, None, status="SENT")
         assert the_job(storage).status == "FAILURE"
@@ -178,6 +178,51 @@ class TestAlone:
         store_alone(storage, State.COMPLETED)
         assert the_job(storage) == before
         assert worker.claim_one()
+
+    def test_a_retry_is_told_until_the_next_word(self, storage: Storage, worker: Worker) -> None:
+        storage.insert(new_job())
+        first = worker.claim_one()
+        assert worker.publish_as(first, new_job())
+        worker.note_retry(first, "not yet")
+        second = worker.claim_one()
+        assert the_job(storage).status == "RETRY"
+        worker.store(second, State.COMPLETED)
+        assert the_job(storage).status == "SUCCESS"
+
+    @pytest.mark.parametrize(
+        ("ends", "word"), [(State.COMPLETED, "SUCCESS"), (State.DEAD, "FAILURE")], ids=["returned", "raised"]
+    )
+    def test_a_result_that_follows_the_acknowledgement(
+        self, storage: Storage, worker: Worker, ends: State, word: str
+    ) -> None:
+        storage.insert_many([new_job(), new_job("stored before")])
+        first, second = worker.claim(2)
+        store_alone(storage, ends, second.id, status=word)
+        assert worker.complete(first) == worker.complete(second) == 1
+        with storage.database.write() as connection:
+            results.await_results(connection, [first.hold, second.hold])
+        waits = the_job(storage)
+        assert (waits.state, waits.status) == (State.COMPLETED, "PENDING")
+        assert not result_listeners.is_ready(waits)
+        store_alone(storage, ends, status=word)
+        for job_id in ("job", "stored before"):
+            row = the_job(storage, job_id)
+            assert (row.state, row.status, row.result) == (State.COMPLETED, word, '"alone"')
+
+    @pytest.mark.parametrize("earlier", ["RETRY", "STARTED"])
+    def test_a_failure_after_an_end_without_a_result(self, storage: Storage, worker: Worker, earlier: str) -> None:
+        storage.insert(new_job())
+        job = worker.claim_one()
+        worker.store(job, None, status=earlier)
+        assert worker.complete(job) == 1
+        completed = the_job(storage)
+        assert (completed.state, completed.status) == (State.COMPLETED, None)
+        store_alone(storage, State.CANCELLED, status="REVOKED")
+        assert the_job(storage) == completed
+        store_alone(storage, State.DEAD, status="FAILURE", result="2")
+        row = the_job(storage)
+        assert (row.state, row.status, row.result) == (State.COMPLETED, "FAILURE", "2")
+        assert (row.ended_at, row.reason) == (completed.ended_at, None)
 
 
 class TestForgetting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import subprocess
 import sys
@@ -111,7 +112,7 @@ def _definitions(connection: sa.Connection, schema: str | None = None) -> dict[s
     """Columns with types, defaults and nullability, keys, and indexes with their conditions and order."""
     if connection.dialect.name == "sqlite":
         rows = connection.execute(sa.text("SELECT name, sql FROM sqlite_master WHERE name LIKE 'kathikon%'"))
-        words = {name: " ".join((sql or "").replace("\t", " ").split()) for name, sql in rows}
+        words = {name: " ".join(re.sub(r"([,)])", r" \1 ", sql or "").split()) for name, sql in rows}
         return {name: sql for name, sql in words.items() if name != "kathikon_version"}
     inspector = sa.inspect(connection)
     found: dict[str, object] = {}

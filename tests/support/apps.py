@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NoReturn
@@ -22,6 +22,9 @@ from celery._state import _task_stack
 from celery.exceptions import Ignore, Reject
 from celery.result import allow_join_result
 from celery.worker.control import control_command
+from celery.worker.request import create_request_cls
+from celery.worker.strategy import default
+from kombu.utils.imports import symbol_by_name
 
 from kathikon_celery.publish import fast_path
 from kathikon_celery.storage import Unavailable
@@ -360,3 +363,75 @@ def describe(self: Task) -> dict[str, Any]:
         "priority": request.delivery_info["priority"], "queue": request.delivery_info["routing_key"],
         "hostname": request.hostname, "pid": os.getpid(), "ppid": os.getppid(),
     }  # fmt: skip
+
+
+#: How many tasks `Collecting` makes one batch of: more than the pool of a test has slots.
+COLLECTED = 6
+
+
+class Collecting(Task):
+    """Tasks that are kept until there are enough of them, as celery-batches does; each returns their number."""
+
+    abstract = True
+
+    def Strategy(self, task: Task, app: Celery, consumer: Any) -> Callable[..., None]:  # noqa: N802
+        eventer, kept = consumer.event_dispatcher, []
+        kind = create_request_cls(
+            symbol_by_name(task.Request), task, consumer.pool, consumer.hostname, eventer, app=app
+        )
+
+        def keep(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any, **kwargs: Any) -> None:
+            kept.append(
+                kind(message, on_ack=ack, on_reject=reject, app=app, hostname=consumer.hostname, eventer=eventer,
+                     task=task, body=message.body, headers=message.headers, decoded=False, utc=True)
+            )  # fmt: skip
+            if len(kept) < COLLECTED:
+                return
+            batch, kept[:] = kept[:], []
+            for request in batch:
+                if not task.acks_late:
+                    request.acknowledge()
+                if request.args:
+                    app.backend.mark_as_failure(request.id, ValueError(*request.args))
+                else:
+                    app.backend.mark_as_done(request.id, len(batch))
+                if task.acks_late:
+                    request.acknowledge()
+
+        return keep
+
+
+@shared_task(base=Collecting)
+def collect(failure: str | None = None) -> NoReturn:
+    raise AssertionError("only batches run")
+
+
+@shared_task(base=Collecting, acks_late=False)
+def collect_early(failure: str | None = None) -> NoReturn:
+    raise AssertionError("only batches run")
+
+
+class PassingOn(Task):
+    """Tasks whose strategy does as Celery's own."""
+
+    abstract = True
+
+    def Strategy(self, *args: Any) -> Any:  # noqa: N802
+        return default(*args)
+
+
+@shared_task(base=PassingOn, acks_late=False)
+def pass_on_early(path: str, journal: str) -> str:
+    return wait_for_file.run(path, journal, "passed on")  # type: ignore[no-any-return]
+
+
+@shared_task(bind=True)
+def how_delivered(self: Task, path: str) -> list[bool]:
+    """Retry once, and come again once; return whether each delivery was said to be one more of the same message."""
+    append_line(path, str(self.request.delivery_info["redelivered"]))
+    lines = read_lines(path)
+    if len(lines) == 1:
+        raise self.retry(countdown=0)
+    if len(lines) == 2:
+        raise Reject("once more", requeue=True)
+    return [line == "True" for line in lines]

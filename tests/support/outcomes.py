@@ -7,10 +7,11 @@ from threading import Lock
 from typing import Any, NoReturn
 
 from celery import Task, group, shared_task
-from celery.exceptions import Ignore
+from celery.contrib.abortable import AbortableTask
+from celery.exceptions import Ignore, Reject
 from celery.result import AsyncResult, GroupResult, allow_join_result
 
-from tests.support.apps import add, app, wait_for_file
+from tests.support.apps import add, app, append_line, wait_for_file
 
 __all__ = ["app", "wait_for_file"]
 
@@ -125,6 +126,26 @@ def fail_quietly() -> NoReturn:
 @shared_task(ignore_result=True, store_errors_even_if_ignored=False)
 def fail_unheard() -> NoReturn:
     raise ValueError("nobody may ask")
+
+
+@shared_task(bind=True, base=AbortableTask)
+def abortable(self: AbortableTask) -> str:
+    return "aborted" if self.is_aborted() else "ran in full"
+
+
+@shared_task
+def note_failure(request: Any, exc: BaseException, traceback: Any, path: str = "") -> None:
+    """An errback that Celery calls where the task has failed: append what everybody reads of the task."""
+    result = AsyncResult(request.id)
+    append_line(path, f"{result.state} {result.result!r}")
+
+
+@shared_task(bind=True)
+def succeed_and_come_again(self: Task) -> str:
+    if not self.request.delivery_info["redelivered"]:
+        self.backend.store_result(self.request.id, "first run", "SUCCESS")
+        raise Reject("once more", requeue=True)
+    return "second run"
 
 
 @shared_task(track_started=True)

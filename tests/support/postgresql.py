@@ -69,6 +69,19 @@ class PostgreSQLServer:
         self.stop(mode)
         self.start()
 
+    def standby(self) -> PostgreSQLServer:
+        """Return a server, not started yet, that repeats what is written to this one (streaming replication)."""
+        other = PostgreSQLServer()
+        source = f"host=127.0.0.1 port={self.port} user=postgres"
+        other._run("pg_basebackup", f"--dbname={source}", "--checkpoint=fast", "--no-sync", "--write-recovery-conf")
+        with (other.data / "postgresql.conf").open("a") as file:
+            file.write(f"port = {other.port}\n")
+        return other
+
+    def promote(self) -> None:
+        """Make a standby a primary, which can be written to."""
+        self._run("pg_ctl", "promote", "--wait")
+
     def destroy(self) -> None:
         """Stop the server if it runs, and remove its files."""
         if (self.data / "postmaster.pid").exists():
@@ -125,12 +138,12 @@ def _find_binaries() -> Path:
 
 
 @contextmanager
-def new_database(server_url: str) -> Iterator[str]:
+def new_database(server_url: str, options: str = "") -> Iterator[str]:
     """Create an empty database beside the one of ``server_url``, hand out its URL, and drop it, even while in use."""
     name = f"kathikon_{uuid.uuid4().hex}"
     engine = sa.create_engine(server_url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
     with engine.connect() as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+        connection.exec_driver_sql(f"CREATE DATABASE {name} {options}")
     try:
         yield sa.make_url(server_url).set(database=name).render_as_string(hide_password=False)
     finally:

@@ -81,15 +81,17 @@ class Project:
 
     def run(self, code: str) -> Any:
         """Run *code* in another process, as a web server of the project would; return its variable ``answer``."""
-        program = f"import json\n{dedent(code)}\nprint(json.dumps(answer))"
-        done = self._call("-c", program)
-        return json.loads(done.splitlines()[-1])
+        program = f"import json\n{dedent(code)}\nprint('answer:', json.dumps(answer))"
+        done = self.call("-c", program)
+        (answer,) = (line for line in done.splitlines() if line.startswith("answer: "))  # the log may follow
+        return json.loads(answer.removeprefix("answer: "))
 
     def celery(self, *arguments: str) -> str:
         """Run ``celery -A proj …``, and return its output."""
-        return self._call("-m", "celery", "-A", "proj", *arguments)
+        return self.call("-m", "celery", "-A", "proj", *arguments)
 
-    def _call(self, *arguments: str) -> str:
+    def call(self, *arguments: str) -> str:
+        """Run ``python …`` in the project, and return its output."""
         # A daemon that the command leaves behind would keep a pipe open.
         output = self.directory / "output"
         with output.open("w+") as file:

@@ -1,4 +1,4 @@
-"""A TCP proxy before a database server, which a test can cut off."""
+"""A TCP proxy before a database server, which a test can cut off, make silent, or point to another server."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class Proxy:
         behind = make_url(url)
         self._behind = (behind.host, behind.port or 5432)
         self._sockets: list[socket.socket] = []
+        self._silent: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         #: The URL of the database by way of the proxy.
@@ -26,7 +27,11 @@ class Proxy:
         with suppress(OSError):  # cut
             while True:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(self._behind)
+                try:
+                    server = socket.create_connection(self._behind)
+                except OSError:
+                    client.close()
+                    continue
                 self._sockets += [client, server]
                 for one, other in ((client, server), (server, client)):
                     threading.Thread(target=self._pass_on, args=(one, other), daemon=True).start()
@@ -34,10 +39,20 @@ class Proxy:
     def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
-                target.sendall(data)
+                if source not in self._silent:
+                    target.sendall(data)
         for one in (source, target):
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
+
+    def silence(self) -> None:
+        """Take all that the open connections send, and pass nothing on. New connections work."""
+        self._silent.update(self._sockets)
+
+    def switch(self, url: str) -> None:
+        """Pass new connections on to the server of *url*."""
+        behind = make_url(url)
+        self._behind = (behind.host, behind.port or 5432)
 
     def cut(self) -> None:
         """Refuse new connections, and end the open ones."""

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from kathikon_celery.cli import kathikon
 from kathikon_celery.job import Job
-from kathikon_celery.storage import Storage
+from kathikon_celery.storage import Storage, nodes
 from kathikon_celery.storage.schema import HEAD
 from kathikon_celery.storage.tables import metadata
 
@@ -83,7 +83,7 @@ def test_sql_since_a_version(app: Celery) -> None:
     assert invoke(app, "schema", "--sql", "--since", HEAD).output.strip() == ""
     unknown = invoke(app, "schema", "--sql", "--since", "0000")
     assert unknown.exit_code == 1
-    assert unknown.output == f"Error: the schema has no version '0000'; known to this code: 0001, {HEAD}\n"
+    assert unknown.output == f"Error: the schema has no version '0000'; known to this code: 0001, 0002, {HEAD}\n"
 
 
 def test_since_goes_with_sql(app: Celery, path: Path) -> None:
@@ -99,11 +99,24 @@ def test_counts(app: Celery) -> None:
     storage.insert_many([Job(id=str(number), queue="mail", task="proj.send") for number in range(1000)])
     storage.insert(Job(id="first", queue="default", task="proj.add"))
     storage.claim("default")
-    assert invoke(app, "counts").output.splitlines() == [
-        "queue    state       jobs",
-        "default  claimed        1",
-        "mail     available  1,000",
-    ]
+    counted = ["queue    state       jobs", "default  claimed        1", "mail     available  1,000"]
+    result = invoke(app, "counts")
+    assert result.stdout.splitlines() == counted
+    assert result.stderr == "No worker consumes mail.\n"
+
+
+def test_counts_names_only_queues_that_surely_have_no_worker(app: Celery) -> None:
+    storage = Storage.for_app(app)
+    storage.insert_many([Job(id=queue, queue=queue, task="proj.send") for queue in ("mail", "p\x00st")])
+    living = [nodes.register(storage.database, name, "here", 1, 1.0, lease=60.0) for name in ("one", "flower")]
+    assert invoke(app, "counts").stderr == ""  # a worker of an older version does not say what it consumes
+    for node_id, queues in zip(living, (["mail"], []), strict=True):
+        nodes.consume(storage.database, node_id, queues)
+    assert invoke(app, "counts").stderr == "No worker consumes p\\x00st.\n"
+    nodes.consume(storage.database, living[0], ["mail", "p\x00st"])
+    assert invoke(app, "counts").stderr == ""
+    nodes.renew(storage.database, living[0], lease=-1.0)
+    assert invoke(app, "counts").stderr == "No worker consumes mail, p\\x00st.\n"
 
 
 @pytest.mark.parametrize("command", ["schema", "counts"])

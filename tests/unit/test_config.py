@@ -109,7 +109,7 @@ def test_configuration_can_be_listed() -> None:
     """``inspect conf``, ``celery report`` and the bug report go through all of it."""
     app = make_app()
     table = app.conf.table(with_defaults=True)
-    assert table["broker_url"] == "kathikon://"
+    assert table["broker_url"].startswith("kathikon+")  # the database of the current app, which may be another one
     assert "Router()" in app.conf.humanize()
     json.dumps(table, default=repr)
 

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from kathikon_celery.nodes.own import OwnNode
 from kathikon_celery.storage import Storage, nodes
+from kathikon_celery.storage.dialects.sqlite import SQLite
 from kathikon_celery.worker.services import promoter
 from kathikon_celery.worker.services.lifeline import Lifeline
 from kathikon_celery.worker.services.promoter import Promoter
-from kathikon_celery.worker.services.pruner import Pruner
+from kathikon_celery.worker.services.pruner import REST, Pruner
 from kathikon_celery.worker.services.service import Service
+from tests.storage.actors import Worker, new_job
+from tests.support.clocks import clock_replaced
 from tests.support.waiting import wait_until
 
 
@@ -148,25 +152,53 @@ def test_pruner(storage: Storage) -> None:
         assert 48.0 <= pruner.spare({"is_anything_old": nothing}) <= 72.0
 
 
+def test_nothing_is_deleted_by_a_clock_that_has_jumped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wall, mono = [1.7e9], [1000.0]
+    monkeypatch.setattr(SQLite, "on_connect", clock_replaced(lambda: wall[0]))
+    monkeypatch.setattr("kathikon_celery.worker.services.pruner.monotonic", lambda: mono[0])
+    year = 3.2e7
+    with closing(Storage(f"sqlite:///{tmp_path / 'another.db'}")) as storage:
+        storage.setup()
+        storage.insert(new_job())
+        worker = Worker(storage)
+        worker.complete(worker.claim_one())
+        pruner, pruned = Pruner(storage=storage, interval=60.0), lambda: storage.fetch("job") is None
+        pruner.step()
+        wall[0] += year
+        assert 0 < pruner.step() <= 72
+        wall[0] -= year  # a minute later
+        pruner.step()
+        assert not pruned()
+        wall[0] += year
+        pruner.step()
+        mono[0] += REST + 1
+        wall[0] += REST + 1
+        pruner.step()
+        assert pruned()  # the clock was right, or nobody has noticed
+
+
 def test_lifeline_sees_for_itself_that_its_neighbours_run(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     presence = OwnNode(storage, "me")
     lifeline = Lifeline(storage=storage, presence=presence)
-    (question,) = lifeline.questions().values()
-    assert question["known"] == [presence.id]
+    spared = lambda is_amiss=False: lifeline.spare({"is_amiss": is_amiss, "renewals": renewals()})  # noqa: E731
+
+    def renewals() -> str | None:
+        with storage.database.read() as connection:
+            return connection.execute(select(nodes.RENEWALS)).scalar()
+
+    assert spared() == 1.0
     other = nodes.register(storage.database, "other", "here", 1, 0.0, 60.0)
     runs = True
     monkeypatch.setattr("kathikon_celery.nodes.others.machine", lambda: "here")
     monkeypatch.setattr("kathikon_celery.nodes.others.is_running", lambda pid, started: runs)
+    assert spared() == 0.0  # a new node
     lifeline.step()
-    (question,) = lifeline.questions().values()
-    assert question["known"] == [presence.id, other]
-    assert lifeline.spare({"is_amiss": False}) == 1.0
-    assert lifeline.spare({"is_amiss": True}) == 0.0
+    assert spared() == 1.0
+    assert spared(is_amiss=True) == 0.0
     runs = False
-    assert lifeline.spare({"is_amiss": False}) == 0.0
+    assert spared() == 0.0
     lifeline.step()
-    (question,) = lifeline.questions().values()
-    assert question["known"] == [presence.id, other]  # as it was when it was looked at
+    with storage.database.read() as connection:
+        assert other not in [node.id for node in nodes.others(connection, 0)]
     lifeline.step()
-    (question,) = lifeline.questions().values()
-    assert question["known"] == [presence.id]
+    assert spared() == 1.0

@@ -87,6 +87,76 @@ def test_a_command_that_ends_or_is_too_slow(make: Any) -> None:
     assert slow.status == "exited"
 
 
+#: Says which signals it hears, in the order in which it hears them. Half of the time it is busy, and hears none.
+LISTENER = """
+import os, signal, time
+def hear(number, frame):
+    os.write(1, f"heard {signal.Signals(number).name}\\n".encode())
+for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGUSR1):
+    signal.signal(number, hear)
+print("ready.", flush=True)
+while True:
+    sum(range(2_000_000))
+    time.sleep(0.05)
+"""
+
+
+def test_signals_are_heard_one_by_one_and_in_their_order(make: Any) -> None:
+    container = make("python", "-c", LISTENER)
+    container.start()
+    sent = ["SIGTERM", "SIGQUIT", "SIGQUIT", "SIGUSR1", "SIGTERM", "SIGTERM", "SIGQUIT"]
+    for name in sent:
+        container.kill(name)
+    wait_until(lambda: container.logs().count(b"heard") >= len(sent), what="all signals were heard")
+    assert container.logs().decode().split("heard ")[1:] == [f"{name}\n" for name in sent]
+
+
+def test_a_stopped_process_goes_on(make: Any) -> None:
+    container = make("python", "-c", LISTENER)
+    container.start()
+    for name in ("SIGSTOP", "SIGUSR1", "SIGCONT"):
+        container.kill(name)
+    wait_until(lambda: b"heard SIGUSR1" in container.logs(), what="it goes on")
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [("sys.exit(0)", 0), ("sys.exit(3)", 3), ("os.kill(os.getpid(), 15)", 143), ("os.kill(os.getpid(), 9)", 137)],
+)
+def test_exit_codes(make: Any, ending: str, code: int) -> None:
+    container = make("python", "-c", f"import os, sys; print('ready.', flush=True); sys.stdin.read(); {ending}")
+    assert container.attrs["State"] == {"Status": "created", "Running": False, "Pid": 0, "ExitCode": 0}
+    container.start()
+    wait_until(lambda: container.status == "exited", what="it has ended")
+    assert container.attrs["State"] == {"Status": "exited", "Running": False, "Pid": 0, "ExitCode": code}
+
+
+def test_the_exit_code_is_that_of_the_last_run(make: Any) -> None:
+    container = make()
+    container.start()
+    assert container.attrs["State"]["Running"] is True
+    container.kill()
+    assert container.attrs["State"]["ExitCode"] == 137
+    container.start()
+    assert container.attrs["State"]["ExitCode"] == 0
+
+
+def test_the_session_ends_with_the_command(make: Any) -> None:
+    container = make()
+    container.start()
+    child = psutil.Process(int(container.logs().split()[-2]))
+    os.kill(container.attrs["State"]["Pid"], signal.SIGTERM)
+    wait_until(lambda: container.status == "exited", what="it has ended")
+    wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, what="the child is gone")
+
+
+def test_the_folder_is_created(tmp_path: Path) -> None:
+    container = ProcessContainer(
+        ["python", "-c", "print('ready.')"], directory=tmp_path / "a" / "b", content={}, environment={}, prompt="ready."
+    )
+    container.start()
+
+
 def test_exec_run(make: Any) -> None:
     container = make()
     container.start()
@@ -94,6 +164,9 @@ def test_exec_run(make: Any) -> None:
     assert (code, output.decode().split()) == (0, [str(container._directory), str(container.attrs["State"]["Pid"])])
     code, output = container.exec_run([sys.executable, "-c", "import sys; sys.exit('no')"])
     assert (code, output) == (1, b"no\n")
+    code, output = container.exec_run("no-such-command --now")
+    assert code == 127
+    assert b"no-such-command" in output
 
 
 def test_the_processes_of_a_worker(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:

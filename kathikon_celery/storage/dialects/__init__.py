@@ -6,11 +6,11 @@ from importlib import import_module
 
 from sqlalchemy import URL, Connection
 
-from kathikon_celery.storage.dialects.base import Dialect
+from kathikon_celery.storage.dialects.base import ON_DISK, Dialect
 from kathikon_celery.storage.engine.prepared import OPTION
 from kathikon_celery.storage.errors import UnknownDatabase
 
-__all__ = ["OPTION", "Dialect", "dialect_class", "dialect_for", "dialect_of"]
+__all__ = ["ON_DISK", "OPTION", "Dialect", "dialect_class", "dialect_for", "dialect_of"]
 
 #: By the name that URLs begin with: the module of the dialect, and the class in it.
 _DIALECTS = {
@@ -35,6 +35,6 @@ def dialect_of(connection: Connection) -> Dialect:
     return dialect
 
 
-def dialect_for(url: URL) -> Dialect:
-    """Return the dialect of *url*. Raises `UnknownDatabase` when there is none."""
-    return dialect_class(url)(url)
+def dialect_for(url: URL, schema: str | None = None, wake: str = "auto") -> Dialect:
+    """Return the dialect of *url*; the other arguments are settings. Raises `UnknownDatabase` when there is none."""
+    return dialect_class(url)(url, schema, wake)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from math import inf
 from typing import Any, ClassVar
 
 from sqlalchemy import URL, Connection, Table, false
@@ -20,6 +21,9 @@ from kathikon_celery.storage.dialects.parameters import Change, Changed, Claim, 
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.wakeup import Wakeup
 from kathikon_celery.storage.errors import StorageError, TransactionRefused
+
+#: The option of an engine that says whether its commits wait for the disk.
+ON_DISK = "kathikon_on_disk"
 
 
 class Dialect(ABC):
@@ -50,20 +54,47 @@ class Dialect(ABC):
     closes_before_fork = False
     #: Statements that this kind of database runs after a migration, by its number, such as for indexes of its own.
     after_migrations: ClassVar[Mapping[str, Sequence[str]]] = {}
-    #: Arguments of the driver's connect() that refuse a server which cannot be written to.
-    writable: ClassVar[Mapping[str, Any]] = {}
+    #: Whether each use of a connection is a transaction, since the next use may have another server process and session
+    #: (a pooler in transaction mode). `None`: not known before the first connection.
+    shares_sessions: bool | None = False
+    #: Seconds after which a node renews its lease at the latest while it holds no lock (see `hold`).
+    renewal_without_lock = inf
+    #: What a worker needs for being woken, if it cannot be.
+    advice: str | None = None
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, url: URL, schema: str | None = None, wake: str = "auto") -> None:
         self.url = url
+        self.schema = schema
+        #: How many connections were found to be lost so far. Perhaps others are lost as well that send nothing.
+        self.losses = 0
 
     # --- connections
 
     @abstractmethod
-    def connect_args(self, timeout: float, on_disk: bool, publishes: bool) -> dict[str, Any]:
-        """Return arguments of the driver's connect(). *timeout*: seconds. *on_disk*: commits wait for the disk."""
+    def connect_args(self, url: URL, timeout: float) -> dict[str, Any]:
+        """Return what the driver's connect() takes besides the parameters of *url*. *timeout*: seconds."""
 
-    def on_connect(self, connection: Any, on_disk: bool) -> None:
-        """Prepare a new connection of the driver."""
+    def connect(self, connect: Callable[..., Any], arguments: Mapping[str, Any], silence: float) -> Any:
+        """Return a connection by the driver's *connect*, called with *arguments*.
+
+        Arguments:
+            silence: seconds without an answer after which it is asked whether the connection is lost.
+        """
+        return connect(**arguments)
+
+    def on_connect(self, connection: Any, on_disk: bool, publishes: bool) -> None:
+        """Prepare a new connection of the driver. *on_disk*: its commits wait for the disk."""
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Whether a driver's *error* says that its connection is of no more use, although it may be open."""
+        return False
+
+    def is_writable(self, connection: Any) -> bool:
+        """Whether the server can be written to, as far as a connection of the driver has told. Sends no statement."""
+        return True
+
+    def set_up(self, connection: Connection) -> None:
+        """Note that the tables exist."""
 
     @abstractmethod
     def is_at_rest(self, connection: Any) -> bool:
@@ -72,8 +103,12 @@ class Dialect(ABC):
     def check_usable(self) -> None:
         """Raise `Unavailable` if connecting would fail with a less clear error."""
 
+    def is_locked_by_us(self) -> bool:
+        """Whether an open transaction of this process, such as the app's own, keeps all others from writing."""
+        return False
+
     def is_replaced(self) -> bool:
-        """Whether the URL now means another database than the one that we are connected to."""
+        """Whether the URL now means another database, or other tables, than those that we have used."""
         return False
 
     def close(self) -> None:
@@ -161,6 +196,10 @@ class Dialect(ABC):
     @abstractmethod
     def migrating(self, connection: Connection) -> AbstractContextManager[None]:
         """Return the context in which a process changes the schema, one at a time."""
+
+    def before_migrations(self) -> Sequence[str]:
+        """Return the statements that a printed migration begins with."""
+        return ()
 
     # --- publishing
 
@@ -351,7 +390,7 @@ class Dialect(ABC):
         return None
 
     def check_held(self, lock: Any) -> None:
-        """Raise `Unavailable` when the connection that holds the lock is gone. Sends no statement."""
+        """Raise `Unavailable` when the lock's connection is gone. Sends a statement only after new `losses`."""
 
     def has_free_lock(self, node_id: ColumnElement[int]) -> ColumnElement[bool]:
         """Return the condition that no process holds the lock of the node *node_id*, a column."""

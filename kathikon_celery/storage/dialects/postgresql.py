@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import selectors
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
+from hashlib import blake2b
 from itertools import chain
+from math import inf
 from time import monotonic
-from typing import Any, ClassVar
+from typing import Any
 
 from sqlalchemy import (
     URL,
@@ -39,11 +42,14 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import ARRAY, TEXT
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.schema import CreateSchema
 from sqlalchemy.sql.expression import ColumnElement, Select
 
 from kathikon_celery.job import Hold
 from kathikon_celery.settings import shown
 from kathikon_celery.storage.clock import now, seconds_until
+from kathikon_celery.storage.dialects import encodings, moments, sessions
+from kathikon_celery.storage.dialects.base import ON_DISK
 from kathikon_celery.storage.dialects.parameters import Change, Changed, Claim, Upsert
 from kathikon_celery.storage.dialects.returning import (
     BROUGHT,
@@ -53,10 +59,10 @@ from kathikon_celery.storage.dialects.returning import (
     upserting,
     which_of,
 )
-from kathikon_celery.storage.engine import prepared
+from kathikon_celery.storage.engine import answers, prepared
 from kathikon_celery.storage.engine.wakeup import ENDED, NEWS, PUBLISHED, SINCE, Wakeup
 from kathikon_celery.storage.engine.wakeup import OUTCOME as OUTCOME_CALL
-from kathikon_celery.storage.errors import Forbidden, TablesInUse, Unavailable, UnknownDatabase, in_words
+from kathikon_celery.storage.errors import Forbidden, TablesInUse, Unavailable, in_words
 from kathikon_celery.storage.tables import OUTCOME, first_fence, jobs, nodes, waits
 
 #: Channel of every node: a message was published, or a job is due soon.
@@ -65,16 +71,31 @@ CHANNEL = "kathikon"
 RESULTS_CHANNEL = CHANNEL + "_r_"
 #: First key of Kathikon's advisory locks; the second is a node's id modulo 2^31, or 0 for the schema.
 LOCK_SPACE = 0x6B61
-#: Milliseconds after which a connection whose data is not acknowledged is lost (keepalives are for idle connections).
-UNANSWERED = 25_000
 #: Longest payload of a NOTIFY, in bytes: PostgreSQL takes less than 8,000.
 LONGEST_CALL = 7900
 #: SQLSTATE: the role lacks a privilege.
 FORBIDDEN = "42501"
 #: SQLSTATE: no lock within ``lock_timeout``.
 LOCKED = "55P03"
-#: Arguments of psycopg's connect() that are not libpq's.
-_OPTIONS_OF_PSYCOPG = ("autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory")
+#: SQLSTATE: the server cannot be written to any more, the database or our tables are not there any more, or a prepared
+#: statement is of tables that have changed. Another connection may do better. (Other losses close the connection.)
+_USELESS = {"25006", "0A000", "55000", "57P04", "3D000", "3F000"}
+#: SQLSTATE: there is no such table.
+NO_TABLE = "42P01"
+#: SQLSTATE: the search path names no schema that can be used.
+NO_SCHEMA = "3F000"
+#: SQLSTATE: the session has no such prepared statement, or has it already.
+OTHER_SESSION = ("26000", "42P05")
+#: Whether the server reports that sessions cannot write (PostgreSQL 14 and newer).
+_READ_ONLY = (b"in_hot_standby", b"default_transaction_read_only")
+#: Which backend serves a connection, and the table that says whether the tables are still those that we know.
+_IDENTITY = f"SELECT pg_backend_pid(), pg_postmaster_start_time(), to_regclass('{nodes.fullname}')::oid::bigint"
+#: What a worker needs for being woken behind a pooler. The format's argument is a URL.
+POOLED = (
+    "a connection pooler such as pgbouncer answers at {}, so that this worker is not woken, but polls: connect the"
+    ' worker to PostgreSQL itself, or say kathikon_wake = "listen" if the pooler is in session mode, or'
+    ' kathikon_wake = "poll" if the worker shall poll'
+)
 #: libpq's status of a connection outside of any transaction.
 IDLE = 0
 #: Seconds between two attempts to listen again after a lost connection.
@@ -101,17 +122,15 @@ def _(element: first_fence, compiler: Any, **options: Any) -> str:
     return "floor(random() * 1073741824)::int"
 
 
-_channel_of_node = literal(CHANNEL + "_").concat(cast(nodes.c.id, TEXT))
-
-
-def _woken(queue: Any, count: Any, said: Any = "") -> Any:
+def _woken(channel: str, queue: Any, count: Any, said: Any = "") -> Any:
     """UPDATE that wakes up to *count* of the nodes for which the condition *queue* holds: a NOTIFY *said* to each."""
+    channel_of_node = literal(channel + "_").concat(cast(nodes.c.id, TEXT))
     sleepers = select(nodes.c.id).where(queue).limit(count).with_for_update(skip_locked=True).scalar_subquery()
     return (
         update(nodes)
         .where(nodes.c.id.in_(sleepers))
         .values(waiting=None)
-        .returning(func.pg_notify(_channel_of_node, said).label("called"))
+        .returning(func.pg_notify(channel_of_node, said).label("called"))
     )
 
 
@@ -122,16 +141,31 @@ _UNFLUSHED = case(
 #: Writes a WAL record of no meaning: when it is committed, all earlier commits are on disk.
 _FLUSH = select(func.pg_logical_emit_message(true(), CHANNEL, ""))
 
-_WAKE = _woken(nodes.c.waiting.op("&&")(bindparam("queues", type_=ARRAY(TEXT))), bindparam("count", type_=Integer))
-_RING = select(func.pg_notify(CHANNEL, ""))
-#: Calls all nodes when the transaction commits, perhaps long after this statement.
-_RING_LATE = select(
-    func.pg_notify(CHANNEL, literal(SINCE).concat(cast(func.extract("epoch", func.statement_timestamp()), TEXT)))
-)
-_IDENTITY = text(
+#: What tells which database a connection writes to, whatever the URL.
+_DATABASE = text(
     "SELECT system_identifier, current_database(), pg_is_in_recovery(), to_regclass('kathikon_jobs')::oid"
     " FROM pg_control_system()"
 )
+
+
+@lru_cache(maxsize=8)
+def _waking(channel: str) -> Any:
+    is_wanted = nodes.c.waiting.op("&&")(bindparam("queues", type_=ARRAY(TEXT)))
+    return _woken(channel, is_wanted, bindparam("count", type_=Integer))
+
+
+@lru_cache(maxsize=8)
+def _ringing(channel: str) -> Any:
+    return select(func.pg_notify(channel, ""))
+
+
+@lru_cache(maxsize=8)
+def _ringing_late(channel: str) -> Any:
+    """Calls all nodes when the transaction commits, perhaps long after this statement."""
+    moment = cast(func.extract("epoch", func.statement_timestamp()), TEXT)
+    return select(func.pg_notify(channel, literal(SINCE).concat(moment)))
+
+
 _WAIT = (
     update(nodes).where(nodes.c.id == bindparam("node")).values(waiting=bindparam("queues", type_=nodes.c.waiting.type))
 )
@@ -166,14 +200,14 @@ def _saying(values: Mapping[str, Any], waiting: tuple[list[str], int] | None) ->
 
 
 @lru_cache(maxsize=64)
-def _publishing(dialect: PostgreSQL, upsert: Upsert, later: bool) -> Any:
+def _publishing(dialect: PostgreSQL, channel: str, upsert: Upsert, later: bool) -> Any:
     """Return the INSERT, extended to wake one idle node that waits for the job's queue; *later*: to call all nodes."""
     inserted = upserting(dialect, upsert).returning(upsert.table.c.seq).cte("inserted")
     if later:
-        return select(func.pg_notify(CHANNEL, "")).select_from(inserted)
+        return select(func.pg_notify(channel, "")).select_from(inserted)
     queue = upsert.values["queue"]
     job = literal(PUBLISHED).concat(cast(inserted.c.seq, TEXT)).concat(" ").concat(queue)
-    woken = _woken(queue == any_(nodes.c.waiting), 1, select(job).scalar_subquery()).cte("woken")
+    woken = _woken(channel, queue == any_(nodes.c.waiting), 1, select(job).scalar_subquery()).cte("woken")
     return select(func.max(_UNFLUSHED)).select_from(woken).add_cte(inserted)
 
 
@@ -246,40 +280,88 @@ class PostgreSQL(ReturningDialect):
     completes_and_claims = True
     calls_with_commit = True
 
-    writable: ClassVar[Mapping[str, Any]] = {"target_session_attrs": "read-write"}
+    renewal_without_lock = 1.0
 
-    def __init__(self, url: URL) -> None:
-        super().__init__(url)
-        try:
-            import psycopg
-        except ImportError as error:
-            raise UnknownDatabase(
-                f"{shown(url)} needs the package psycopg, which cannot be imported"
-                f" ({error}); say pip install 'kathikon-celery[postgresql]', or set another kathikon_database_url"
-            ) from None
-        _, options = url.get_dialect()().create_connect_args(url)
-        try:
-            psycopg.conninfo.make_conninfo(
-                **{name: value for name, value in options.items() if name not in _OPTIONS_OF_PSYCOPG}
-            )
-        except psycopg.ProgrammingError as error:
-            raise UnknownDatabase(f"{shown(url)}: {in_words(error)}; allowed are the parameters of libpq") from None
+    def __init__(self, url: URL, schema: str | None = None, wake: str = "auto") -> None:
+        super().__init__(url, schema, wake)
+        self._must_be_writable = sessions.must_be_writable(url)
+        self._wake = wake
+        #: Undoes the escapes in a text that no column's type has read.
+        self.unescaped: Callable[[str], str] = str
+        self._belongs_to(schema)
+        self.shares_sessions = None
+        if wake != "auto":
+            self._share_sessions(wake == "poll")
+        #: Number of the table of nodes when we have last seen it; `None`: we have not.
+        self._tables: int | None = None
+        self._is_replaced = False
+        self._life = 0  # how often we have begun anew
 
-    def connect_args(self, timeout: float, on_disk: bool, publishes: bool) -> dict[str, Any]:
-        options = {"synchronous_commit": "on" if on_disk else "off", "timezone": "UTC"}
-        if publishes:  # else PostgreSQL plans each of the first five INSERTs, which takes as long as the INSERT
-            options["plan_cache_mode"] = "force_generic_plan"
-        return {
-            "connect_timeout": max(2, round(timeout)),
-            "application_name": "kathikon",
-            "options": " ".join(f"-c {name}={value}" for name, value in options.items()),
-            # The loss of an idle connection is noticed within half a minute.
-            "keepalives_idle": 10,
-            "keepalives_interval": 5,
-            "keepalives_count": 3,
-            # A connection whose data is not acknowledged is lost after `UNANSWERED`; TCP itself takes minutes.
-            "tcp_user_timeout": UNANSWERED,
-        }
+    def _share_sessions(self, shares: bool) -> None:
+        self.shares_sessions = shares
+        self.wakes_by_name = self.enters_waits = not shares
+
+    def _belongs_to(self, schema: str | None) -> None:
+        """Note the *schema* of the tables: two schemas of a database share neither calls nor locks."""
+        if schema in (None, "public"):
+            self.channel, self.lock_space = CHANNEL, LOCK_SPACE
+        else:
+            digest = blake2b(schema.encode(), digest_size=4)
+            self.channel = f"{CHANNEL}_{digest.hexdigest()}"
+            self.lock_space = int.from_bytes(digest.digest(), "big") % 2**31
+
+    def connect_args(self, url: URL, timeout: float) -> dict[str, Any]:
+        return sessions.connect_args(url, timeout)
+
+    def connect(self, connect: Callable[..., Any], arguments: Mapping[str, Any], silence: float) -> Any:
+        life = self._life
+        connection = answers.connect(arguments, silence)
+        connection.life = life
+        return connection
+
+    def on_connect(self, connection: Any, on_disk: bool, publishes: bool) -> None:
+        was, connection.autocommit = connection.autocommit, True
+        moments.adapt(connection)
+        self.unescaped = encodings.adapt(connection)
+        settings = sessions.session(self.url, self.schema, on_disk, publishes)
+        is_ours, schema = sessions.tell(connection, settings, trusted=self._wake == "listen")
+        self._belongs_to(self.schema or schema)
+        if self._wake == "auto" and (not is_ours or self.shares_sessions is None):
+            self._share_sessions(not is_ours)
+            self.advice = None if is_ours else POOLED.format(shown(self.url))
+        if self.shares_sessions:
+            connection.prepare_threshold = None  # the next transaction may have another session
+            connection.silence *= answers.MOST_PERIODS  # nobody can tell which process works on a statement
+        else:
+            *connection.identity, tables = connection.execute(_IDENTITY).fetchone()
+            if connection.life == self._life:  # else it may have seen the tables that are replaced
+                self._see(tables)
+        connection.autocommit = was
+
+    def _see(self, tables: int | None) -> None:
+        if self._tables is not None and tables != self._tables:
+            self._is_replaced = True
+        elif tables is not None:
+            self._tables = tables
+
+    def set_up(self, connection: Connection) -> None:
+        if not self.shares_sessions:
+            self._see(connection.exec_driver_sql(_IDENTITY).one()[-1])
+
+    def is_replaced(self) -> bool:
+        return self._is_replaced
+
+    def close(self) -> None:
+        self._life += 1
+        self._tables, self._is_replaced = None, False
+
+    def is_lost(self, error: BaseException) -> bool:
+        state = getattr(error, "sqlstate", None)
+        return state in _USELESS or (state == NO_TABLE and CHANNEL in str(error))
+
+    def is_writable(self, connection: Any) -> bool:
+        status = connection.pgconn.parameter_status
+        return not self._must_be_writable or (status(_READ_ONLY[0]) != b"on" and status(_READ_ONLY[1]) != b"on")
 
     def _explained(self, error: Exception) -> Exception:
         cause = getattr(error, "orig", None)
@@ -287,6 +369,17 @@ class PostgreSQL(ReturningDialect):
             return Forbidden(
                 f"{shown(self.url)}: {cause.diag.message_primary}; have the owner of the database run what"  # type: ignore[union-attr]
                 " 'celery -A proj kathikon schema --sql' prints, and grant its tables and sequences to this role"
+                " (docs/postgresql.md lists the rights of producers, workers and readers)"
+            )
+        if getattr(cause, "sqlstate", None) == NO_SCHEMA:
+            return Forbidden(
+                f"{shown(self.url)}: {cause.diag.message_primary}; create one of the search path, and grant it"  # type: ignore[union-attr]
+                " to this role, or name one in kathikon_schema"
+            )
+        if getattr(cause, "sqlstate", None) in OTHER_SESSION:
+            return Unavailable(
+                f"{shown(self.url)}: {cause.diag.message_primary}; a connection pooler in transaction mode answers"  # type: ignore[union-attr]
+                ' there: say kathikon_wake = "auto" or "poll"'
             )
         if getattr(cause, "sqlstate", None) == LOCKED:
             return TablesInUse(
@@ -295,10 +388,17 @@ class PostgreSQL(ReturningDialect):
         return error
 
     def identity(self, connection: Connection) -> object:
-        return tuple(connection.execute(_IDENTITY).one())
+        return tuple(connection.execute(_DATABASE).one())
 
     def guest(self) -> PostgreSQL:
         return _Guest(self)
+
+    def begin(self, connection: Connection) -> None:
+        if self.shares_sessions:
+            on_disk = connection.get_execution_options()[ON_DISK]
+            prepared.plain(connection, *sessions.begin_pooled(on_disk, self.schema))
+        else:
+            prepared.plain(connection, sessions.BEGIN)
 
     def is_at_rest(self, connection: Any) -> bool:
         return connection.pgconn.transaction_status == IDLE  # type: ignore[no-any-return]
@@ -365,21 +465,24 @@ class PostgreSQL(ReturningDialect):
     def publish(
         self, connection: Connection, upsert: Upsert, values: Mapping[str, Any], later: bool, again: bool
     ) -> None:
-        rows = prepared.rows(connection, _publishing(self, upsert, later), values)
-        if again or any(unflushed for (unflushed,) in rows):
+        rows = prepared.rows(connection, _publishing(self, self.channel, upsert, later), values)
+        if self.shares_sessions:  # the caller's transaction is not over yet: its commit waits for the disk
+            prepared.plain(connection, sessions.commit_on_disk(connection.get_execution_options()[ON_DISK]))
+        elif again or any(unflushed for (unflushed,) in rows):
             prepared.rows(connection, _FLUSH, {})
 
     def wait_for(self, connection: Connection, node_id: int, queues: list[str] | None) -> None:
         prepared.count(connection, _WAIT, {"node": node_id, "queues": queues})
 
     def wake(self, connection: Connection, queues: Iterable[str], count: int) -> None:
-        prepared.rows(connection, _WAKE, {"queues": list(queues), "count": count})
+        prepared.rows(connection, _waking(self.channel), {"queues": list(queues), "count": count})
 
     def ring(self, connection: Connection) -> None:
-        prepared.rows(connection, _RING, {})
+        prepared.rows(connection, _ringing(self.channel), {})
 
     def wakeup(self, connect: Callable[[], Any], node_id: int | None) -> Wakeup:
-        return Listener(connect, [CHANNEL] if node_id is None else [CHANNEL, f"{CHANNEL}_{node_id}"])
+        of_node = [] if node_id is None else [f"_{node_id}"]
+        return Listener(self, connect, lambda: [self.channel + suffix for suffix in ("", *of_node)])
 
     def _told(
         self,
@@ -407,7 +510,7 @@ class PostgreSQL(ReturningDialect):
         connection.execute(_LEAVE, {"keys": keys, "listener": listener, "at_most": 2 * len(keys)})
 
     def hearing(self, connect: Callable[[], Any], listener: int) -> Wakeup:
-        heard = Listener(connect, [f"{RESULTS_CHANNEL}{listener}"])
+        heard = Listener(self, connect, lambda: [f"{RESULTS_CHANNEL}{listener}"])
         heard.listen()
         return heard
 
@@ -415,21 +518,34 @@ class PostgreSQL(ReturningDialect):
         return connection.execute(select(func.pg_postmaster_start_time())).scalar()
 
     def hold(self, connect: Callable[[], Any], node_id: int) -> Any:
-        connection = connect()
-        # Do not wait: until the server notices that our last connection is gone, the lease alone counts.
-        lock = connection.execute("SELECT pg_try_advisory_lock(%s, %s)", (LOCK_SPACE, node_id % 2**31))
-        if lock.fetchone() == (True,):
-            return connection
+        if self.shares_sessions:
+            return None
+        losses, connection = self.losses, connect()
+        try:
+            # Do not wait: until the server notices that our last connection is gone, the lease alone counts.
+            lock = connection.execute("SELECT pg_try_advisory_lock(%s, %s)", (self.lock_space, node_id % 2**31))
+            if lock.fetchone() == (True,):
+                connection.losses = losses
+                return connection
+        except Exception as error:
+            connection.close()
+            raise Unavailable(f"the connection that holds the lease is gone: {in_words(error)}") from error
         connection.close()
         return None
 
     def check_held(self, lock: Any) -> None:
         try:
-            # A server that ends a connection says so; keepalives find the loss of a silent server.
+            if lock.losses != self.losses:
+                losses = self.losses
+                lock.execute("SELECT 1")
+                lock.losses = losses
+            # A server that ends a connection says so.
             lock.pgconn.consume_input()  # the server's last message, if any
             lock.pgconn.consume_input()  # and the end of the connection
         except Exception as error:
             raise Unavailable(f"the connection that holds the lease is gone: {in_words(error)}") from error
+        if not self.is_writable(lock):
+            raise Unavailable("the connection that holds the lease is to a server that cannot be written to now")
 
     def has_free_lock(self, node_id: ColumnElement[int]) -> ColumnElement[bool]:
         locks = table("pg_locks", column("locktype"), column("classid"), column("objid"), column("database"))
@@ -437,7 +553,9 @@ class PostgreSQL(ReturningDialect):
         here = here.where(literal_column("datname") == func.current_database())
         # A list of the held locks, no EXISTS: the list is made once, whatever the number of nodes.
         held = select(cast(locks.c.objid, BigInteger)).where(
-            locks.c.locktype == "advisory", locks.c.classid == LOCK_SPACE, locks.c.database == here.scalar_subquery()
+            locks.c.locktype == "advisory",
+            locks.c.classid == self.lock_space,
+            locks.c.database == here.scalar_subquery(),
         )
         return (node_id % 2**31).not_in(held)
 
@@ -446,17 +564,34 @@ class PostgreSQL(ReturningDialect):
 
     @contextmanager
     def migrating(self, connection: Connection) -> Iterator[None]:
-        # Every statement of the fleet waits behind an ALTER TABLE that waits for a lock.
-        connection.execute(text("SET LOCAL lock_timeout = '2s'"))
-        connection.execute(select(func.pg_advisory_xact_lock(LOCK_SPACE, 0)))
-        yield
+        driver: Any = connection.connection.driver_connection
+        driver.longest = inf  # the tables may be large
+        try:
+            connection.execute(text("SET LOCAL lock_timeout = '20s'"))  # another process may create the tables just now
+            connection.execute(select(func.pg_advisory_xact_lock(LOCK_SPACE, 0)))
+            # Every statement of the fleet waits behind an ALTER TABLE that waits for a lock.
+            connection.execute(text("SET LOCAL lock_timeout = '2s'"))
+            if self.schema is not None:
+                known = text("SELECT 1 FROM pg_namespace WHERE nspname = :schema")
+                if connection.execute(known, {"schema": self.schema}).first() is None:
+                    connection.execute(CreateSchema(self.schema))
+            yield
+            self._belongs_to(connection.execute(text(f"SELECT {sessions.SCHEMA}")).scalar())
+        finally:
+            driver.longest = None
+
+    def before_migrations(self) -> Sequence[str]:
+        if self.schema is None:
+            return ()
+        name = sessions.quoted(self.schema)
+        return (f"CREATE SCHEMA IF NOT EXISTS {name}", f"SET search_path = {name}")
 
 
 class _Guest(PostgreSQL):
     """PostgreSQL in a transaction of the caller's: its NOTIFY comes with the commit, and no row of a node is locked."""
 
     def __init__(self, host: PostgreSQL) -> None:
-        self.url = host.url
+        vars(self).update(vars(host))
 
     def join(self, connection: Connection) -> None:
         driver: Any = connection.connection.driver_connection
@@ -474,14 +609,19 @@ class _Guest(PostgreSQL):
         self.ring(connection)
 
     def ring(self, connection: Connection) -> None:
-        connection.execute(_RING_LATE)
+        connection.execute(_ringing_late(self.channel))
 
 
 class Listener(Wakeup):
-    """Hears NOTIFY on *channels*, and reconnects by itself after a loss."""
+    """Hears NOTIFY on *channels*, and reconnects by itself after a loss, also of another connection.
 
-    def __init__(self, connect: Callable[[], Any], channels: list[str]) -> None:
+    It hears nothing if sessions are shared.
+    """
+
+    def __init__(self, dialect: PostgreSQL, connect: Callable[[], Any], channels: Callable[[], list[str]]) -> None:
         super().__init__()
+        self._dialect = dialect
+        self._losses = 0
         self._connect = connect
         self._channels = channels
         self._connection: Any = None
@@ -490,9 +630,16 @@ class Listener(Wakeup):
     def listen(self) -> bool:
         """Connect and LISTEN; return false while the database is away."""
         self._next_attempt = monotonic() + RECONNECT
+        self._losses = self._dialect.losses
         try:
-            connection = self._connect()
-            for channel in self._channels:
+            connection = None if self._dialect.shares_sessions else self._connect()
+            if self._dialect.shares_sessions:  # the first connection may have shown that
+                self._next_attempt = inf
+                if connection is not None:
+                    connection.close()
+                return False
+            assert connection is not None
+            for channel in self._channels():
                 connection.execute(f'LISTEN "{channel}"')
         except Exception:
             # The database is away. Other calls raise that error; here it is enough to try again.
@@ -502,6 +649,8 @@ class Listener(Wakeup):
         return True
 
     def wait(self, timeout: float) -> bool:
+        if self._losses != self._dialect.losses and self._connection is not None:
+            self._forget()  # it may be silent for ever
         if self._connection is None:
             if monotonic() >= self._next_attempt and self.listen():
                 self.called_all = True
@@ -515,13 +664,20 @@ class Listener(Wakeup):
             self._connection.pgconn.consume_input()
             while (call := self._connection.pgconn.notifies()) is not None:
                 heard = True
-                self.called_all = self.called_all or call.relname == CHANNEL.encode()
+                self.called_all = self.called_all or call.relname == self._dialect.channel.encode()
                 if call.extra:
-                    self.named.append(call.extra.decode())
+                    self.named.append(self._read(call.extra.decode()))
         except Exception:
             self._forget()
             heard = self.called_all = True
         return heard
+
+    def _read(self, call: str) -> str:
+        unescaped = self._dialect.unescaped
+        if unescaped is str or call[0] != OUTCOME_CALL:
+            return unescaped(call)
+        values = {name: unescaped(one) if isinstance(one, str) else one for name, one in json.loads(call[1:]).items()}
+        return OUTCOME_CALL + json.dumps(values)
 
     def _forget(self) -> None:
         # A closed connection does not know its descriptor: take all descriptors but the receiver's.

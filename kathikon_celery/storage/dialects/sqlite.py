@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import selectors
+import sqlite3
+import stat
 import threading
+from _thread import allocate_lock, start_new_thread
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import psutil
 from sqlalchemy import URL, Connection, ScalarSelect, Table, Text, and_, bindparam, func, literal_column, select, tuple_
 from sqlalchemy.dialects import sqlite
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import ColumnElement
 
 from kathikon_celery.job import Hold
+from kathikon_celery.settings import shown
 from kathikon_celery.storage.clock import FAR, now, seconds_until
 from kathikon_celery.storage.dialects.parameters import Changed, Upsert
 from kathikon_celery.storage.dialects.returning import BROUGHT, ReturningDialect, upserting, which_of
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.wakeup import Wakeup
-from kathikon_celery.storage.errors import Unavailable, in_words
+from kathikon_celery.storage.errors import Refused, Unavailable, UnknownDatabase, in_words
 from kathikon_celery.storage.tables import first_fence, jobs
 
 try:
@@ -37,9 +45,22 @@ try:
 except ImportError:  # pragma: no cover (not Linux: a file is looked at every `LOOK` seconds)
     inotify_simple = None
 
-#: Seconds for which SQLite itself waits for a lock that another process has in spite of the lock file.
-BUSY = 60.0
-#: Seconds between two looks at a file on a system without inotify.
+logger = logging.getLogger(__name__)
+
+#: Seconds for which a write waits for a transaction of another program, or of the app itself.
+BUSY = 5.0
+#: Seconds for which a write waits for its turn. Its holder may be stopped; SQLite's own lock decides then.
+LONGEST_TURN = 1.0
+#: Where SQLite locks its ``-shm`` file to write.
+WRITE_LOCK = 120
+#: Flag of ``open`` that does not follow a symbolic link.
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+#: What SQLite says if trying again may help: errors of the system, or of other processes (such as a new file).
+PASSING = (
+    "locked", "disk", "unable to open", "readonly", "protocol", "schema has changed", "interrupted", "memory",
+    "no such table",
+)  # fmt: skip
+#: Seconds between two looks at a file if there is no inotify.
 LOOK = 0.01
 
 #: Length in bytes of the lock file's head, which changes when all nodes are called, not only those that wait for a job.
@@ -84,14 +105,19 @@ class SQLite(ReturningDialect):
     closes_before_fork = True
     has_one_writer = True
 
-    def __init__(self, url: URL) -> None:
-        super().__init__(url)
+    def __init__(self, url: URL, schema: str | None = None, wake: str = "auto") -> None:
+        super().__init__(url, schema, wake)
+        if schema is not None:
+            raise UnknownDatabase(
+                f"kathikon_schema = {schema!r} is for PostgreSQL, and {shown(url)} is a file of SQLite, which has no"
+                " schemas: give each application a file of its own"
+            )
         if not url.database or url.database == ":memory:" or url.query.get("mode") == "memory":
             raise ValueError(
                 f"{url}: a database in memory is seen by one connection only;"
                 " for tables that live as long as the process set kathikon_copies = 'ram'"
             )
-        self.path = Path(url.database).absolute()
+        self.path = Path(url.database).resolve()  # as SQLite does, to find the log
         #: Writers lock this file in turn. A write to it wakes all sleepers: there is a job or, if its first `MARK`
         #: bytes have changed, a message or a job that is due soon.
         self.lock_path = self.path.with_name(self.path.name + "-lock")
@@ -100,6 +126,7 @@ class SQLite(ReturningDialect):
         #: Device and inode of the open database file.
         self._file: tuple[int, int] | None = None
         self._turn = _Turn(self)
+        self._has_turn = self._is_turn_stuck = self._is_locked = False
         self._lock = threading.RLock()
         self._depth = 0
         self._descriptor: int | None = None
@@ -109,17 +136,22 @@ class SQLite(ReturningDialect):
         self._results: int | None = None
         self._tells = False
 
-    def connect_args(self, timeout: float, on_disk: bool, publishes: bool) -> dict[str, Any]:
+    def connect_args(self, url: URL, timeout: float) -> dict[str, Any]:
         return {"timeout": BUSY, "check_same_thread": False}
 
-    def on_connect(self, connection: Any, on_disk: bool) -> None:
+    def on_connect(self, connection: Any, on_disk: bool, publishes: bool) -> None:
         connection.isolation_level = None
         # Text that is not UTF-8 makes its own row corrupt, and does not fail the whole statement.
         connection.text_factory = lambda data: str(data, "utf-8", "surrogateescape")
         cursor = connection.cursor()
         if cursor.execute("PRAGMA journal_mode").fetchone() != ("wal",):
             with self.writing():  # if several processes change it at once, all but one fail
-                cursor.execute("PRAGMA journal_mode=WAL")
+                (mode,) = cursor.execute("PRAGMA journal_mode=WAL").fetchone()
+            if mode != "wal":
+                raise Unavailable(
+                    f"the SQLite file {str(self.path)!r} cannot have a log (its journal_mode stays {mode!r}); keep it"
+                    " on a local disk"
+                )
         cursor.execute(f"PRAGMA synchronous={'FULL' if on_disk and not FLUSHES else 'NORMAL'}")
         cursor.execute("PRAGMA cache_size=-16000")
         cursor.execute("PRAGMA journal_size_limit=67108864")
@@ -166,6 +198,9 @@ class SQLite(ReturningDialect):
             raise self._read_only()
         if not os.access(folder, os.W_OK):
             raise Unavailable(f"the folder {str(folder)!r} of the SQLite file is read-only; it must be writable")
+        # SQLite gives its other files the mode of this one.
+        with suppress(FileExistsError):
+            os.close(_create(self.path, _mode_in(folder)))
 
     def _read_only(self) -> Unavailable:
         return Unavailable(f"the SQLite file {str(self.path)!r} is read-only; give its owner the right to write")
@@ -181,20 +216,74 @@ class SQLite(ReturningDialect):
         super().roll_back(connection)
 
     def _take_turn(self) -> None:
-        self._lock.acquire()
+        if not self._lock.acquire(timeout=BUSY):
+            raise self._locked()
         self._depth += 1
-        if self._depth == 1 and fcntl is not None:
+        if self._depth == 1:
             try:
-                fcntl.flock(self._lock_file(), fcntl.LOCK_EX)
+                if self._is_locked:
+                    self._check_unlocked()
+                if fcntl is not None:
+                    self._has_turn = self._wait_for_turn(self._lock_file())
             except BaseException:
                 self._end_turn()
                 raise
+
+    def _wait_for_turn(self, descriptor: int) -> bool:
+        """Lock the lock file; return false if its holder seems to be stopped, also for the writes that follow."""
+        if _locks(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, self.lock_path):
+            self._is_turn_stuck = False
+            return True
+        if not self._is_turn_stuck:
+            self._is_turn_stuck = not _Locking(descriptor, self.lock_path).wait(LONGEST_TURN)
+        return not self._is_turn_stuck
+
+    def _check_unlocked(self) -> None:
+        """Raise at once if the file is still locked, for as long as it is: the next writes need not wait as well."""
+        with closing(sqlite3.connect(self.path, timeout=0.05, isolation_level=None)) as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute("ROLLBACK")
+            except sqlite3.OperationalError as error:
+                if "locked" in str(error):
+                    raise self._locked() from None
+        self._is_locked = False
+
+    def _locked(self) -> Unavailable:
+        self._is_locked = True
+        holder = self._writer()
+        remedy = "write to the file in short transactions"
+        if holder in (None, os.getpid()):
+            remedy = (
+                "send tasks, and wait for their results, after the end of your own transaction (delay_on_commit of"
+                " Celery's Django tasks), or keep the jobs in a file of their own (kathikon_database_url)"
+            )
+        return Unavailable(
+            f"the SQLite file {str(self.path)!r} is locked for more than {BUSY:g} s by an open transaction of"
+            f" {_described(holder)}; {remedy}"
+        )
+
+    def _writer(self) -> int | None:
+        """Return the id of the process that has a transaction which writes; `None` if the system does not tell."""
+        with suppress(OSError, ValueError):
+            inode = str(os.stat(f"{self.path}-shm").st_ino)
+            for line in Path("/proc/locks").read_text().splitlines():
+                _, kind, _, access, pid, file, first, last, *_ = [*line.split(), *[""] * 8]
+                if (kind, access, file.rpartition(":")[2]) != ("POSIX", "WRITE", inode) or int(pid) <= 0:
+                    continue
+                if int(first) <= WRITE_LOCK and (last == "EOF" or int(last) >= WRITE_LOCK):
+                    return int(pid)
+        return None
+
+    def is_locked_by_us(self) -> bool:
+        return self._writer() == os.getpid()
 
     def _end_turn(self) -> None:
         try:
             self._depth -= 1
             if self._depth == 0:
-                if fcntl is not None and self._descriptor is not None:
+                if self._has_turn and self._descriptor is not None:
+                    self._has_turn = False
                     fcntl.flock(self._descriptor, fcntl.LOCK_UN)
                 if self._rings and self._descriptor is not None:
                     call = (os.urandom(MARK), 0) if self._rings_all else (b"\0", MARK)
@@ -232,17 +321,24 @@ class SQLite(ReturningDialect):
         return self._results
 
     def _open(self, path: Path) -> int:
+        """Open a file beside the database; create it with the database's mode."""
         self.check_usable()
         try:
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                return _create(path, stat.S_IMODE(os.stat(self.path).st_mode) & 0o666)
+            except FileExistsError:
+                descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | NO_LINK)
         except OSError as error:
-            raise Unavailable(
-                f"the file {str(path)!r} cannot be opened: {error.strerror};"
-                " the folder of the SQLite file must be writable"
-            ) from error
+            remedy = "the folder of the SQLite file must be writable, and this file too"
+            if error.errno == errno.ELOOP:
+                remedy = "it is a symbolic link, which is not followed; delete it"
+            raise Unavailable(f"the file {str(path)!r} cannot be opened: {error.strerror}; {remedy}") from error
+        return descriptor
 
     def _explained(self, error: Exception) -> Exception:
         said = in_words(error)
+        if "locked" in said:
+            return self._locked()
         if "readonly database" in said:
             return self._read_only()
         if "disk is full" in said or "disk I/O error" in said:
@@ -255,6 +351,8 @@ class SQLite(ReturningDialect):
             except Unavailable as unusable:
                 return unusable
             return Unavailable(f"the SQLite file {str(self.path)!r} cannot be opened: {said}")
+        if isinstance(error, OperationalError) and not any(words in said for words in PASSING):
+            return Refused(f"SQLite refuses a statement: {said}")
         return error
 
     def _insert(self, table: Table) -> sqlite.Insert:
@@ -341,7 +439,7 @@ class _Guest(SQLite):
     """SQLite in a transaction of the caller's, whose commit nobody hears: see `Dialect.call`."""
 
     def __init__(self, host: SQLite) -> None:
-        self.url = host.url
+        self.url, self.path = host.url, host.path
         self._rings = self._rings_all = self._tells = False
 
     def join(self, connection: Connection) -> None:
@@ -373,6 +471,74 @@ class _Log:
             os.close(self.descriptor)
 
 
+def _locks(descriptor: int, how: int, path: Path) -> bool:
+    """Lock the file; return false if another process has locked it, and *how* says not to wait."""
+    try:
+        fcntl.flock(descriptor, how)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise Unavailable(
+            f"the file {str(path)!r} cannot be locked: {error.strerror}; keep the SQLite file on a local disk"
+        ) from error
+    return True
+
+
+class _Locking:
+    """Locks a file in a thread of its own: ``flock`` has no timeout, and tries with pauses cost half the throughput."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        self._descriptor, self._path = os.dup(descriptor), path  # the original may be closed meanwhile
+        self._mutex, self._is_awaited = allocate_lock(), True
+        self._done = allocate_lock()
+        self._done.acquire()
+        start_new_thread(self._run, ())
+
+    def _run(self) -> None:
+        try:
+            with suppress(Unavailable):
+                _locks(self._descriptor, fcntl.LOCK_EX, self._path)
+            with self._mutex:
+                if not self._is_awaited:
+                    fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        finally:
+            os.close(self._descriptor)
+            self._done.release()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the lock; return false, and give it up, after so many *seconds*."""
+        if self._done.acquire(timeout=seconds):
+            return True
+        with self._mutex:
+            self._is_awaited = False
+        return self._done.acquire(blocking=False)
+
+
+def _create(path: Path, mode: int) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | NO_LINK, mode)
+    with suppress(OSError, AttributeError):  # the process's umask takes rights away
+        os.fchmod(descriptor, mode)
+    return descriptor
+
+
+def _mode_in(folder: Path) -> int:
+    """Return the mode of a new file: for its owner alone, or for the group as well in a folder that a group shares."""
+    mode = os.stat(folder).st_mode
+    return 0o660 if mode & stat.S_ISGID and mode & stat.S_IWGRP else 0o600
+
+
+def _described(pid: int | None) -> str:
+    if pid is None:
+        return "this process or another program"
+    if pid == os.getpid():
+        return "this process itself"
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        is_stopped = process.status() == psutil.STATUS_STOPPED
+        return f"process {pid} ({process.name()}){', which is stopped' if is_stopped else ''}"
+    return f"process {pid}"
+
+
 class _Turn:
     """One writer's turn: a lock keeps out other threads of this process, and the lock file other processes."""
 
@@ -388,15 +554,33 @@ class _Turn:
         self._dialect._end_turn()
 
 
+def _inotify_on(path: Path) -> Any:
+    """Return an inotify instance that watches *path*; `None` if the system has no inotify, or no more of it to give."""
+    if inotify_simple is None:
+        return None
+    found = None
+    try:
+        found = inotify_simple.INotify(nonblocking=True)
+        found.add_watch(path, inotify_simple.flags.MODIFY)
+    except OSError as error:
+        if found is not None:
+            found.close()
+        logger.warning(
+            "Kathikon: there is no inotify for %s, so this process looks at the file every %g ms: %s; see the system's"
+            " settings fs.inotify.max_user_instances and fs.inotify.max_user_watches", path, LOOK * 1000, error
+        )  # fmt: skip
+        return None
+    return found
+
+
 class Bell(Wakeup):
     """Hears writes to a file."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path = path
-        self._inotify = inotify_simple.INotify(nonblocking=True) if inotify_simple else None
+        self._inotify = _inotify_on(path)
         if self._inotify is not None:
-            self._inotify.add_watch(path, inotify_simple.flags.MODIFY)
             self._selector.register(self._inotify.fileno(), selectors.EVENT_READ)
         self._last = self._stamp()
 

@@ -6,8 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import cached_property
-from time import monotonic
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event
@@ -16,20 +15,22 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from kathikon_celery.settings import shown
-from kathikon_celery.storage.dialects import OPTION, Dialect, dialect_for
+from kathikon_celery.settings import absolute, shown
+from kathikon_celery.storage.dialects import ON_DISK, OPTION, Dialect, dialect_for
 from kathikon_celery.storage.engine import forks
 from kathikon_celery.storage.engine.forks import Gate
+from kathikon_celery.storage.engine.idle import Idle, drop
 from kathikon_celery.storage.engine.wakeup import Wakeup
-from kathikon_celery.storage.errors import Unavailable, in_words, is_lost
+from kathikon_celery.storage.errors import UNSTORABLE, Unavailable, in_words, is_lost
 from kathikon_celery.storage.events import Event, Events
+from kathikon_celery.storage.names import is_only_ascii, only_ascii
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-#: Connections kept at hand beside the pool's, for each engine, and the seconds for which they are kept.
-MOST_IDLE, LONGEST_IDLE = 5, 60.0
+#: Most connections in use at one time, for each engine; a further thread waits for one of them.
+MOST_IN_USE = 55
 
 #: In a forked process the parent's connections, kept so that they are neither used nor closed here.
 _inherited: list[Any] = []
@@ -54,7 +55,12 @@ class _Use:
             if not self._writes:
                 database.dialect.check_usable()
             # Before the turn: connecting takes the turn for a moment, and a pool has a lock for its first connection.
-            self._connection = database._connect(self._durable)
+            self._connection = connection = database._connect(self._durable)
+            # A statement that reads would not fail.
+            if not self._writes and not database.dialect.is_writable(connection.connection.driver_connection):
+                connection.invalidate()
+                database.dialect.losses += 1
+                raise Unavailable(f"{database!r} cannot be written to now")
             if self._writes:
                 turn = database.dialect.writing()
                 turn.__enter__()
@@ -80,9 +86,9 @@ class _Use:
                 # Interrupted in a statement or a transaction, such as by a time limit: must not be used again.
                 if not (connection.invalidated or database.dialect.is_at_rest(connection.connection.driver_connection)):
                     connection.invalidate(error)
-                if connection.invalidated:  # perhaps all are lost: the pool knows which are older
-                    database._give_back()
-                connection.close()
+                if connection.invalidated:  # perhaps all are lost
+                    database._idle.drop_all()
+                database._keep(self._durable, connection)
             if error is None and self._writes and database._on_disk[self._durable]:
                 database.dialect.flush(kept)
         finally:
@@ -101,7 +107,10 @@ class Database:
         publish_durability: ``disk`` when a commit of `write(durable=True)` must be on disk, ``server`` when not.
         worker_durability: as *publish_durability*, for all other commits.
         connect_timeout: seconds after which an attempt to connect is given up.
+        silence: seconds without an answer after which it is asked whether a connection is lost.
         alternates: URLs of further servers that have the same data. The first one that can be written to is used.
+        schema, wake: the settings ``kathikon_schema`` and ``kathikon_wake``.
+        pool_size: connections kept for the next use, for each engine.
     """
 
     def __init__(
@@ -111,14 +120,19 @@ class Database:
         publish_durability: str = "disk",
         worker_durability: str = "server",
         connect_timeout: float = 4.0,
+        silence: float = 10.0,
         alternates: Sequence[str] = (),
+        schema: str | None = None,
+        wake: str = "auto",
+        pool_size: int = 5,
     ) -> None:
-        self.url = make_url(url)
+        self.url = absolute(make_url(url))
         #: What the transactions of this process do to jobs.
         self.events = Events()
         self._servers = [self.url, *map(make_url, alternates)]
-        self.dialect: Dialect = dialect_for(self.url)
-        self.connect_timeout = connect_timeout
+        self._new_dialect = partial(dialect_for, self.url, schema, wake)
+        self.dialect: Dialect = self._new_dialect()
+        self.connect_timeout, self.silence = connect_timeout, silence
         #: Seconds for which `patiently` tries again when the database is away: 0 for producers, more for workers.
         self.patience = 0.0
         #: Number of connections made so far; it grows after a loss.
@@ -131,7 +145,8 @@ class Database:
         self._identity: object = None
         self._gate = self._new_gate()
         self._noticing = threading.Lock()
-        self._idle: dict[bool, list[tuple[float, Connection]]] = {True: [], False: []}
+        self._pool_size = pool_size
+        self._idle = Idle(pool_size, self._gate)
         forks.watch(self)
 
     def __repr__(self) -> str:
@@ -160,32 +175,30 @@ class Database:
 
     def _make_engine(self, durable: bool, **options: Any) -> Engine:
         on_disk = self._on_disk[durable]
-        options = options or {"pool_recycle": 1800, "max_overflow": 50}
+        # The pool only counts: `_keep` keeps the connections, since to take one of the pool costs more.
+        options = options or {"pool_size": 1, "max_overflow": MOST_IN_USE - 1}
         engine = create_engine(
             self.url,
             isolation_level="AUTOCOMMIT",  # BEGIN and COMMIT are sent by `write`; a single statement needs neither
             hide_parameters=True,  # no payloads in error messages
-            connect_args=self.dialect.connect_args(self.connect_timeout, on_disk, publishes=durable),
             pool_reset_on_return=None,  # see `_Use`
-            execution_options={OPTION: self.dialect},
+            execution_options={OPTION: self.dialect, ON_DISK: on_disk},
             **options,
         )
+        usual = engine.dialect.is_disconnect
+        engine.dialect.is_disconnect = partial(self._is_disconnect, usual)  # type: ignore[method-assign]
         event.listen(engine, "do_connect", self._do_connect)
-        event.listen(engine, "connect", lambda connection, _: self._on_connect(connection, on_disk))
+        event.listen(engine, "connect", lambda connection, _: self._on_connect(connection, on_disk, durable))
         return engine
 
-    def _do_connect(self, dialect: Any, _: Any, args: list[Any], options: dict[str, Any]) -> Any:
-        """Return a connection of the driver for SQLAlchemy's event; with `None` SQLAlchemy connects."""
+    def _do_connect(self, dialect: Any, *_: Any) -> Any:
+        """Return a connection of the driver for SQLAlchemy's event. All connections begin here."""
         self.dialect.check_usable()
-        if len(self._servers) == 1:
-            return None
-        _, own = dialect.create_connect_args(self.url)
-        ours = {name: value for name, value in options.items() if name not in own}
-        ours.update(self.dialect.writable)
         for url in list(self._servers):
             args, named = dialect.create_connect_args(url)
+            named |= self.dialect.connect_args(url, self.connect_timeout)
             try:
-                connection = dialect.connect(*args, **named, **{k: v for k, v in ours.items() if k not in named})
+                connection = self.dialect.connect(partial(dialect.connect, *args), named, self.silence)
             except dialect.loaded_dbapi.OperationalError as error:
                 lost = error
             else:  # the next attempt, in any thread, begins with this server
@@ -193,25 +206,32 @@ class Database:
                 return connection
         raise lost
 
-    def _on_connect(self, connection: Any, on_disk: bool) -> None:
+    def _is_disconnect(self, usual: Callable[..., bool], error: Exception, *of: Any) -> bool:
+        """Whether a driver's *error* says that its connection is lost: the one place that decides this."""
+        is_lost = self.dialect.is_lost(error) or usual(error, *of)
+        self.dialect.losses += is_lost
+        return is_lost
+
+    def _on_connect(self, connection: Any, on_disk: bool, publishes: bool) -> None:
         self.opened += 1
-        self.dialect.on_connect(connection, on_disk)
+        self.dialect.on_connect(connection, on_disk, publishes)
 
     def _connect(self, durable: bool) -> Connection:
         """Return a connection for one use: one kept at hand, or else, at a higher cost, one of the pool."""
+        self._check_replaced()
+        if (kept := self._idle.take(durable)) is not None:
+            return kept
+        connection = (self._durable if durable else self._relaxed).connect()
+        if self.dialect.is_replaced():  # a new connection may be the first that sees it
+            connection.invalidate()
+            connection.close()
+            self._check_replaced()
+        return connection
+
+    def _check_replaced(self) -> None:
         if self.dialect.is_replaced():
             self._notice()
             raise Unavailable(f"{self!r} was deleted or replaced while it was in use; what it held is gone")
-        idle = self._idle[durable]
-        while idle:
-            try:
-                since, connection = idle.pop()
-            except IndexError:  # another thread was quicker
-                break
-            if monotonic() - since < LONGEST_IDLE:
-                return connection
-            connection.close()
-        return (self._durable if durable else self._relaxed).connect()
 
     def _notice(self) -> None:
         """Call `on_replaced`, in one of the threads that notice the replacement; the others do not wait."""
@@ -226,24 +246,33 @@ class Database:
             self._noticing.release()
 
     def _keep(self, durable: bool, connection: Connection) -> None:
-        """Keep *connection* for the next use, or give it back to the pool."""
-        idle = self._idle[durable]
+        """Keep *connection* for the next use, or close it."""
         if connection.in_transaction():  # in SQLAlchemy's view: here each statement commits itself
             with suppress(DBAPIError):  # its statements are committed
                 connection.rollback()
         engine = self.__dict__.get("_durable" if durable else "_relaxed")
-        if connection.invalidated or len(idle) >= MOST_IDLE or connection.engine is not engine:
-            connection.close()
+        if connection.invalidated or connection.engine is not engine:
+            drop(connection)
         else:
-            idle.append((monotonic(), connection))
+            self._idle.keep(durable, connection)
 
-    def read(self) -> _Use:
+    def read(self) -> AbstractContextManager[Connection]:
         """A connection for reading. Each statement stands alone."""
-        return _Use(self, writes=False, durable=False)
+        return self._use(writes=False, durable=False)
 
-    def once(self, durable: bool = False) -> _Use:
+    def once(self, durable: bool = False) -> AbstractContextManager[Connection]:
         """A connection for one verb of the dialect or one writing statement, committed by itself."""
-        return _Use(self, writes=True, durable=durable)
+        return self._use(writes=True, durable=durable)
+
+    def _use(self, writes: bool, durable: bool) -> AbstractContextManager[Connection]:
+        use = _Use(self, writes, durable)
+        return use if self.dialect.shares_sessions is False else self._in_transaction(use)
+
+    @contextmanager
+    def _in_transaction(self, use: _Use) -> Iterator[Connection]:
+        """*use*, as a transaction if sessions are shared, which the first connection shows."""
+        with use as connection, self.dialect.transaction(connection) if self.dialect.shares_sessions else nullcontext():
+            yield connection
 
     @contextmanager
     def write(self, durable: bool = False) -> Iterator[Connection]:
@@ -251,19 +280,29 @@ class Database:
         with self.once(durable) as connection, self.transaction(connection):
             yield connection
 
+    def check_writers(self) -> None:
+        """Raise `Unavailable` if a transaction of this process keeps the workers from writing, and does not end."""
+        if self.dialect.is_locked_by_us():
+            with self.write():
+                pass
+
     def transaction(self, connection: Connection) -> AbstractContextManager[None]:
         """A transaction on a *connection* of `once`."""
-        return self.dialect.transaction(connection)
+        return nullcontext() if self.dialect.shares_sessions else self.dialect.transaction(connection)
 
     def patiently(self, call: Callable[[bool], T], patient: bool = True) -> T:
         """Return *call*(again). After a lost connection, call again: immediately, then for `patience` seconds.
 
-        *again*: an earlier try may have been committed although its answer was lost. Raises `Unavailable`.
+        *again*: an earlier try may have been committed although its answer was lost. Raises `Unavailable`. If the
+        database cannot store a text, call once more with `only_ascii`.
         """
         again = False
         try:
             return call(again)
         except Exception as error:
+            if isinstance(error, UNSTORABLE) and not is_only_ascii():
+                with only_ascii():
+                    return self.patiently(call, patient)
             if not is_lost(error):
                 raise self.dialect.explain(error) from error
             lost = error
@@ -308,17 +347,11 @@ class Database:
         for callback in list(self.on_close):
             callback()
         self._dispose()
-
-    def _give_back(self) -> None:
-        """Give the connections kept at hand back to the pool."""
-        for idle in self._idle.values():
-            while idle:
-                with suppress(IndexError):
-                    idle.pop()[1].close()
+        self._idle.close()
 
     def _dispose(self) -> None:
         self._identity = None
-        self._give_back()
+        self._idle.drop_all()
         for name in ("_durable", "_relaxed", "_own"):
             engine: Engine | None = self.__dict__.pop(name, None)
             if engine is not None:
@@ -331,6 +364,7 @@ class Database:
 
     def before_fork(self) -> None:
         """Close the connections that must not be open during a fork, and keep them closed."""
+        self._idle.stop()
         if isinstance(self._gate, Gate):
             self._gate.shut()
             self._dispose()
@@ -342,13 +376,13 @@ class Database:
 
     def after_fork_in_child(self) -> None:
         """Leave the connections to the parent process."""
-        _inherited.extend(self._idle.values())
-        self._idle = {True: [], False: []}
+        _inherited.append(self._idle)
         for name in ("_durable", "_relaxed", "_own"):
             engine: Engine | None = self.__dict__.pop(name, None)
             if engine is not None:
                 _inherited.append(engine.pool)
                 engine.dispose(close=False)  # the sockets are the parent's
-        self.dialect = dialect_for(self.url)
+        self.dialect = self._new_dialect()
         self._gate = self._new_gate()
+        self._idle = Idle(self._pool_size, self._gate)
         self._noticing = threading.Lock()

@@ -46,23 +46,23 @@ class Guest(Database):
         return f"<Guest of {self.host!r}>"
 
     @contextmanager
-    def _use(self) -> Iterator[Connection]:
+    def _enter(self) -> Iterator[Connection]:
         with _refusals():
             self.dialect.join(self._connection)
             yield self._connection
 
     def read(self) -> Any:
         """Return the caller's connection."""
-        return self._use()
+        return self._enter()
 
     def once(self, durable: bool = False) -> Any:
         """Return the caller's connection; what a verb writes is committed with the caller's transaction."""
-        return self._use()
+        return self._enter()
 
     @contextmanager
     def write(self, durable: bool = False) -> Iterator[Connection]:
         """Several verbs, in a savepoint: after an error the caller's transaction goes on without them."""
-        with self._use() as connection, connection.begin_nested():
+        with self._enter() as connection, connection.begin_nested():
             yield connection
 
     def transaction(self, connection: Connection) -> AbstractContextManager[None]:

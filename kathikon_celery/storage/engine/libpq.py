@@ -39,14 +39,18 @@ class Session:
         self._answer, self._error = generators.execute, errors.error_from_result
         self._text, self._rows, self._done = PyFormat.TEXT, pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK
         self._converter = Transformer(connection)
-        self._prepared: set[bytes] = set()
+        #: None where the next transaction may have another session: what is prepared here would not be known there.
+        self._prepared: set[bytes] | None = set() if connection.prepare_threshold is not None else None
 
     def run(self, statement: Statement, values: Mapping[str, Any]) -> tuple[list[tuple[Any, ...]], int]:
         """Run *statement*; return its rows, and the number of rows that it returned or changed."""
         converter, parameters = self._converter, [_array(values[name]) for name in statement.parameters]
         self.prepare(statement)
         sent = converter.dump_sequence(parameters, [self._text] * len(parameters))
-        self._pgconn.send_query_prepared(statement.name, sent)
+        if self._prepared is None:
+            self._pgconn.send_query_params(statement.text, sent)
+        else:
+            self._pgconn.send_query_prepared(statement.name, sent)
         result = self._result()
         if result.status != self._rows:
             return [], result.command_tuples or 0
@@ -58,7 +62,7 @@ class Session:
 
     def prepare(self, statement: Statement) -> None:
         """Have the server parse *statement*, unless it has done so."""
-        if statement.name not in self._prepared:
+        if self._prepared is not None and statement.name not in self._prepared:
             self._pgconn.send_prepare(statement.name, statement.text)
             self._result()
             self._prepared.add(statement.name)

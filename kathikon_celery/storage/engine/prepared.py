@@ -145,16 +145,18 @@ def many(connection: Connection, statement: Any, values: Sequence[Mapping[str, A
         cursor.executemany(prepared.text, [prepared.parameters(one) for one in values])
 
 
-def plain(connection: Connection, text: str) -> None:
-    """Run *text*, which has neither parameters nor rows."""
+def plain(connection: Connection, *texts: str) -> None:
+    """Run *texts*, statements that have neither parameters nor rows, at once if the driver can do that."""
     if _is_watched(connection):
-        connection.exec_driver_sql(text)
+        for text in texts:
+            connection.exec_driver_sql(text)
         return
-    with _errors(connection, text):
+    with _errors(connection, texts[0]):
         if _is_libpq_usable(connection.dialect):
-            libpq.session(connection.connection).plain(text)
+            libpq.session(connection.connection).plain("; ".join(texts))
         else:
-            connection.connection.cursor().execute(text)
+            for text in texts:
+                connection.connection.cursor().execute(text)
 
 
 def _is_libpq_usable(dialect: Dialect) -> bool:
@@ -194,6 +196,7 @@ class _errors:  # noqa: N801 (a context manager; as a generator it would cost as
         lost = connection.dialect.is_disconnect(error, connection.connection, None)
         if lost:
             with suppress(DBAPIError):  # SQLAlchemy notices the loss, and drops the connections in its pool
+                connection.connection.driver_connection.close()  # type: ignore[union-attr]
                 connection.exec_driver_sql("SELECT 1")
             connection.invalidate(error)
         raise DBAPIError.instance(

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from celery.concurrency import asynpool, prefork
+from celery.worker import state
 
 from kathikon_celery.worker.prefork import ahead
 from kathikon_celery.worker.request import Request, Unsendable
@@ -128,7 +129,11 @@ class FastPool(ahead.ReadAheadPool):
 class TaskPool(prefork.TaskPool):
     """The pool of our workers where Celery's prefork pool is asked for."""
 
+    #: Celery shows the last part of this name as the pool's: "prefork".
+    __module__ = prefork.__name__
     Pool = FastPool
+    #: A cold shutdown has begun.
+    is_cold = False
 
     def give_back(self, request: Request) -> bool:
         """Take back a request from the pool; return false if a process may have begun it. Any thread may call it."""
@@ -146,6 +151,21 @@ class TaskPool(prefork.TaskPool):
         super().on_start()
 
     def on_stop(self) -> None:
-        """Stop the processes."""
+        """Stop the processes when their tasks have ended.
+
+        A cold shutdown calls this in its handler of signals. That has perhaps interrupted the reader of a process, and
+        would wait in vain for what the reader has in its hands. So the processes stop later, in `on_terminate`.
+        """
+        if self.is_cold:
+            self.on_close()
+            return
         super().on_stop()
         gc.unfreeze()
+
+    def on_terminate(self) -> None:
+        """End the tasks that have begun since the signal, and stop the processes when all that they sent is read."""
+        if self.is_cold:
+            for request in tuple(state.active_requests):
+                request.cancel(self)
+            super().on_stop()
+        super().on_terminate()

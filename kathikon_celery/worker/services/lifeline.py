@@ -38,10 +38,10 @@ class Lifeline(Service):
         self.own_node.is_watched = False
 
     def questions(self) -> Questions:
-        return {"is_amiss": self._watch.asks()}
+        return {"is_amiss": self._watch.asks(), "renewals": {}}
 
     def spare(self, answers: Mapping[str, Any]) -> float:
-        return self.interval if not answers["is_amiss"] and self._watch.is_calm() else 0.0
+        return self.interval if self._watch.is_calm(answers["is_amiss"], answers["renewals"]) else 0.0
 
     def step(self) -> float:
         self._watch.look()

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from random import uniform
+from time import monotonic
 from typing import Any
 
 from kathikon_celery.storage import chords, prune, result_listeners
 from kathikon_celery.storage.idle_query import Questions
 from kathikon_celery.worker.services.service import Service
 
+logger = logging.getLogger(__name__)
+
 #: Seconds for which a chord is kept at least, although none of its parts waits or runs: a part may not be sent yet, as
 #: the last task of a chain is not.
 LONGEST_CHORD = 30 * 86400.0
 
 
+#: If the database's clock jumps ahead by more than `JUMP` seconds, nothing is deleted for `REST` seconds: by a wrong
+#: clock everything is old, and the clock may be set right meanwhile.
+JUMP, REST = 60.0, 600.0
+
+
 class Pruner(Service):
     """Deletes in chunks every ``kathikon_prune_interval`` seconds. Every worker has one, each at its own times."""
+
+    #: The database's clock less the monotonic clock.
+    _ahead: float | None = None
+    _rests_until = 0.0
 
     def questions(self) -> Questions:
         retention = self.storage.settings.retention_period
@@ -30,6 +43,8 @@ class Pruner(Service):
         return 0.0 if answers["is_anything_old"] else self._pause()
 
     def step(self) -> float:
+        if (rest := self._rest()) > 0:
+            return min(rest, self._pause())
         self.storage.discard_expired()
         while self.storage.prune() and not self._stopping:
             pass
@@ -41,6 +56,21 @@ class Pruner(Service):
             prune.old_groups(database, kept)
             chords.prune(database, max(kept, LONGEST_CHORD))
         return self._pause()
+
+    def _rest(self) -> float:
+        """Seconds for which nothing may be deleted, since the database's clock has jumped ahead."""
+        with self.storage.database.read() as connection:
+            ahead = prune.clock(connection) - monotonic()
+        before, self._ahead = self._ahead if self._ahead is not None else ahead, ahead
+        if ahead > before + JUMP:
+            logger.warning(
+                "Kathikon: the database's clock has jumped ahead by %.0f s; nothing is deleted for %g s",
+                ahead - before, REST,
+            )  # fmt: skip
+            self._rests_until = monotonic() + REST
+        elif ahead < before - JUMP:
+            self._rests_until = 0.0
+        return self._rests_until - monotonic()
 
     def _pause(self) -> float:
         return self.interval * uniform(0.8, 1.2)
