@@ -60,6 +60,28 @@ def is_given_back(job: Job) -> bool:
     return (job.state, job.crashes, job.errors, job.node_id) == (State.AVAILABLE, 0, [], None)
 
 
+def test_a_warm_shutdown_ends_the_batch_of_a_strategy_and_gives_back_what_it_keeps(
+    client: Celery, jobs: Jobs, journal: Journal, gate: Path, workers: Workers, pool: str
+) -> None:
+    first = workers(pool=pool)
+    batch = [apps.collect_for_pool.delay(str(gate), journal.path, "batch") for _ in range(apps.COLLECTED)]
+    kept = [] if pool == "solo" else [apps.collect_for_pool.delay(str(gate), journal.path, "kept")]
+    for result in batch + kept:
+        jobs.wait(result, State.CLAIMED)
+    journal.wait(1)
+    first.process.terminate()
+    workers(pool=pool)
+    assert apps.add.delay(1, 1).get(timeout=60) == 2 if pool != "solo" else True  # by whoever takes tasks now
+    assert {jobs.of(result).state for result in batch} == {State.CLAIMED}
+    gate.touch()
+    assert first.wait() == 0
+    assert [result.get(timeout=60) for result in batch] == ["done"] * apps.COLLECTED
+    assert {jobs.wait(result, State.COMPLETED).attempts for result in batch} == {1}
+    assert journal.lines == ["batch"]
+    for result in kept:
+        assert jobs.wait(result, State.CLAIMED, State.AVAILABLE).crashes == 0
+
+
 def test_a_warm_shutdown_in_a_rush_runs_each_job_once(
     client: Celery, jobs: Jobs, journal: Journal, workers: Workers, pool: str, slots: int
 ) -> None:

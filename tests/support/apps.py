@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any, NoReturn
 from unittest import mock
@@ -369,10 +370,16 @@ def describe(self: Task) -> dict[str, Any]:
 COLLECTED = 6
 
 
+def run_batch(path: str, journal: str, line: str) -> str:
+    return wait_for_file.run(path, journal, line)  # type: ignore[no-any-return]
+
+
 class Collecting(Task):
     """Tasks that are kept until there are enough of them, as celery-batches does; each returns their number."""
 
     abstract = True
+    #: The pool runs `run_batch`, with the arguments of the first.
+    in_pool = False
 
     def Strategy(self, task: Task, app: Celery, consumer: Any) -> Callable[..., None]:  # noqa: N802
         eventer, kept = consumer.event_dispatcher, []
@@ -388,6 +395,9 @@ class Collecting(Task):
             if len(kept) < COLLECTED:
                 return
             batch, kept[:] = kept[:], []
+            if task.in_pool:
+                consumer.pool.apply_async(run_batch, tuple(batch[0].args), callback=partial(self.end, batch))
+                return
             for request in batch:
                 if not task.acks_late:
                     request.acknowledge()
@@ -400,6 +410,11 @@ class Collecting(Task):
 
         return keep
 
+    def end(self, batch: list[Any], value: Any) -> None:
+        for request in batch:
+            self.app.backend.mark_as_done(request.id, value)
+            request.acknowledge()
+
 
 @shared_task(base=Collecting)
 def collect(failure: str | None = None) -> NoReturn:
@@ -408,6 +423,11 @@ def collect(failure: str | None = None) -> NoReturn:
 
 @shared_task(base=Collecting, acks_late=False)
 def collect_early(failure: str | None = None) -> NoReturn:
+    raise AssertionError("only batches run")
+
+
+@shared_task(base=Collecting, in_pool=True)
+def collect_for_pool(path: str, journal: str, line: str) -> NoReturn:
     raise AssertionError("only batches run")
 
 
