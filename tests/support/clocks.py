@@ -49,9 +49,9 @@ def clock_replaced(clock: Callable[[], float]) -> Callable[..., None]:
     """Return a replacement of `SQLite.on_connect` for connections with this *clock*."""
     original = SQLite.on_connect
 
-    def on_connect(self: SQLite, connection: Any, on_disk: bool) -> None:
+    def on_connect(self: SQLite, connection: Any, on_disk: bool, publishes: bool) -> None:
         replace_clock(connection, clock)
-        original(self, connection, on_disk)
+        original(self, connection, on_disk, publishes)
 
     return on_connect
 
