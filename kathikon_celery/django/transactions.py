@@ -31,8 +31,15 @@ def install() -> None:
 
 def find() -> Caller | None:
     """Return the open transaction of this thread. Of several, that of Kathikon's database is written to."""
-    found = [_of_connection(one) for one in connections.all(initialized_only=True) if one.in_atomic_block]
+    found = [_of_connection(one) for one in connections.all(initialized_only=True) if _has_transaction(one)]
     return Several(found) if len(found) > 1 else found[0] if found else None
+
+
+def _has_transaction(connection: Any) -> bool:
+    """Whether a transaction is open, apart from those in which Django's `TestCase` runs a test, and never commits."""
+    return connection.in_atomic_block and not all(
+        getattr(block, "_from_testcase", False) for block in getattr(connection, "atomic_blocks", (None,))
+    )
 
 
 def of_alias(alias: Any) -> Caller | None:

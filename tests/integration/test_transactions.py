@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime, timedelta, timezone
-from importlib import import_module
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -341,58 +340,60 @@ def test_of_django(database_url: str, tmp_path: Path) -> None:
 
 
 class TestCompletion:
-    @pytest.fixture
-    def shop(self, database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-        monkeypatch.setenv("KATHIKON_DATABASE_URL", database_url)
-        sys.modules.pop("tests.support.shop", None)
-        shop = import_module("tests.support.shop")
-        with shop.engine.begin() as connection:
+    @pytest.fixture(autouse=True)
+    def effects(self, database_url: str) -> Iterator[Callable[[], list[str]]]:
+        engine = create_engine(database_url)
+        with engine.begin() as connection:
             connection.execute(text("CREATE TABLE effects (what TEXT)"))
-        yield shop
-        shop.app.close()
-        shop.engine.dispose()
-        sys.modules.pop("tests.support.shop", None)
+
+        def read() -> list[str]:
+            with engine.connect() as connection:
+                return list(connection.execute(text("SELECT what FROM effects ORDER BY what")).scalars())
+
+        yield read
+        engine.dispose()
 
     @staticmethod
-    def effects(shop: Any) -> list[str]:
-        with shop.engine.connect() as connection:
-            return list(connection.execute(text("SELECT what FROM effects ORDER BY what")).scalars())
+    def task(client: Celery, name: str, *args: Any) -> Any:
+        return client.signature(f"tests.support.shop.{name}", args=args)
 
     @pytest.mark.parametrize("pool", ["prefork", "threads"])
-    def test_how_a_body_ends_decides(self, shop: Any, start_worker: Callable[..., WorkerProcess], pool: str) -> None:
+    def test_how_a_body_ends_decides(
+        self, client: Celery, start_worker: Callable[..., WorkerProcess], effects: Callable[[], list[str]], pool: str
+    ) -> None:
         start_worker(app="tests.support.shop", pool=pool)
-        names = ("done", "silent", "fails", "retries", "ignores", "rejects", "replaces", "commits")
-        sent = {name: getattr(shop, name).delay(name) for name in names}
-        storage = Storage.for_app(shop.app)
         ends = {
             "done": State.COMPLETED, "silent": State.COMPLETED, "fails": State.DEAD, "retries": State.COMPLETED,
             "ignores": State.COMPLETED, "rejects": State.DISCARDED, "replaces": State.COMPLETED, "commits": State.DEAD,
         }  # fmt: skip
+        sent = {name: self.task(client, name, name).delay() for name in ends}
+        storage = Storage.for_app(client)
 
         def states() -> dict[str, State | None]:
             return {name: (job := storage.fetch(one.id)) and job.state for name, one in sent.items()}
 
         wait_until(lambda: states() == ends, what="the ends")
         assert (sent["done"].get(timeout=60), sent["replaces"].get(timeout=60)) == ("done", [1, 2])
-        assert chord([shop.done.s("a"), shop.done.s("b")])(shop.same.s()).get(timeout=60) == ["a", "b"]
-        assert self.effects(shop) == ["a", "b", "commits", "done", "ignores", "replaces", "retries 2", "silent"]
+        header = [self.task(client, "done", one) for one in ("a", "b")]
+        assert chord(header)(self.task(client, "same")).get(timeout=60) == ["a", "b"]
+        assert effects() == ["a", "b", "commits", "done", "ignores", "replaces", "retries 2", "silent"]
         assert storage.fetch("sent by done") is not None
         assert storage.fetch("sent by fails") is None
 
     def test_a_process_that_is_killed_leaves_nothing(
-        self, shop: Any, start_worker: Callable[..., WorkerProcess]
+        self, client: Celery, start_worker: Callable[..., WorkerProcess], effects: Callable[[], list[str]]
     ) -> None:
         start_worker(app="tests.support.shop")
-        assert shop.dies_once.delay("x").get(timeout=60) == "x"
-        assert self.effects(shop) == ["x True"]
+        assert self.task(client, "dies_once", "x").delay().get(timeout=60) == "x"
+        assert effects() == ["x True"]
 
     def test_a_run_that_has_lost_its_claim_commits_nothing(
-        self, shop: Any, start_worker: Callable[..., WorkerProcess]
+        self, client: Celery, start_worker: Callable[..., WorkerProcess], effects: Callable[[], list[str]]
     ) -> None:
         start_worker(app="tests.support.shop", pool="solo")
-        shop.loses_claim.delay("lost")
-        assert shop.done.delay("last").get(timeout=60) == "last"  # the worker has one slot
-        assert self.effects(shop) == ["last"]
+        self.task(client, "loses_claim", "lost").delay()
+        assert self.task(client, "done", "last").delay().get(timeout=60) == "last"  # the worker has one slot
+        assert effects() == ["last"]
 
 
 def test_there_is_no_session_outside_of_such_a_task() -> None:
