@@ -21,7 +21,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks $(OPTIONS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 3 --dist loadgroup
 
 test-versions:
 	@$(PYTHON) -B -m tests.versions $(OPTIONS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -13,7 +12,6 @@ from kombu.exceptions import OperationalError
 from sqlalchemy import Connection, NullPool, create_engine, make_url
 
 from kathikon_celery.storage import Storage, Unavailable
-from kathikon_celery.storage.engine import answers
 from tests.integration.conftest import Journal, client_of
 from tests.storage.actors import Worker
 from tests.support import apps
@@ -126,7 +124,7 @@ def dropped_tables(url: str) -> None:
         connection.exec_driver_sql(f"DROP TABLE {', '.join(found.scalars())} CASCADE")
 
 
-@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("pool", ["gevent", "solo"])  # the others: tests/endurance/lost_databases.py
 def test_a_database_that_is_replaced_by_an_empty_one(postgresql_url: str, tmp_path: Path, pool: str) -> None:
     with (
         WorkerProcess(postgresql_url, directory=tmp_path, pool=pool) as worker,
@@ -145,27 +143,6 @@ def test_a_database_that_is_replaced_by_an_empty_one(postgresql_url: str, tmp_pa
             # Celery restarts the greenlet that hears remote control, after its traceback.
             assert pool == "gevent" or "Traceback" not in one.log
             assert one.stop() == 0
-
-
-def test_a_commit_that_waits_for_a_standby_is_told_and_has_an_end(
-    server: PostgreSQLServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(answers, "MOST_PERIODS", 2)
-    with client_of(server.url, **SHORT) as client:
-        apps.add.delay(1, 1)
-        configure(server, "SET synchronous_standby_names = 'nobody'")
-        try:
-            with (
-                caplog.at_level(logging.WARNING),
-                pytest.raises(OperationalError, match="on a statement, which is ended"),
-            ):
-                apps.add.apply_async((1, 1), retry_policy={"max_retries": 0}, task_id="waits")
-        finally:
-            configure(server, "RESET synchronous_standby_names")
-        assert "for a synchronous standby" in caplog.text
-        apps.add.apply_async((1, 1), task_id="waits")
-        with closing(Storage.for_app(client)) as storage:
-            assert [job.id for job in storage.all()].count("waits") == 1
 
 
 def test_a_publication_that_celery_repeats_after_lost_answers_runs_no_ended_job_again(

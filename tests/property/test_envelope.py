@@ -146,10 +146,10 @@ def test_a_task_as_a_job(
     assert job.expires_at == (expires and expires.replace(tzinfo=local))
     for moment in (job.scheduled_at, job.expires_at):
         assert moment is None or moment.utcoffset() == timedelta(0)
-    # The same publication once more is the same; and the worker does not wait for the eta again.
+    # The same publication once more is the same; and the task reads its eta.
     assert to_job(message, found, "a queue", 7, local).publication == job.publication
     back = unfold(job.envelope, job.body, "tag", False)
-    assert back["headers"].get("eta") is None
+    assert back["headers"].get("eta") == times["eta"]
     assert back["headers"] | times == message["headers"]
     assert set(back["properties"]) == set(message["properties"]) - {"kathikon_publication"} | {
         "delivery_tag",
