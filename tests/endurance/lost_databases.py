@@ -1,6 +1,6 @@
 """Losses whose tests depend on how busy the machine is: run by ``pytest tests/endurance/lost_databases.py``.
 
-Under load, two workers on prefork or threads whose database was replaced did not both answer a ping within 60 seconds.
+Under load, two workers whose database was replaced did not both answer a ping within 60 seconds.
 A server that is told to wait for a standby does so only when its checkpointer has read the setting.
 """
 
@@ -15,18 +15,17 @@ from kombu.exceptions import OperationalError
 
 from kathikon_celery.storage import Storage
 from kathikon_celery.storage.engine import answers
-from tests.integration import test_failover
 from tests.integration.conftest import client_of
-from tests.integration.test_failover import SHORT, configure, server
+from tests.integration.test_failover import POOLS, SHORT, configure, replace_by_empty_ones, server
 from tests.support import apps
 from tests.support.postgresql import PostgreSQLServer
 
 __all__ = ["server"]
 
 
-@pytest.mark.parametrize("pool", ["prefork", "threads"])
+@pytest.mark.parametrize("pool", POOLS)
 def test_a_database_that_is_replaced_by_an_empty_one(postgresql_url: str, tmp_path: Path, pool: str) -> None:
-    test_failover.test_a_database_that_is_replaced_by_an_empty_one(postgresql_url, tmp_path, pool)
+    replace_by_empty_ones(postgresql_url, tmp_path, pool)
 
 
 def test_a_commit_that_waits_for_a_standby_is_told_and_has_an_end(

@@ -124,8 +124,8 @@ def dropped_tables(url: str) -> None:
         connection.exec_driver_sql(f"DROP TABLE {', '.join(found.scalars())} CASCADE")
 
 
-@pytest.mark.parametrize("pool", ["gevent", "solo"])  # the others: tests/endurance/lost_databases.py
-def test_a_database_that_is_replaced_by_an_empty_one(postgresql_url: str, tmp_path: Path, pool: str) -> None:
+def replace_by_empty_ones(postgresql_url: str, tmp_path: Path, pool: str) -> None:
+    """See tests/endurance/lost_databases.py, which runs this."""
     with (
         WorkerProcess(postgresql_url, directory=tmp_path, pool=pool) as worker,
         WorkerProcess(postgresql_url, directory=tmp_path, pool="threads", name="other") as other,
