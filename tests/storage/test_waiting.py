@@ -144,13 +144,13 @@ def test_a_thousand_cost_a_handful_of_queries(own: Storage, pool: ThreadPoolExec
     end = publish(own, *ids)
     for job_id in ids[:500]:
         end(job_id)
-    with counted() as statements:
+    with counted(all_threads=True) as statements:
         waiter = pool.submit(wait_for, own, *ids)
         until_waiting(own, 1)
     looks = [statement for statement in statements if "FROM kathikon_jobs" in statement]
     assert len(looks) <= 1 + len(wanted.DOUBTS)  # a slow machine may get to all of them
     begin = monotonic()
-    with counted() as statements:
+    with counted(all_threads=True) as statements:
         for job_id in ids[500:]:
             end(job_id)
         assert sorted(waiter.result(60)) == sorted(ids)
