@@ -92,7 +92,8 @@ class Intake:
     def pump(self, most: int | None = None) -> int:
         """Hand out up to *most* deliveries that wait and are allowed, in the consumer's thread; return their number.
 
-        Raises `Unavailable` if the database was replaced: the consumer must connect, and declare its queues, again.
+        Raises `Unavailable` if the database was replaced, or this process was taken for dead: the consumer must
+        connect, and declare its queues, again.
         """
         handed, are_kept, ledger = 0, False, self._ledger
         loss, ledger.loss = ledger.loss, None

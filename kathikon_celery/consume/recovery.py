@@ -12,7 +12,7 @@ from kathikon_celery.consume.delivery import Delivery
 from kathikon_celery.consume.idle_state import IdleState
 from kathikon_celery.consume.ledger import Ledger
 from kathikon_celery.nodes.own import OwnNode
-from kathikon_celery.storage import Storage, finish
+from kathikon_celery.storage import Storage, Unavailable, finish
 
 #: Longest pause between two attempts to reach a database that is away, in seconds.
 PAUSE = 0.5
@@ -98,9 +98,14 @@ class Recovery:
             self._backend.given_back(connection, forgotten)
 
     def reborn(self, old: int, new: int) -> None:
-        """Drop the jobs that wait: other nodes took this one, with the id *old*, for dead, and have them now."""
+        """Drop the jobs that wait: other nodes took this one, with the id *old*, for dead, and have them now.
+
+        Its queues of remote control were deleted with it, so the consumer must connect, and declare them, again.
+        """
         ledger = self._ledger
         with ledger.lock:
+            if old:  # else the whole database was replaced, which the consumer is told anyway
+                ledger.loss = Unavailable("this process was silent for longer than its lease, and taken for dead")
             for subscription in ledger.subscriptions.every():
                 subscription.waiting.clear()
             if ledger.wakeup is not None and not ledger.is_closed:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
 
 from sqlalchemy import Connection
 
@@ -15,7 +13,6 @@ from kathikon_celery.job import Cause, Hold, State, in_brief
 from kathikon_celery.storage import finish, messages, results
 from kathikon_celery.storage.backend import StorageBackend
 from kathikon_celery.storage.errors import in_words, is_refusal
-from kathikon_celery.storage.names import only_ascii
 
 logger = logging.getLogger(__name__)
 
@@ -81,17 +78,16 @@ def write(
 def write_one(write: Callable[[Reports], None], delivery: Delivery, outcome: Outcome) -> Outcome | None:
     """Call *write* with one report, until the database accepts it; return what was accepted.
 
-    This is *outcome* itself, or, if the database refuses that, another object: the outcome with escapes in its texts;
-    else an end without them; else the job is given back, with one crash more; else nothing is written: `None`.
+    This is *outcome* itself, or, if the database refuses that, another object: an end without the outcome's texts;
+    else the job is given back, with one crash more; else nothing is written: `None`.
     """
     reason = ""
-    for ended in (outcome, replace(outcome), None, CRASHED):
+    for ended in (outcome, None, CRASHED):
         attempt = ended or Outcome(
             Verdict.ENDED, outcome.state or State.DEAD, Cause.REFUSED, reason, outcome.status
         )  # fmt: skip
         try:
-            with only_ascii() if reason else nullcontext():
-                write([(delivery, attempt)])
+            write([(delivery, attempt)])
             return attempt
         except Exception as error:
             if not is_refusal(error):

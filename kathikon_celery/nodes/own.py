@@ -176,6 +176,8 @@ class OwnNode:
         database = self.storage.database
         if self.renew_by(lambda node_id, lease: nodes.renew(database, node_id, lease) or None):
             return
+        if self.id:
+            database.check_tables()
         old = self.id
         self._register()
         if old:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from hashlib import blake2b
 from uuid import UUID
 
@@ -28,30 +24,10 @@ def key(name: str | UUID) -> str:
     return "#" + blake2b(data, digest_size=20).hexdigest()
 
 
-_escapes_all: ContextVar[bool] = ContextVar("kathikon_escapes_all", default=False)
-
-
-@contextmanager
-def only_ascii() -> Iterator[None]:
-    """Make `printable` escape, in this block, all that is not ASCII: the database's encoding may lack it."""
-    token = _escapes_all.set(True)
-    try:
-        yield
-    finally:
-        _escapes_all.reset(token)
-
-
-def is_only_ascii() -> bool:
-    """Whether the caller is in a block of `only_ascii`."""
-    return _escapes_all.get()
-
-
 def printable(text: str | None) -> str | None:
     """Return *text* with escapes for what some databases cannot store: NUL, and halves of surrogate pairs."""
     if text is None or (text.isascii() and "\0" not in text):
         return text
-    if _escapes_all.get():  # as JSON has it: the text may be the JSON of a result
-        text = re.sub(r"[^\x00-\x7f]+", lambda found: json.dumps(found[0])[1:-1], text)
     return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()
 
 

@@ -56,7 +56,7 @@ def setup(database: Database) -> None:
         try:
             _upgrade(database)
             with database.read() as connection:
-                return database.dialect.set_up(connection)
+                return database.dialect.see_tables(connection)
         except Exception as error:
             explained = database.explain(error)
             if not isinstance(explained, TablesInUse) or monotonic() > until:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from kombu.exceptions import OperationalError
 from sqlalchemy import Connection, NullPool, create_engine, make_url
 
 from kathikon_celery.storage import Storage, Unavailable
+from kathikon_celery.storage.engine import answers
 from tests.integration.conftest import Journal, client_of
 from tests.storage.actors import Worker
 from tests.support import apps
@@ -124,8 +126,8 @@ def dropped_tables(url: str) -> None:
         connection.exec_driver_sql(f"DROP TABLE {', '.join(found.scalars())} CASCADE")
 
 
-def replace_by_empty_ones(postgresql_url: str, tmp_path: Path, pool: str) -> None:
-    """See tests/endurance/lost_databases.py, which runs this."""
+@pytest.mark.parametrize("pool", ["prefork"])  # tests/endurance/lost_databases.py runs the other ones
+def test_a_database_that_is_replaced_by_an_empty_one(postgresql_url: str, tmp_path: Path, pool: str) -> None:
     with (
         WorkerProcess(postgresql_url, directory=tmp_path, pool=pool) as worker,
         WorkerProcess(postgresql_url, directory=tmp_path, pool="threads", name="other") as other,
@@ -137,12 +139,35 @@ def replace_by_empty_ones(postgresql_url: str, tmp_path: Path, pool: str) -> Non
             wait_until(lambda: not is_refused(), what="a publication")
             assert [apps.add.delay(number, 1).get(timeout=60) for number in range(5)] == [1, 2, 3, 4, 5]
             assert chord_of_two().get(timeout=60) == 4  # type: ignore[attr-defined]
+            # A worker whose connections are whole sees only at the next renewal of its lease that its tables are gone.
             wait_until(lambda: len(client.control.ping(timeout=1)) == 2, what="two answers")
         for one in (worker, other):
             assert "taken for dead" not in one.log
             # Celery restarts the greenlet that hears remote control, after its traceback.
             assert pool == "gevent" or "Traceback" not in one.log
             assert one.stop() == 0
+
+
+def test_a_commit_that_waits_for_a_standby_is_told_and_has_an_end(
+    server: PostgreSQLServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(answers, "MOST_PERIODS", 2)
+    with client_of(server.url, **SHORT) as client:
+        apps.add.delay(1, 1)
+        configure(server, "SET synchronous_standby_names = 'nobody'")
+        try:
+            with (
+                caplog.at_level(logging.WARNING),
+                pytest.raises(OperationalError, match="on a statement, which is ended"),
+            ):
+                for _ in range(1000):  # until the server's checkpointer has read the setting
+                    apps.add.apply_async((1, 1), retry_policy={"max_retries": 0}, task_id="waits")
+        finally:
+            configure(server, "RESET synchronous_standby_names")
+        assert "for a synchronous standby" in caplog.text
+        apps.add.apply_async((1, 1), task_id="waits")
+        with closing(Storage.for_app(client)) as storage:
+            assert [job.id for job in storage.all()].count("waits") == 1
 
 
 def test_a_publication_that_celery_repeats_after_lost_answers_runs_no_ended_job_again(

@@ -93,8 +93,8 @@ class Dialect(ABC):
         """Whether the server can be written to, as far as a connection of the driver has told. Sends no statement."""
         return True
 
-    def set_up(self, connection: Connection) -> None:
-        """Note that the tables exist."""
+    def see_tables(self, connection: Connection) -> None:
+        """Note which tables there are: `is_replaced` then tells whether they are others than before."""
 
     @abstractmethod
     def is_at_rest(self, connection: Any) -> bool:

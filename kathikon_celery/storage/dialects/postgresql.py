@@ -284,7 +284,9 @@ class PostgreSQL(ReturningDialect):
 
     def __init__(self, url: URL, schema: str | None = None, wake: str = "auto") -> None:
         super().__init__(url, schema, wake)
-        self._must_be_writable = sessions.must_be_writable(url)
+        #: What `sessions.given` has said of each server's URL.
+        self._known: dict[URL, dict[str, str]] = {}
+        self._must_be_writable = sessions.must_be_writable(self._given(url))
         self._wake = wake
         #: Undoes the escapes in a text that no column's type has read.
         self.unescaped: Callable[[str], str] = str
@@ -311,7 +313,12 @@ class PostgreSQL(ReturningDialect):
             self.lock_space = int.from_bytes(digest.digest(), "big") % 2**31
 
     def connect_args(self, url: URL, timeout: float) -> dict[str, Any]:
-        return sessions.connect_args(url, timeout)
+        return sessions.connect_args(self._given(url), timeout)
+
+    def _given(self, url: URL) -> dict[str, str]:
+        if url not in self._known:
+            self._known[url] = sessions.given(url)
+        return self._known[url]
 
     def connect(self, connect: Callable[..., Any], arguments: Mapping[str, Any], silence: float) -> Any:
         life = self._life
@@ -323,7 +330,7 @@ class PostgreSQL(ReturningDialect):
         was, connection.autocommit = connection.autocommit, True
         moments.adapt(connection)
         self.unescaped = encodings.adapt(connection)
-        settings = sessions.session(self.url, self.schema, on_disk, publishes)
+        settings = sessions.session(self._given(self.url), self.schema, on_disk, publishes)
         is_ours, schema = sessions.tell(connection, settings, trusted=self._wake == "listen")
         self._belongs_to(self.schema or schema)
         if self._wake == "auto" and (not is_ours or self.shares_sessions is None):
@@ -344,7 +351,7 @@ class PostgreSQL(ReturningDialect):
         elif tables is not None:
             self._tables = tables
 
-    def set_up(self, connection: Connection) -> None:
+    def see_tables(self, connection: Connection) -> None:
         if not self.shares_sessions:
             self._see(connection.exec_driver_sql(_IDENTITY).one()[-1])
 

@@ -85,27 +85,26 @@ def given(url: URL) -> dict[str, str]:
     return found
 
 
-def connect_args(url: URL, timeout: float) -> dict[str, Any]:
-    """Return what psycopg's connect() takes besides the parameters of *url*. *timeout*: seconds."""
-    known = given(url)
+def connect_args(known: Mapping[str, str], timeout: float) -> dict[str, Any]:
+    """Return what psycopg's connect() takes besides the *known* parameters. *timeout*: seconds."""
     ours = {"connect_timeout": max(2, round(timeout)), **DEFAULTS}
     ours = {name: value for name, value in ours.items() if name not in known}
-    if must_be_writable(url):
+    if must_be_writable(known):
         ours[TARGET] = WRITABLE
     return {**ours, "client_encoding": "UTF8"}  # whatever the database's own encoding is
 
 
-def must_be_writable(url: URL) -> bool:
+def must_be_writable(known: Mapping[str, str]) -> bool:
     """Whether only a server that can be written to is wanted: unless URL, service or environment say otherwise."""
-    return given(url).get(TARGET, os.environ.get("PGTARGETSESSIONATTRS", WRITABLE)) == WRITABLE
+    return known.get(TARGET, os.environ.get("PGTARGETSESSIONATTRS", WRITABLE)) == WRITABLE
 
 
-def session(url: URL, schema: str | None, on_disk: bool, publishes: bool) -> dict[str, str]:
+def session(known: Mapping[str, str], schema: str | None, on_disk: bool, publishes: bool) -> dict[str, str]:
     """Return the settings of a session. What the user gives as ``options`` comes before those that are not needed."""
     ours = {"synchronous_commit": "on" if on_disk else "off", "timezone": "UTC"}
     if publishes:  # else PostgreSQL plans each of the first five INSERTs, which takes as long as the INSERT
         ours["plan_cache_mode"] = "force_generic_plan"
-    options = {name.replace("-", "_").lower() for name in _OPTION.findall(given(url).get("options", ""))}
+    options = {name.replace("-", "_").lower() for name in _OPTION.findall(known.get("options", ""))}
     return {name: value for name, value in ours.items() if name not in options} | dict(_needed(schema))
 
 

@@ -21,9 +21,8 @@ from kathikon_celery.storage.engine import forks
 from kathikon_celery.storage.engine.forks import Gate
 from kathikon_celery.storage.engine.idle import Idle, drop
 from kathikon_celery.storage.engine.wakeup import Wakeup
-from kathikon_celery.storage.errors import UNSTORABLE, Unavailable, in_words, is_lost
+from kathikon_celery.storage.errors import Unavailable, in_words, is_lost
 from kathikon_celery.storage.events import Event, Events
-from kathikon_celery.storage.names import is_only_ascii, only_ascii
 
 T = TypeVar("T")
 
@@ -228,6 +227,15 @@ class Database:
             self._check_replaced()
         return connection
 
+    def check_tables(self) -> None:
+        """Raise `Unavailable` if other tables have taken the place of those that were used.
+
+        A connection that stays open goes on with tables of the same name, and has no error that tells.
+        """
+        with self.read() as connection:
+            self.dialect.see_tables(connection)
+        self._check_replaced()
+
     def _check_replaced(self) -> None:
         if self.dialect.is_replaced():
             self._notice()
@@ -293,16 +301,12 @@ class Database:
     def patiently(self, call: Callable[[bool], T], patient: bool = True) -> T:
         """Return *call*(again). After a lost connection, call again: immediately, then for `patience` seconds.
 
-        *again*: an earlier try may have been committed although its answer was lost. Raises `Unavailable`. If the
-        database cannot store a text, call once more with `only_ascii`.
+        *again*: an earlier try may have been committed although its answer was lost. Raises `Unavailable`.
         """
         again = False
         try:
             return call(again)
         except Exception as error:
-            if isinstance(error, UNSTORABLE) and not is_only_ascii():
-                with only_ascii():
-                    return self.patiently(call, patient)
             if not is_lost(error):
                 raise self.dialect.explain(error) from error
             lost = error
