@@ -148,6 +148,12 @@ def test_a_database_that_is_replaced_by_an_empty_one(postgresql_url: str, tmp_pa
             assert one.stop() == 0
 
 
+def publish_until_refused() -> None:
+    """Publish, also before the server's checkpointer has read its new setting."""
+    for _ in range(1000):
+        apps.add.apply_async((1, 1), retry_policy={"max_retries": 0}, task_id="waits")
+
+
 def test_a_commit_that_waits_for_a_standby_is_told_and_has_an_end(
     server: PostgreSQLServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -160,8 +166,7 @@ def test_a_commit_that_waits_for_a_standby_is_told_and_has_an_end(
                 caplog.at_level(logging.WARNING),
                 pytest.raises(OperationalError, match="on a statement, which is ended"),
             ):
-                for _ in range(1000):  # until the server's checkpointer has read the setting
-                    apps.add.apply_async((1, 1), retry_policy={"max_retries": 0}, task_id="waits")
+                publish_until_refused()
         finally:
             configure(server, "RESET synchronous_standby_names")
         assert "for a synchronous standby" in caplog.text

@@ -16,6 +16,7 @@ from celery.result import AsyncResult
 
 from kathikon_celery import bulk
 from kathikon_celery.job import State
+from kathikon_celery.storage import nodes
 from tests.integration.conftest import Jobs, Journal, Workers
 from tests.support import apps, outcomes
 from tests.support.waiting import wait_until
@@ -413,6 +414,18 @@ def test_queues_are_chosen(client: Celery, jobs: Jobs, workers: Workers) -> None
 
 
 # --- shutdown
+
+
+def test_a_worker_that_was_taken_for_dead_hears_remote_control_again(
+    client: Celery, jobs: Jobs, workers: Workers
+) -> None:
+    worker = workers(name="silent", conf={"kathikon_lease": 2.0})
+    with jobs.storage.database.read() as connection:
+        (node,) = [one for one in nodes.others(connection, 0) if one.name == worker.hostname]
+    jobs.storage.backend.remove_node(node.id)  # with its queues, as the others do when its lease has run out
+    worker.wait_for_log("It goes on as node")
+    wait_until(lambda: client.control.ping(timeout=1), what="an answer")
+    assert apps.add.delay(1, 1).get(timeout=60) == 2
 
 
 def test_a_warm_shutdown_ends_what_runs_and_leaves_the_rest_to_others(
