@@ -66,7 +66,7 @@ def faults(
         time.sleep(every)
         victim = random.choice(alive)
         with run.disturbance(None if fault == "cut" else victim):
-            _do(fault, run, victim)
+            do(fault, run, victim)
         if fault in ("kill", "warm", "cold"):
             alive.remove(victim)
             alive += run.start_ready(concurrency=concurrency, pool=pool)
@@ -76,13 +76,14 @@ def faults(
             victim.signal(signal.SIGCONT)
             hanging.remove(victim)
     run.sent()
-    _wait_until_all_have_ended(run)
+    wait_until_all_have_ended(run)
     codes = [worker.wait(150) for worker in run.workers if fault in ("warm", "cold") and worker not in alive]
-    consuming = _consuming(run, alive, concurrency)
-    return {**_account(run, range(jobs)), "consuming": consuming, "alive": len(alive), "exits": sorted(set(codes))}
+    run_jobs = consuming(run, alive, concurrency)
+    return {**account(run, range(jobs)), "consuming": run_jobs, "alive": len(alive), "exits": sorted(set(codes))}
 
 
-def _do(fault: str, run: Run, victim: Worker) -> None:
+def do(fault: str, run: Run, victim: Worker) -> None:
+    """Do the *fault* to the worker, or to the database."""
     if fault == "child":
         if children := psutil.Process(victim.pid).children():
             os.kill(random.choice(children).pid, signal.SIGKILL)
@@ -98,14 +99,15 @@ def _do(fault: str, run: Run, victim: Worker) -> None:
         victim.process.send_signal(signal.SIGTERM if fault == "warm" else signal.SIGQUIT)
 
 
-def _wait_until_all_have_ended(run: Run) -> None:
+def wait_until_all_have_ended(run: Run) -> None:
+    """Wait until every row says so, or nothing happens any more."""
     began = time.monotonic()
     while any(job.state not in TERMINAL for job in run.rows().values()) and time.monotonic() < began + run.patience:
         time.sleep(0.2)
 
 
-def _consuming(run: Run, alive: list[Worker], concurrency: int) -> int:
-    """How many of the workers that are alive run jobs, if there are some for all."""
+def consuming(run: Run, alive: list[Worker], concurrency: int) -> int:
+    """Return how many of the workers that are alive run jobs, if there are some for all."""
     ours: set[int] = set()
     wanted = {worker.index for worker in alive}
     for _ in range(10):
@@ -117,7 +119,8 @@ def _consuming(run: Run, alive: list[Worker], concurrency: int) -> int:
     return len(ours)
 
 
-def _account(run: Run, numbers: range) -> Figures:
+def account(run: Run, numbers: range) -> Figures:
+    """Return what became of the jobs with these *numbers*."""
     run.journal.read()
     attempts, rows = run.journal.attempts, {_number(job): job for job in run.rows().values()}
     sent = [number for number in numbers if number in run.journal.sent]
