@@ -1,13 +1,25 @@
-"""Installs what finds the open transactions of the web framework in use."""
+"""Installs what joins Kathikon to the web framework in use."""
 
 from __future__ import annotations
 
 import os
 
+from kombu.utils.imports import symbol_by_name
+
 
 def install() -> None:
     """Send tasks in Django's open transactions if Django is in use, by Celery's rule. May be called twice."""
-    if "DJANGO_SETTINGS_MODULE" in os.environ:
-        from kathikon_celery.django import transactions
+    if is_django():
+        symbol_by_name("kathikon_celery.django.transactions:install")()
+        symbol_by_name("kathikon_celery.django.on_commit:install")()
 
-        transactions.install()
+
+def register_tasks() -> None:
+    """Register the Celery task that runs the tasks of ``django.tasks``, if the setting TASKS names our backend."""
+    if is_django():
+        symbol_by_name("kathikon_celery.django.task_backends:all_of_ours")()
+
+
+def is_django() -> bool:
+    """Whether this process is one of a Django project."""
+    return "DJANGO_SETTINGS_MODULE" in os.environ

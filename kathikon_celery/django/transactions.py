@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from typing import Any
 
-from django.db import connections, transaction
+from django.db import connections
 from django.utils.connection import ConnectionDoesNotExist
 from sqlalchemy import Connection
 
+from kathikon_celery.django.in_tests import IN_TEST, call_on_commit, is_of_test, note
 from kathikon_celery.publish import callers, enqueue_in
 from kathikon_celery.publish.callers import Caller
 from kathikon_celery.storage import Storage
@@ -31,15 +32,13 @@ def install() -> None:
 
 def find() -> Caller | None:
     """Return the open transaction of this thread. Of several, that of Kathikon's database is written to."""
-    found = [_of_connection(one) for one in connections.all(initialized_only=True) if _has_transaction(one)]
-    return Several(found) if len(found) > 1 else found[0] if found else None
-
-
-def _has_transaction(connection: Any) -> bool:
-    """Whether a transaction is open, apart from those in which Django's `TestCase` runs a test, and never commits."""
-    return connection.in_atomic_block and not all(
-        getattr(block, "_from_testcase", False) for block in getattr(connection, "atomic_blocks", (None,))
-    )
+    open_ones = [one for one in connections.all(initialized_only=True) if one.in_atomic_block]
+    if not open_ones:
+        return None
+    found = [
+        _of_connection(one) for one in open_ones if not all(map(is_of_test, getattr(one, "atomic_blocks", [None])))
+    ]
+    return Several(found) if len(found) > 1 else found[0] if found else IN_TEST
 
 
 def of_alias(alias: Any) -> Caller | None:
@@ -57,19 +56,34 @@ def of_alias(alias: Any) -> Caller | None:
 def _of_connection(connection: Any) -> Caller:
     driver_connection, caller = getattr(connection, _KEPT, (None, None))
     if caller is None or driver_connection is not connection.connection:
-        connected = cache(partial(_connected, connection))
-        caller = Caller(
+        connected = cache(partial(connected_to, connection))
+        caller = InDjango(
             lambda storage: connected(),
-            partial(transaction.on_commit, using=connection.alias),
+            partial(call_on_commit, connection.alias),
             lambda: tuple(connection.savepoint_ids),
         )
         setattr(connection, _KEPT, (connection.connection, caller))
     return caller
 
 
-def _connected(connection: Any) -> Connection | None:
+def connected_to(connection: Any) -> Connection | None:
+    """Return the driver's connection of Django's *connection*, for SQLAlchemy; `None`: of no driver in `DRIVERS`."""
     driver = DRIVERS.get(connection.Database.__name__.partition(".")[0])
     return None if driver is None else guest.connected(driver, connection.connection)
+
+
+class InDjango(Caller):
+    """An open transaction of one database."""
+
+    def write(self, storage: Storage, step: Callable[[Storage], Any], ids: Iterable[str] = ()) -> None:
+        """See `Caller.write`."""
+        sent = list(ids)
+
+        def step_and_note(there: Storage) -> None:
+            step(there)
+            note(sent)
+
+        super().write(storage, step_and_note, sent)
 
 
 class Several(Caller):
@@ -82,6 +96,10 @@ class Several(Caller):
         """See `Caller.write`."""
         chosen = next((one for one in self._open if one.is_at_home(storage)), self._open[0])
         chosen.write(storage, step, ids)
+
+    def guest(self, storage: Storage) -> Storage | None:
+        """See `Caller.guest`."""
+        return next(filter(None, (one.guest(storage) for one in self._open)), None)
 
     @property
     def place(self) -> object:

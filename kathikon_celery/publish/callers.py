@@ -128,6 +128,12 @@ def write(storage: Storage, step: Callable[[Storage], Any], ids: Iterable[str] =
         caller.write(storage, step, ids)
 
 
+def here(storage: Storage) -> Storage:
+    """Return *storage* as the caller's open transaction sees it, if that is one of the same database."""
+    caller = current()
+    return (caller.guest(storage) if caller is not None else None) or storage
+
+
 def refuse_waiting(storage: Storage, ids: Iterable[str]) -> None:
     """Raise `TransactionRefused` if this thread would wait for one of the jobs *ids* that it has not committed."""
     for one in _uncommitted.of_this_thread(ids):

@@ -120,6 +120,7 @@ class KathikonBackend(CanvasBackend):
     ) -> Any:
         meta = self._get_result_meta(result, state, traceback, request)
         rest = {name: meta[name] for name in meta if name not in ("status", "result", "traceback")}
+        rest |= getattr(request, "kathikon_meta", None) or {}  # of the task itself
         storage, database = self.storage.backend, self.storage.database
         if state == states.SUCCESS and self.storage.settings.result == "discard":
             result = None

@@ -130,6 +130,9 @@ class Settings:
     #: How many seconds of work, at its present rate, a worker claims ahead.
     claim_horizon: float = _setting(0.05, checks.seconds(0, 5))
 
+    #: Whether Django's ``migrate`` makes the tables, if the database that it migrates is that of the jobs.
+    migrate: bool = _setting(True, checks.boolean)
+
     #: Name of each setting that was set -> a text that names the place.
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, kw_only=True)
 

@@ -9,6 +9,7 @@ from celery import signals
 from celery.concurrency import get_implementation, prefork
 from kombu.utils.imports import symbol_by_name
 
+from kathikon_celery import frameworks
 from kathikon_celery.backports import mark_what_is_revoked
 from kathikon_celery.internals import LIBPQ, PARTS, PREFORK, REQUESTS, SHUTDOWN, is_usable
 from kathikon_celery.nodes.own import OwnNode
@@ -60,6 +61,7 @@ def install(sender: Any, **kwargs: Any) -> None:
         if part is not LIBPQ or storage.database.url.get_driver_name() == "psycopg":
             is_usable(part)
     app.finalize()
+    frameworks.register_tasks()
     signals.worker_process_init.connect(partial(_in_child, app, storage), weak=False, dispatch_uid="kathikon-tracers")
     for task in app.tasks.values():
         if has_requests:

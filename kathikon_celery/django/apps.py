@@ -1,0 +1,63 @@
+"""The app config: ``"kathikon_celery.django"`` in ``INSTALLED_APPS``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import _state, current_app
+from django.apps import AppConfig
+from django.core import checks
+from django.db import connections
+from django.db.models.signals import post_migrate
+
+from kathikon_celery.django import transactions
+from kathikon_celery.settings import SettingError, Settings
+from kathikon_celery.settings.brokers import broker_of, is_kathikon
+from kathikon_celery.storage import Storage
+from kathikon_celery.storage.engine.guest import same_database
+from kathikon_celery.storage.errors import is_lost
+
+
+class KathikonConfig(AppConfig):
+    """Checks the settings, and makes the tables with ``manage.py migrate``."""
+
+    name = "kathikon_celery.django"
+    label = "kathikon"
+    verbose_name = "Kathikon"
+
+    def ready(self) -> None:
+        """Connect the checks, and what follows a migration."""
+        checks.register(check_settings)
+        post_migrate.connect(make_tables, sender=self, dispatch_uid="kathikon")
+
+
+def check_settings(**kwargs: Any) -> list[checks.CheckMessage]:
+    """Return an error for a wrong setting, and a warning if the project has no Celery app."""
+    if _state.default_app is None:
+        hint = "Import the app in the project's __init__.py: from proj.celery import app as celery_app"
+        return [checks.Warning("The project makes no Celery app.", hint=hint, id="kathikon.W001")]
+    try:
+        Settings.load(current_app.conf)
+    except SettingError as error:
+        return [checks.Error(error.message, id="kathikon.E001")]
+    return []
+
+
+def make_tables(using: str, **kwargs: Any) -> None:
+    """Make or upgrade the tables if the database *using*, which was migrated, is Kathikon's."""
+    if _state.default_app is None or not is_kathikon(broker_of(current_app.conf)):
+        return
+    storage = Storage.for_app(current_app, setup=False)
+    if not storage.settings.migrate or storage.settings.in_tests:
+        return
+    connection = connections[using]
+    connection.ensure_connection()
+    joined = transactions.connected_to(connection)
+    try:
+        is_ours = joined is not None and same_database(storage.database, joined)
+    except Exception as error:
+        if not is_lost(error):
+            raise
+        return  # a database that is away is not the one that was migrated
+    if is_ours:
+        storage.setup()
