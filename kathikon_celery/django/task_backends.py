@@ -40,7 +40,7 @@ _Base: Any = import_module(f"{api.__name__}.backends.base").BaseTaskBackend
 LOST = "lost"
 
 
-class TasksBackend(_Base):  # type: ignore[misc]
+class TasksBackend(_Base):
     """Tasks of ``django.tasks`` as jobs: sent in Django's open transaction, run by ``celery -A proj worker``.
 
     >>> TASKS = {"default": {"BACKEND": "kathikon_celery.django.TasksBackend"}}

@@ -49,12 +49,14 @@ def drain(app: Celery | None = None, *, scheduled: bool = False) -> list[AsyncRe
     """
     app = app or current_app._get_current_object()
     storage, ran, put_back = Storage.for_app(app), dict[str, Any](), set[str]()
+    catch_up: Callable[[], object] = list
     if frameworks.is_django():
         from kathikon_celery.django import in_tests
 
-        in_tests.catch_up()
+        catch_up = in_tests.catch_up
         storage.delete(in_tests.forget_gone())
     while True:
+        catch_up()
         storage.discard_expired()
         tell(app, storage)
         jobs = [job for job in storage.all(state=State.AVAILABLE) if job.id not in put_back]
