@@ -308,11 +308,12 @@ def test_a_project_s_tests_drain(project: Project) -> None:
     output = project.call("-m", "pytest", "-q", "-p", "no:cacheprovider", "test_proj.py")
     assert "5 passed" in output
     project.write("proj/tests.py", USERS_TESTS)
-    assert "Ran 3 tests" in project.call("manage.py", "test")
+    assert "Ran 3 tests" in project.call("manage.py", "test", "proj")
 
 
 def test_manage(project: Project) -> None:
-    tables = "from kathikon_celery.storage import Storage; from sqlalchemy import create_engine, inspect\n" + (
+    tables = (
+        "from sqlalchemy import create_engine, inspect\n"
         "from proj.celery import app; engine = create_engine(app.conf.kathikon_database_url)\n"
         "answer = [one for one in inspect(engine).get_table_names() if one.startswith('kathikon')]"
     )
@@ -356,5 +357,5 @@ def test_checks(project: Project, line: str, said: str) -> None:
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_a_project_without_an_app_is_told(project: Project) -> None:
     project.write("proj/__init__.py", "")
-    with pytest.raises(AssertionError, match="(?s)kathikon.E002.*kathikon.W001"):
+    with pytest.raises(AssertionError, match=r"(?s)kathikon.E002.*kathikon.W001"):
         project.call("manage.py", "check", "--fail-level", "WARNING")
