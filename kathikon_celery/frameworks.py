@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from celery import _state
 from kombu.utils.imports import symbol_by_name
 
 
@@ -23,3 +24,8 @@ def register_tasks() -> None:
 def is_django() -> bool:
     """Whether this process is one of a Django project."""
     return "DJANGO_SETTINGS_MODULE" in os.environ
+
+
+def has_app() -> bool:
+    """Whether this process has made a Celery app, besides the one that Celery makes for those without one."""
+    return _state.default_app is not None and bool(_state.default_app.fixups)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from celery import _state, current_app
+from celery import current_app
 from django.apps import AppConfig
 from django.core import checks
 from django.db import connections
 from django.db.models.signals import post_migrate
 
+from kathikon_celery import frameworks
 from kathikon_celery.django import transactions
 from kathikon_celery.settings import SettingError, Settings
 from kathikon_celery.settings.brokers import broker_of, is_kathikon
@@ -28,12 +29,12 @@ class KathikonConfig(AppConfig):
     def ready(self) -> None:
         """Connect the checks, and what follows a migration."""
         checks.register(check_settings)
-        post_migrate.connect(make_tables, sender=self, dispatch_uid="kathikon")
+        post_migrate.connect(make_tables, dispatch_uid="kathikon")  # Django sends none for an app without models
 
 
 def check_settings(**kwargs: Any) -> list[checks.CheckMessage]:
     """Return an error for a wrong setting, and a warning if the project has no Celery app."""
-    if _state.default_app is None:
+    if not frameworks.has_app():
         hint = "Import the app in the project's __init__.py: from proj.celery import app as celery_app"
         return [checks.Warning("The project makes no Celery app.", hint=hint, id="kathikon.W001")]
     try:
@@ -45,7 +46,7 @@ def check_settings(**kwargs: Any) -> list[checks.CheckMessage]:
 
 def make_tables(using: str, **kwargs: Any) -> None:
     """Make or upgrade the tables if the database *using*, which was migrated, is Kathikon's."""
-    if _state.default_app is None or not is_kathikon(broker_of(current_app.conf)):
+    if not frameworks.has_app() or not is_kathikon(broker_of(current_app.conf)):
         return
     storage = Storage.for_app(current_app, setup=False)
     if not storage.settings.migrate or storage.settings.in_tests:

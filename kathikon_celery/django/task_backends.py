@@ -9,17 +9,19 @@ from traceback import format_exception
 from typing import Any
 from uuid import uuid4
 
-from celery import _state, current_app, shared_task
+from celery import current_app, shared_task
 from celery.app.task import Context
 from django.conf import settings
 from django.core import checks
 from django.utils import timezone
 from django.utils.module_loading import import_string
 
+from kathikon_celery import frameworks
 from kathikon_celery.job import TERMINAL, Job, State
 from kathikon_celery.publish import callers
 from kathikon_celery.results.backend import KathikonBackend, error_of
 from kathikon_celery.results.unattended import request_of
+from kathikon_celery.settings import SettingError, Settings
 from kathikon_celery.settings.brokers import broker_of, is_kathikon
 from kathikon_celery.storage import Storage
 
@@ -107,10 +109,14 @@ class TasksBackend(_Base):
     def check(self, **kwargs: Any) -> list[checks.CheckMessage]:
         """Return what keeps tasks from being run, or results from being read."""
         where = f"TASKS[{self.alias!r}]"
-        if _state.default_app is None:
+        if not frameworks.has_app():
             hint = "Import the app in the project's __init__.py: from proj.celery import app as celery_app"
             return [checks.Error(f"{where} needs a Celery app, and none is made.", hint=hint, id="kathikon.E002")]
         app, found = current_app._get_current_object(), []
+        try:
+            kept = Settings.load(app.conf).result
+        except SettingError as error:
+            return [checks.Error(error.message, id="kathikon.E001")]
         if not is_kathikon(broker_of(app.conf)):
             hint = "Begin the Celery part of the settings with: from kathikon_celery.django import *"
             found.append(
@@ -122,7 +128,7 @@ class TasksBackend(_Base):
                 checks.Error(f"{where} reads results from the jobs, and they are stored elsewhere.",
                              hint="Set CELERY_RESULT_BACKEND = 'kathikon'.", id="kathikon.E004")
             )  # fmt: skip
-        elif Storage.for_app(app, setup=False).settings.result == "discard":
+        elif kept == "discard":
             found.append(
                 checks.Warning(f"Results of {where} have no return value, since CELERY_KATHIKON_RESULT is 'discard'.",
                                id="kathikon.W002")
