@@ -38,6 +38,7 @@ class Command(BaseCommand):
     def handle(self, *args: Any, arguments: list[str], **options: Any) -> None:
         """Run a command of the group."""
         context = CLIContext(app=current_app._get_current_object(), no_color=options["no_color"], workdir=None)
+        self.stdout.ending = ""  # click ends its lines itself
         try:
             with redirect_stdout(self.stdout):
                 kathikon.main(list(arguments), "manage.py kathikon", standalone_mode=False, obj=context)
