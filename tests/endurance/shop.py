@@ -26,6 +26,7 @@ def shop(
     project: str = "django_shop",
     orders: int = 1000,
     every: float = 0.5,
+    pool: str = "prefork",
     database: str = "sqlite:///{dir}/shop.db",
 ) -> Figures:
     """Take so many orders, and every so many seconds kill (``kill -9``) a producer, a worker, or a process of its pool.
@@ -39,7 +40,7 @@ def shop(
     on_redis = {"DJANGO_SETTINGS_MODULE": "tests.endurance.redis_settings", "SHOP_BROKER": run.broker}
     place = Shop(project, url, run.directory, {} if run.ours else on_redis)
     place.create()
-    with _crew(run, place) as crew:
+    with _crew(run, place, pool) as crew:
         while place.orders() < orders:
             time.sleep(random.uniform(0.5, 1.5) * every)
             crew.kill()
@@ -53,10 +54,10 @@ def shop(
 class Crew:
     """Two producers and two workers of a shop."""
 
-    def __init__(self, run: Run, place: Shop) -> None:
+    def __init__(self, run: Run, place: Shop, pool: str) -> None:
         self.killed = {"producers_killed": 0, "workers_killed": 0, "children_killed": 0}
         self.producers_wanted = 2
-        self._run, self._place, self._started = run, place, 0
+        self._run, self._place, self._pool, self._started = run, place, pool, 0
         self._producers: list[subprocess.Popen[bytes]] = []
         self._workers: list[WorkerProcess] = []
 
@@ -68,7 +69,7 @@ class Crew:
         self._workers = [one for one in self._workers if one.running]
         while len(self._workers) < 2:
             self._started += 1
-            self._workers.append(self._place.worker(f"shop-{self._started}").start(ready_timeout=None))
+            self._workers.append(self._place.worker(f"shop-{self._started}", self._pool).start(ready_timeout=None))
 
     def kill(self) -> None:
         """Kill a process: half of the time a producer. A worker that is not ready yet is spared."""
@@ -120,8 +121,8 @@ class Crew:
 
 
 @contextmanager
-def _crew(run: Run, place: Shop) -> Iterator[Crew]:
-    crew = Crew(run, place)
+def _crew(run: Run, place: Shop, pool: str) -> Iterator[Crew]:
+    crew = Crew(run, place, pool)
     try:
         crew.tend()
         yield crew

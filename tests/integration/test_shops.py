@@ -95,10 +95,10 @@ def test_a_stranger_follows_the_readme_on_postgresql(kind: str, tmp_path: Path, 
     follow(kind, tmp_path / kind, postgresql_url)
 
 
-@pytest.mark.parametrize("kind", ["django_shop", "fastapi_shop"])
-def test_each_order_has_one_receipt_and_one_move(kind: str, database_url: str) -> None:
+@pytest.mark.parametrize(("kind", "pool"), [("django_shop", "threads"), ("fastapi_shop", "prefork")])
+def test_each_order_has_one_receipt_and_one_move(kind: str, pool: str, database_url: str) -> None:
     with Run(f"kathikon+{database_url}") as run:
-        figures = shop(run, project=kind, orders=60, every=0.7)
+        figures = shop(run, project=kind, pool=pool, orders=60, every=0.7)
     right = dict.fromkeys(("stock_wrong", "dead"), 0)
     for name in ("receipts", "moves"):
         right |= {name: figures["orders"], f"{name}_lost": 0, f"{name}_double": 0, f"{name}_of_nothing": 0}
