@@ -14,6 +14,7 @@ from tests.endurance.faults import faults
 from tests.endurance.harness import Figures, Run
 from tests.endurance.kill_chords import kill_chords
 from tests.endurance.kill_workers import kill_workers
+from tests.endurance.long_transaction import long_transaction
 from tests.endurance.many_countdowns import many_countdowns
 from tests.endurance.sqlite_contention import sqlite_contention
 from tests.endurance.stopped_worker import stopped_worker
@@ -87,6 +88,16 @@ def test_many_processes_share_a_sqlite_file(sqlite_url: str) -> None:
 def test_jobs_that_wait_are_in_nobodys_way(run: Run) -> None:
     figures = many_countdowns(run, waiting=300, jobs=50, probes=10)
     assert_figures(figures, **ONCE, early=0, scheduled=300)
+
+
+@pytest.mark.postgresql
+def test_a_long_transaction_is_in_nobodys_way(postgresql_url: str) -> None:
+    with Run(f"kathikon+{postgresql_url}") as run:
+        figures = long_transaction(run, seconds=4.0, rate=100.0, probes=15)
+    assert_figures(figures, **ONCE, early=False, claimed=416)
+    usual = max(figures["pickup_p99_before"], figures["pickup_p99_open"])
+    assert figures["pickup_p50_open"] <= 3 * figures["pickup_p99_before"], figures
+    assert figures["late"] <= 20 * usual, figures
 
 
 def test_children_are_replaced_and_no_job_with_them(run: Run) -> None:

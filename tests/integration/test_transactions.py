@@ -214,6 +214,40 @@ def test_what_cannot_be_sent_is_an_error(storage: Storage, engine: Any) -> None:
     assert number(storage) == 0
 
 
+@pytest.mark.postgresql
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+def test_the_search_path_of_the_caller_may_lead_elsewhere(postgresql_url: str, driver: str) -> None:
+    """Such as to the schema of a tenant, which has tables of the same names."""
+    app = apps.create_app("schema", kathikon_database_url=postgresql_url, kathikon_schema="jobs")
+    app.tasks[apps.add.name].delay(0, 0)
+    storage = Storage.for_app(app)
+    engine = create_engine(make_url(postgresql_url).set(drivername=f"postgresql+{driver}"))
+    with engine.begin() as connection:
+        connection.execute(text("CREATE SCHEMA tenant"))
+        connection.execute(text("CREATE TABLE tenant.kathikon_jobs (id TEXT)"))
+    add, total = app.tasks[apps.add.name], app.tasks[apps.total.name]
+    for raw in (False, True):
+        with engine.connect() as connection:
+            connection.execute(text("SET LOCAL search_path = tenant"))
+            transaction = connection.connection.driver_connection if raw else connection
+            with enqueue_in(transaction):
+                sent = add.delay(1, 1)
+                chord([add.s(1, 1), add.s(2, 2)], app=app)(total.s())
+            assert storage.fetch(sent.id) is None
+            assert connection.execute(text("SELECT count(*) FROM kathikon_jobs")).scalar_one() == 0
+            transaction.rollback()
+            assert (number(storage), raw) == (1 + 3 * raw, raw)
+            connection.execute(text("SET LOCAL search_path = tenant"))
+            with enqueue_in(transaction):
+                sent = add.delay(1, 1)
+                chord([add.s(1, 1), add.s(2, 2)], app=app)(total.s())
+            transaction.commit()
+            assert storage.fetch(sent.id) is not None
+    assert number(storage) == 7
+    engine.dispose()
+    app.close()
+
+
 def test_who_waits_for_a_job_of_the_open_transaction_is_told(storage: Storage, engine: Any) -> None:
     with Session(engine) as session:
         with enqueue_in(session):

@@ -12,6 +12,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.orm import sessionmaker
 
 from kathikon_celery import current_session
+from tests.support.crash_points import kill_before
 
 app = Celery("shop")
 app.config_from_object("kathikon_celery.config")
@@ -107,3 +108,13 @@ def loses_claim(self: Any, what: str) -> str:
         connection.execute(statement, {"id": self.request.id})
     note(what)
     return what
+
+
+@app.task(bind=True, transaction=Session)
+def dies_at(self: Any, number: int) -> int:
+    """Kill its own process in the first run, before the given statement of its transaction."""
+    if not self.request.delivery_info["redelivered"]:
+        kill_before(number, self.session.connection())
+    note(f"{number}")
+    same.apply_async((number,), task_id=f"sent by {number}")
+    return number

@@ -131,6 +131,10 @@ class Dialect(ABC):
     def identity(self, connection: Connection) -> object:
         """Return what the server says of which database *connection* writes to."""
 
+    def schema_of_tables(self, connection: Connection) -> str | None:
+        """Return the schema in which *connection*, one of ours, finds the tables; `None`: it has no name."""
+        return None
+
     @abstractmethod
     def guest(self) -> Dialect:
         """Return the dialect for a transaction of the caller's, whose calls lock no row of a node."""

@@ -142,9 +142,10 @@ _UNFLUSHED = case(
 _FLUSH = select(func.pg_logical_emit_message(true(), CHANNEL, ""))
 
 #: What tells which database a connection writes to, whatever the URL.
-_DATABASE = text(
-    "SELECT system_identifier, current_database(), pg_is_in_recovery(), to_regclass('kathikon_jobs')::oid"
-    " FROM pg_control_system()"
+_DATABASE = text("SELECT system_identifier, current_database(), pg_is_in_recovery() FROM pg_control_system()")
+_SCHEMA = text(
+    "SELECT nspname FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace"
+    " WHERE pg_class.oid = to_regclass('kathikon_jobs')"
 )
 
 
@@ -396,6 +397,9 @@ class PostgreSQL(ReturningDialect):
 
     def identity(self, connection: Connection) -> object:
         return tuple(connection.execute(_DATABASE).one())
+
+    def schema_of_tables(self, connection: Connection) -> str | None:
+        return connection.execute(_SCHEMA).scalar()
 
     def guest(self) -> PostgreSQL:
         return _Guest(self)

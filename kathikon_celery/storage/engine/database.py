@@ -141,7 +141,7 @@ class Database:
         #: Called when another database has taken the place of this one: no row of ours is there.
         self.on_replaced: list[Callable[[], None]] = []
         self._on_disk = {True: publish_durability == "disk", False: worker_durability == "disk"}
-        self._identity: object = None
+        self._identity: tuple[object, str | None] | None = None
         self._gate = self._new_gate()
         self._noticing = threading.Lock()
         self._pool_size = pool_size
@@ -152,11 +152,14 @@ class Database:
         return f"<Database {shown(self.url)}>"
 
     @property
-    def identity(self) -> object:
-        """What the server says of which database this is: equal for each connection to it, whatever the URL."""
+    def identity(self) -> tuple[object, str | None]:
+        """What the server says of which database this is: equal for each connection to it, whatever the URL.
+
+        The second value is the schema of the tables; `None`: it has no name.
+        """
         if self._identity is None:
             with self.read() as connection:
-                self._identity = self.dialect.identity(connection)
+                self._identity = self.dialect.identity(connection), self.dialect.schema_of_tables(connection)
         return self._identity
 
     @cached_property

@@ -41,6 +41,7 @@ class Guest(Database):
         self.patience = 0.0
         self.on_close, self.on_replaced = [], []
         self._connection = connection
+        _, self._schema = host.identity
 
     def __repr__(self) -> str:
         return f"<Guest of {self.host!r}>"
@@ -48,8 +49,18 @@ class Guest(Database):
     @contextmanager
     def _enter(self) -> Iterator[Connection]:
         with _refusals():
-            self.dialect.join(self._connection)
-            yield self._connection
+            connection = self._connection
+            self.dialect.join(connection)
+            if self._schema is None:
+                yield connection
+                return
+            callers = connection.get_execution_options().get("schema_translate_map")
+            # The caller's search path may lead elsewhere, to tables of a tenant for example.
+            connection.execution_options(schema_translate_map={None: self._schema})
+            try:
+                yield connection
+            finally:
+                connection.execution_options(schema_translate_map=callers)
 
     def read(self) -> Any:
         """Return the caller's connection."""
@@ -90,7 +101,7 @@ def same_database(host: Database, connection: Connection) -> bool:
     if connection.dialect.name != host.dialect.name:
         return False
     with _refusals():
-        return host.identity == host.dialect.identity(connection)
+        return host.identity[0] == host.dialect.identity(connection)
 
 
 def connected(driver: str, driver_connection: Any) -> Connection:
