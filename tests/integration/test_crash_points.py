@@ -127,6 +127,5 @@ def test_of_a_completion(client: Celery, engine: Any, start_worker: Callable[...
     assert sorted(map(int, effects)) == list(points)
     assert sum(storage.counts().values()) == 3 * len(points)
     crashes = [storage.fetch(f"job {number}").crashes for number in points]  # type: ignore[union-attr]
-    assert crashes == sorted(crashes, reverse=True), crashes  # killed before each statement up to the last one
-    assert set(crashes) == {0, 1}
-    assert sum(crashes) >= 5
+    # Killed before each statement. A number beyond the last one kills a later task on the same connection.
+    assert all(crashes[:5]), crashes

@@ -49,6 +49,7 @@ DEFAULTS = {
     "publish_durability": "disk",
     "worker_durability": "server",
     "claim_horizon": 0.05,
+    "migrate": True,
 }
 
 
