@@ -239,12 +239,16 @@ class CanvasBackend(Backend):
         outer = [_errbacks(maybe_signature(one.options.get("chord"), app=self.app)) for one in _last_tasks(body)]
         body.options["link_error"] = [one for one in _errbacks(body) if not any(one in others for others in outer)]
         self.chord_error_from_stack(body, error)
-        self._fail_groups(body.options.get("chain"), error)
+        links = body.options.get("chain") or []
+        self._fail_groups([body, *links] if isinstance(body, chord) else links, error)
         for task in _last_tasks(body):
             self._count_unsent(task, error)
 
     def _fail_groups(self, links: Any, error: Any) -> None:
-        """Fail the members of groups among *links*, which will never be sent: Celery fails links that are tasks."""
+        """Fail the members of groups, and of groups and chains that end a chord, among *links* that are never sent.
+
+        Celery fails the links that are tasks.
+        """
         for link in links or ():
             signature = maybe_signature(link, app=self.app)
             while isinstance(signature, chord):
