@@ -331,6 +331,19 @@ def test_a_part_is_revoked_by_its_stamp(app: Celery, worker: WorkerProcess) -> N
     assert "TaskRevokedError" in str(result.result)
 
 
+def test_a_part_that_waits_for_a_slot_is_revoked(app: Celery, jobs: Jobs, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    result = chord([*[apps.wait_for_file.s(str(gate))] * 2, add.s(1, 1)], accumulate.s()).apply_async()
+    *running, waiting = result.parent.results
+    for one in running:
+        jobs.wait(one, State.RUNNING)
+    waiting.revoke()
+    jobs.wait(waiting, State.CANCELLED)  # before a slot is free
+    gate.touch()
+    assert "TaskRevokedError" in str(ready(result).result)
+    assert [one.state for one in result.parent.results] == ["SUCCESS", "SUCCESS", "REVOKED"]
+
+
 def with_errback(canvas: Any, journal: Journal) -> Any:
     canvas.link_error(apps.append.si(journal.path, "errback"))
     return canvas
