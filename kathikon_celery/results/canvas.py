@@ -94,6 +94,7 @@ class CanvasBackend(Backend):
                 completion.roll_back()
         with self._ending(task_id, request, State.DEAD):
             super().mark_as_failure(task_id, exc, traceback, request, *args, **kwargs)
+            self._fail_groups(getattr(request, "chain", None), exc)
 
     def mark_as_revoked(self, task_id: str, reason: str = "", request: Any = None, *args: Any, **kwargs: Any) -> None:
         """Store that the task was revoked, and count the task in its chord, in one transaction."""
@@ -238,12 +239,33 @@ class CanvasBackend(Backend):
         outer = [_errbacks(maybe_signature(one.options.get("chord"), app=self.app)) for one in _last_tasks(body)]
         body.options["link_error"] = [one for one in _errbacks(body) if not any(one in others for others in outer)]
         self.chord_error_from_stack(body, error)
-        # If the body is a part of another chord, Celery does not count it there: that chord would wait for ever.
+        links = body.options.get("chain") or []
+        self._fail_groups([body, *links] if isinstance(body, chord) else links, error)
         for task in _last_tasks(body):
-            options = task.options
-            request = Context(id=options.get("task_id"), group=options.get("group_id"), chord=options.get("chord"))
-            request.group_index = options.get("group_index")
-            self.on_chord_part_return(request, states.FAILURE, error)
+            self._count_unsent(task, error)
+
+    def _fail_groups(self, links: Any, error: Any) -> None:
+        """Fail the members of groups, and of groups and chains that end a chord, among *links* that are never sent.
+
+        Celery fails the links that are tasks.
+        """
+        for link in links or ():
+            signature = maybe_signature(link, app=self.app)
+            while isinstance(signature, chord):
+                signature = signature.body
+            if not isinstance(signature, (group, chain)):
+                continue
+            for task in _last_tasks(signature):
+                if task_id := task.options.get("task_id"):
+                    self.store_result(task_id, error, states.FAILURE)
+                    self._count_unsent(task, error)
+
+    def _count_unsent(self, task: Any, error: Any) -> None:
+        """Count *task*, which has failed before it was sent, if it is a part of a chord: the chord would wait."""
+        options = task.options
+        request = Context(id=options.get("task_id"), group=options.get("group_id"), chord=options.get("chord"))
+        request.group_index = options.get("group_index")
+        self.on_chord_part_return(request, states.FAILURE, error)
 
 
 def _last_tasks(signature: Any) -> Iterator[Any]:

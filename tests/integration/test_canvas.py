@@ -178,6 +178,12 @@ FAILING: dict[str, Callable[[], Any]] = {
         [chord([fail.s("broken"), add.s(1, 1)], chain(total.s(), add.s(1))), add.s(1, 1)], total.s()
     ),
     "a link of a part": lambda: chord([chain(add.s(1, 1), fail.si("broken"), add.s(1)), add.s(1, 1)], total.s()),
+    "before a chain as a body": lambda: chain(
+        group(add.s(1, 1), fail.s("broken")), chord([add.s(1)], chain(total.s(), add.s(1)))
+    ),
+    "before a group that ends a part": lambda: chord(
+        [chain(add.s(1, 1), fail.si("broken"), group(add.s(1), add.s(1))), add.s(1, 1)], accumulate.s()
+    ),
     "before the chain's end": lambda: chain(group(add.s(1, 1), fail.s("broken")), total.s(), add.s(1)),
 }
 
@@ -188,6 +194,30 @@ def test_failure(app: Celery, what: str) -> None:
     assert result.state == "FAILURE"
     assert isinstance(result.result, ChordError)
     assert "ValueError('broken')" in str(result.result)
+
+
+#: What was to follow a task that fails, and is not a link of the chain itself.
+NEVER_SENT: dict[str, Callable[[], Any]] = {
+    "group": lambda: chain(add.s(1, 1), fail.si("broken"), group(add.s(1), add.s(1))),
+    "nested groups": lambda: chain(fail.si("broken"), group(group(add.s(1), chain(add.s(1), add.s(1))), add.s(1))),
+    "group of a chord": lambda: chain(fail.si("broken"), group(add.s(1), chord([add.s(1)], total.s()))),
+    "group as a body": lambda: chain(fail.si("broken"), chord([add.s(1)], group(total.s(), accumulate.s()))),
+    "group after a chord": lambda: chain(group(add.s(1, 1), fail.si("broken")), total.s(), group(add.s(1), add.s(1))),
+}
+
+
+@pytest.mark.parametrize("what", NEVER_SENT)
+def test_a_group_that_is_never_sent_fails(app: Celery, what: str) -> None:
+    result = NEVER_SENT[what]().apply_async()
+    wait_until(result.ready, 60, "the end of each member")
+    states = {one.state for one in leaves(result)}
+    assert states == {"FAILURE"}
+    with pytest.raises((ValueError, ChordError), match="broken"):
+        result.get(timeout=60)
+
+
+def leaves(result: Any) -> list[AsyncResult]:
+    return [leaf for one in result.results for leaf in leaves(one)] if isinstance(result, GroupResult) else [result]
 
 
 def test_get_raises_what_a_part_has_raised(app: Celery) -> None:
@@ -299,6 +329,19 @@ def test_a_part_is_revoked_by_its_stamp(app: Celery, worker: WorkerProcess) -> N
     result = ready(chord([part, add.s(1, 1)], total.s()).apply_async())
     assert isinstance(result.result, ChordError)
     assert "TaskRevokedError" in str(result.result)
+
+
+def test_a_part_that_waits_for_a_slot_is_revoked(app: Celery, jobs: Jobs, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    result = chord([*[apps.wait_for_file.s(str(gate))] * 2, add.s(1, 1)], accumulate.s()).apply_async()
+    *running, waiting = result.parent.results
+    for one in running:
+        jobs.wait(one, State.RUNNING)
+    waiting.revoke()
+    jobs.wait(waiting, State.CANCELLED)  # before a slot is free
+    gate.touch()
+    assert "TaskRevokedError" in str(ready(result).result)
+    assert [one.state for one in result.parent.results] == ["SUCCESS", "SUCCESS", "REVOKED"]
 
 
 def with_errback(canvas: Any, journal: Journal) -> Any:
