@@ -52,6 +52,8 @@ class CeleryPool(Pool):
         self._earlier = tuple(state.active_requests)  # requests of a lost connection that still run
         self._outcomes: dict[str, Outcome] = {}
         self._keeps: dict[Any, bool] = {}
+        #: Celery's token buckets of rate limits, by identity: those in use, and replaced ones in which jobs wait.
+        self._buckets: dict[int, Any] = {}
 
     def slots(self) -> int:
         """How many jobs the consumer may have from this connection. Jobs of an earlier one that still run take slots.
@@ -61,7 +63,11 @@ class CeleryPool(Pool):
         """
         consumer = self._consumer
         slots = processes(consumer) - sum(request in state.active_requests for request in self._earlier)
-        limited = sum(len(bucket.contents) for bucket in list(consumer.task_buckets.values()) if bucket is not None)
+        buckets = {id(bucket): bucket for bucket in list(consumer.task_buckets.values()) if bucket is not None}
+        # A new rate limit replaces all buckets. The jobs in an old one wait there until its timer comes.
+        old = {name: bucket for name, bucket in self._buckets.items() if name not in buckets and bucket.contents}
+        self._buckets = buckets | old
+        limited = sum(len(bucket.contents) for bucket in self._buckets.values())
         if not (limited or self.kept):
             return slots
         return max(slots, min(slots + limited + self.kept, consumer.qos.value or UNLIMITED + self.kept))

@@ -90,13 +90,11 @@ def test_a_stranger_follows_the_readme(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.postgresql
-@pytest.mark.parametrize("kind", ["django_shop", "fastapi_shop"])
-def test_a_stranger_follows_the_readme_on_postgresql(kind: str, tmp_path: Path, postgresql_url: str) -> None:
-    follow(kind, tmp_path / kind, postgresql_url)
+def test_a_stranger_follows_the_readme_on_postgresql(tmp_path: Path, postgresql_url: str) -> None:
+    follow("fastapi_shop", tmp_path / "shop", postgresql_url)
 
 
-@pytest.mark.parametrize(("kind", "pool"), [("django_shop", "threads"), ("fastapi_shop", "prefork")])
-def test_each_order_has_one_receipt_and_one_move(kind: str, pool: str, database_url: str) -> None:
+def each_order_has_one_receipt_and_one_move(kind: str, pool: str, database_url: str) -> None:
     with Run(f"kathikon+{database_url}") as run:
         figures = shop(run, project=kind, pool=pool, orders=60, every=0.7)
     right = dict.fromkeys(("stock_wrong", "dead"), 0)
@@ -105,3 +103,12 @@ def test_each_order_has_one_receipt_and_one_move(kind: str, pool: str, database_
     assert {name: figures[name] for name in right} == right, figures
     assert figures["is_finished"]
     assert sum(figures[f"{who}_killed"] for who in ("producers", "workers", "children")) >= 1, figures
+
+
+def test_each_order_has_one_receipt_and_one_move_on_sqlite(sqlite_url: str) -> None:
+    each_order_has_one_receipt_and_one_move("fastapi_shop", "prefork", sqlite_url)
+
+
+@pytest.mark.postgresql
+def test_each_order_has_one_receipt_and_one_move_on_postgresql(postgresql_url: str) -> None:
+    each_order_has_one_receipt_and_one_move("django_shop", "threads", postgresql_url)

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,18 @@ class TestEncodings:
                 escaped.encode(encoding)
                 assert encodings.unescaped(escaped) == word
         assert encodings.escaped("é", "latin-1") == "é"
+
+
+@pytest.mark.postgresql
+@pytest.mark.parametrize("wake", ["listen", "poll"])
+def test_the_databases_style_of_dates_changes_nothing(postgresql_url: str, wake: str) -> None:
+    sql(postgresql_url, f"ALTER DATABASE {make_url(postgresql_url).database} SET datestyle = 'German'")
+    with closing(Storage(postgresql_url, Settings(wake=wake))) as storage:
+        storage.setup()
+        due = datetime.now(timezone.utc) + timedelta(hours=1)
+        storage.insert(new_job(scheduled_at=due))
+        (job,) = storage.all()
+        assert job.scheduled_at == due
 
 
 class TestIsolation:

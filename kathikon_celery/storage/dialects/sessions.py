@@ -110,6 +110,7 @@ def session(known: Mapping[str, str], schema: str | None, on_disk: bool, publish
 
 def _needed(schema: str | None) -> Iterator[tuple[str, str]]:
     yield "default_transaction_isolation", "read committed"
+    yield "datestyle", "ISO"  # psycopg reads no other one
     if schema is not None:
         yield "search_path", quoted(schema)
 
@@ -117,7 +118,7 @@ def _needed(schema: str | None) -> Iterator[tuple[str, str]]:
 def begin_pooled(on_disk: bool, schema: str | None) -> list[str]:
     """Return the statements that begin a transaction on a session that is not ours."""
     path = [f"SET LOCAL search_path = {quoted(schema)}"] if schema is not None else []
-    return [BEGIN, commit_on_disk(on_disk), *path]
+    return [BEGIN, commit_on_disk(on_disk), "SET LOCAL datestyle = 'ISO'", *path]
 
 
 def commit_on_disk(on_disk: bool) -> str:
