@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from click import ClickException
-from sqlalchemy.exc import DataError, DBAPIError, DisconnectionError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 
@@ -56,10 +56,6 @@ def is_lost(error: BaseException) -> bool:
     if isinstance(error, DBAPIError) and error.connection_invalidated:
         return True
     return isinstance(error, LOST)
-
-
-#: Errors that say that the database cannot store a value.
-UNSTORABLE = (DataError, UnicodeError)
 
 
 def is_refusal(error: BaseException) -> bool:
