@@ -38,11 +38,14 @@ class Outcome:
     written: Mapping[str, str | None] | None = None
     #: The task was acknowledged before it ran: a caller waits for the result, which is stored later.
     result_follows: bool = False
+    #: False if the job is given back before its task began: its claim does not count as an attempt.
+    has_begun: bool = True
 
 
 DONE = Outcome(Verdict.DONE)
 BEGUN = Outcome(Verdict.DONE, result_follows=True)
 BACK = Outcome(Verdict.BACK)
+UNBEGUN = Outcome(Verdict.BACK, has_begun=False)
 CRASHED = Outcome(Verdict.CRASHED)
 REPLACED = Outcome(Verdict.REPLACED)
 PASSED_ON = Outcome(Verdict.PASSED_ON)
@@ -104,7 +107,9 @@ class Delivery:
     @property
     def when_left(self) -> Outcome:
         """The end if the consumer stops: given back, unless the task has begun and must not run twice."""
-        return LOST if self.early and self.accepted is not None else BACK
+        if self.accepted is None:
+            return BACK if self.decision is None else UNBEGUN  # without a decision, nobody says that a task has begun
+        return LOST if self.early else BACK
 
     @property
     def hold(self) -> Hold:

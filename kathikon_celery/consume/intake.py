@@ -12,7 +12,7 @@ from time import monotonic
 from typing import Any
 
 from kathikon_celery.consume.claiming import Claiming
-from kathikon_celery.consume.delivery import BACK, Delivery, Outcome
+from kathikon_celery.consume.delivery import UNBEGUN, Delivery, Outcome, Verdict
 from kathikon_celery.consume.idle_state import IdleState
 from kathikon_celery.consume.ledger import Ledger
 from kathikon_celery.consume.loop import Loop
@@ -85,7 +85,7 @@ class Intake:
         with self._ledger.lock:
             subscription = self.subscriptions.pop(queue)
             if subscription is not None:
-                self._ledger.reports += [(delivery, BACK) for delivery in subscription.waiting]
+                self._ledger.reports += [(delivery, UNBEGUN) for delivery in subscription.waiting]
                 self._idle.will_be_woken = False
         self._ledger.notify()
 
@@ -131,8 +131,8 @@ class Intake:
         ledger = self._ledger
         with self.own_node.claiming:  # no transaction of the intake's thread is under way
             with ledger.lock:
-                returns = [one for one in ledger.reports if one[1] is BACK]
-                ledger.reports = [one for one in ledger.reports if one[1] is not BACK]
+                returns = [one for one in ledger.reports if one[1].verdict is Verdict.BACK]
+                ledger.reports = [one for one in ledger.reports if one[1].verdict is not Verdict.BACK]
             try:
                 with self._database.write() as connection:
                     self._recovery.report(connection, returns)

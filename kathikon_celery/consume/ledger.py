@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import NamedTuple
 
-from kathikon_celery.consume.delivery import BACK, Delivery, Outcome
+from kathikon_celery.consume.delivery import UNBEGUN, Delivery, Outcome
 from kathikon_celery.consume.subscriptions import Subscription, Subscriptions
 from kathikon_celery.job import Hold
 from kathikon_celery.storage.engine.wakeup import Wakeup
@@ -178,7 +178,7 @@ class Ledger:
                 self.in_hand.pop(delivery.tag, None)
                 subscription = self.subscriptions.get(delivery.queue)
                 if subscription is None:
-                    self.reports.append((delivery, BACK))
+                    self.reports.append((delivery, UNBEGUN))
                 else:
                     subscription.in_hand -= 1
                     subscription.waiting.appendleft(delivery)
@@ -193,7 +193,7 @@ class Ledger:
                 if self.subscriptions.get(delivery.queue) is subscription:
                     subscription.waiting.append(delivery)
                 else:
-                    self.reports.append((delivery, BACK))
+                    self.reports.append((delivery, UNBEGUN))
             self._return_stale()
             self._ready.notify_all()
 
@@ -207,7 +207,7 @@ class Ledger:
             stale = [one for one in subscription.waiting if one.is_job and one.claimed < oldest]
             for delivery in stale:
                 subscription.waiting.remove(delivery)
-                self.reports.append((delivery, BACK))
+                self.reports.append((delivery, UNBEGUN))
         for delivery in list(self.in_hand.values()):
             is_stale = (
                 delivery.is_job
@@ -217,7 +217,7 @@ class Ledger:
             )
             if is_stale and pool.withdraw(delivery):
                 del self.in_hand[delivery.tag]
-                self.reports.append((delivery, BACK))
+                self.reports.append((delivery, UNBEGUN))
                 if (consumed := self.subscriptions.get(delivery.queue)) is not None:
                     consumed.in_hand -= 1
 

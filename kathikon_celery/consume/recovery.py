@@ -95,7 +95,7 @@ class Recovery:
         known = {one.hold for one, _ in reports}.union(*(holds() for holds in list(self._own_node.holds)))
         forgotten = [hold for hold in finish.held_by(connection, self._own_node.id) if hold not in known]
         if forgotten:
-            self._backend.given_back(connection, forgotten)
+            self._backend.given_back(connection, forgotten, has_begun=False)
 
     def reborn(self, old: int, new: int) -> None:
         """Drop the jobs that wait: other nodes took this one, with the id *old*, for dead, and have them now.

@@ -32,6 +32,7 @@ def write(
         complain: called with deliveries of which at least one had moved on when it was reported.
     """
     jobs: defaultdict[Verdict, list[Delivery]] = defaultdict(list)
+    unbegun: list[Delivery] = []
     gone: list[Hold] = []
     returned: list[Hold] = []
     ends: dict[Hold, Mapping[str, str | None]] = {}
@@ -40,6 +41,8 @@ def write(
             (gone if outcome.verdict in (Verdict.DONE, Verdict.ENDED) else returned).append(delivery.hold)
         elif outcome.written is not None:
             ends[delivery.hold] = outcome.written
+        elif not outcome.has_begun:
+            unbegun.append(delivery)
         elif outcome.state is None:
             jobs[outcome.verdict].append(delivery)
         elif not backend.ended(
@@ -60,19 +63,20 @@ def write(
         complain([one for one, outcome in reports if outcome.written is not None])
     if back := jobs[Verdict.BACK]:
         backend.given_back(connection, _holds(back))
+    if unbegun:
+        backend.given_back(connection, _holds(unbegun), has_begun=False)
     crashed = jobs[Verdict.CRASHED]
     if crashed and backend.given_back(connection, _holds(crashed), True) != len(crashed):
         complain(crashed)
     if replaced := jobs[Verdict.REPLACED]:
         backend.replaced(connection, _holds(replaced))
-    queues = {one.queue for one in back + crashed}
-    if queues:
-        backend.database.dialect.wake(connection, queues, len(back) + len(crashed))
+    if ready := back + unbegun + crashed:
+        backend.database.dialect.wake(connection, {one.queue for one in ready}, len(ready))
     if gone:
         messages.acknowledge(backend.database, connection, gone)
     if returned:
         messages.give_back(backend.database, connection, returned)
-    return queues
+    return {one.queue for one in ready}
 
 
 def write_one(write: Callable[[Reports], None], delivery: Delivery, outcome: Outcome) -> Outcome | None:

@@ -122,8 +122,15 @@ class StorageBackend(ABC):
         """Report that the job is dead, cancelled or discarded (*state*); return 0 if it is not held so any more."""
 
     @abstractmethod
-    def given_back(self, connection: Connection, holds: Sequence[Hold], crashed: bool = False) -> int:
-        """Make the jobs ready again. *crashed*: the process that ran them was lost."""
+    def given_back(
+        self, connection: Connection, holds: Sequence[Hold], crashed: bool = False, has_begun: bool = True
+    ) -> int:
+        """Make the jobs ready again.
+
+        Arguments:
+            crashed: the process that ran them was lost.
+            has_begun: their tasks have begun; if not, the claim does not count as an attempt.
+        """
 
     @abstractmethod
     def replaced(self, connection: Connection, holds: Sequence[Hold]) -> int:

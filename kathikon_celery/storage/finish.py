@@ -35,7 +35,7 @@ COMPLETED = transitions.ended(
     status=case((or_(jobs.c.status == "RETRY", jobs.c.status == "STARTED"), null()), else_=jobs.c.status),
 )
 _REPLACED = transitions.replaced()
-_RETURNED = transitions.returned(crashed=transitions.has_crashed())
+_RETURNED = transitions.returned(crashed=transitions.is_so("has_crashed"), begun=transitions.is_so("has_begun"))
 
 
 @lru_cache(maxsize=8)
@@ -121,6 +121,7 @@ def add_error(connection: Connection, seq: int, reason: str, fence: int) -> None
     if row is None:
         return
     # A retry may run already, or have ended. A claim adds 1 to the fence, and so does the next publication or return.
+    # A later claim whose task never began makes this number one too low.
     try:
         attempt = max(1, row.attempts - (row.fence - fence) // 2)
     except TypeError:  # SQLite has texts in columns of numbers, if somebody writes them
@@ -138,10 +139,18 @@ def add_error(connection: Connection, seq: int, reason: str, fence: int) -> None
     connection.execute(_SET_ERRORS, {"of_seq": seq, "all": json.dumps(every)})
 
 
-def given_back(database: Database, connection: Connection, holds: Sequence[Hold], crashed: bool = False) -> int:
-    """Make the jobs ready again, for any node. *crashed*: the process that ran them was lost."""
+def given_back(
+    database: Database, connection: Connection, holds: Sequence[Hold], crashed: bool = False, has_begun: bool = True
+) -> int:
+    """Make the jobs ready again, for any node.
+
+    Arguments:
+        crashed: the process that ran them was lost.
+        has_begun: their tasks have begun; if not, the claim does not count as an attempt.
+    """
     which = database.events.which()
-    changed = database.dialect.change_held(connection, _RETURNED, holds, {"has_crashed": crashed}, which=which)
+    values = {"has_crashed": crashed, "has_begun": has_begun}
+    changed = database.dialect.change_held(connection, _RETURNED, holds, values, which=which)
     database.events.changed(connection, ids=[job.id for job in which or ()])
     if crashed and changed:
         note_crashes(connection, holds)

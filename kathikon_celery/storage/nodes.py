@@ -23,6 +23,7 @@ from sqlalchemy import (
     null,
     or_,
     select,
+    true,
     union,
     update,
 )
@@ -196,7 +197,7 @@ def wait_for(connection: Connection, node_id: int, names: list[str] | None) -> N
 @lru_cache(maxsize=1)
 def _rescued() -> Any:
     crashed = jobs.c.state == literal_column(f"'{State.RUNNING.value}'")
-    return transitions.returned(HELD, jobs.c.node_id == bindparam("node"), crashed=crashed).of()
+    return transitions.returned(HELD, jobs.c.node_id == bindparam("node"), crashed=crashed, begun=true()).of()
 
 
 _FREED = (

@@ -113,8 +113,10 @@ class SQLBackend(StorageBackend):
     ) -> int:
         return finish.ended(self.database, connection, hold, state, cause, reason, traceback, status)
 
-    def given_back(self, connection: Connection, holds: Sequence[Hold], crashed: bool = False) -> int:
-        return finish.given_back(self.database, connection, holds, crashed)
+    def given_back(
+        self, connection: Connection, holds: Sequence[Hold], crashed: bool = False, has_begun: bool = True
+    ) -> int:
+        return finish.given_back(self.database, connection, holds, crashed, has_begun)
 
     def replaced(self, connection: Connection, holds: Sequence[Hold]) -> int:
         return finish.replaced(self.database, connection, holds)

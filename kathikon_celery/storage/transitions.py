@@ -163,8 +163,10 @@ def started(*where: Condition, **more: Any) -> Change:
     return _becomes(State.RUNNING, *where, **more)
 
 
-def returned(*where: Condition, crashed: Any) -> Change:
+def returned(*where: Condition, crashed: Any, begun: Any) -> Change:
     """The held rows *where* become ready again; a row that fits *crashed* gets one more crash.
+
+    The claim of a row that does not fit *begun* does not count as an attempt.
 
     A crashed job becomes dead if it must not run again (``acked``) or has reached ``max_attempts`` crashes.
     """
@@ -180,6 +182,7 @@ def returned(*where: Condition, crashed: Any) -> Change:
         "reason": case((lost, why), else_=null()),
         "cause": case((lost, cause), else_=null()),
         "crashes": crashes,
+        "attempts": case((begun, jobs.c.attempts), else_=jobs.c.attempts - 1),
         "node_id": null(),
         "acked": false(),
         "fence": next_fence(jobs),
@@ -274,6 +277,6 @@ def put_back(job: Job, old: State) -> dict[str, Any]:
     return {"state": job.state.value, **dict.fromkeys(OF_A_RUN, null()), **waits}
 
 
-def has_crashed() -> Any:
-    """Return *crashed* of `returned` as a parameter ``has_crashed``, one for all rows."""
-    return bindparam("has_crashed", type_=Boolean())
+def is_so(name: str) -> Any:
+    """Return a condition of `returned` as a parameter, one for all rows."""
+    return bindparam(name, type_=Boolean())

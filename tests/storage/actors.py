@@ -70,9 +70,9 @@ class Worker:
         with self.database.write() as connection:
             return finish.ended(self.database, connection, job.hold, state, Cause.RAISED, reason, traceback)
 
-    def give_back(self, *jobs: Job, crashed: bool = False) -> int:
+    def give_back(self, *jobs: Job, crashed: bool = False, has_begun: bool = True) -> int:
         with self.database.write() as connection:
-            return finish.given_back(self.database, connection, [job.hold for job in jobs], crashed)
+            return finish.given_back(self.database, connection, [job.hold for job in jobs], crashed, has_begun)
 
     def store(self, job: Job, state: State | None = State.COMPLETED, **fields: Any) -> bool:
         written = {"status": "SUCCESS", "result": "1", "traceback": None, "meta": None, **fields}

@@ -270,3 +270,10 @@ def test_a_zombie_neither_completes_nor_claims(postgresql_storage: Storage) -> N
     worker.die()
     assert worker.complete_and_claim(job, limit=10) == (0, [])
     assert {job.id for job in other.claim(10)} == {"1", "2"}
+
+
+def test_only_a_claim_whose_task_has_begun_is_an_attempt(storage: Storage, worker: Worker) -> None:
+    storage.insert(new_job())
+    for has_begun, attempts in ((False, 0), (True, 1), (False, 1), (True, 2)):
+        assert worker.give_back(worker.claim_one(), has_begun=has_begun) == 1
+        assert (the_job(storage).state, the_job(storage).attempts) == (State.AVAILABLE, attempts)

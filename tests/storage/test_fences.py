@@ -20,6 +20,7 @@ REPORTS: dict[str, Callable[[Worker, Job], object]] = {
     "cancelled": lambda worker, job: worker.end(job, State.CANCELLED),
     "discarded": lambda worker, job: worker.end(job, State.DISCARDED),
     "given back": lambda worker, job: worker.give_back(job),
+    "unbegun": lambda worker, job: worker.give_back(job, has_begun=False),
     "crashed": lambda worker, job: worker.give_back(job, crashed=True),
     "result": lambda worker, job: worker.store(job),
     "failure": lambda worker, job: worker.store(job, State.DEAD, status="FAILURE"),
@@ -29,7 +30,7 @@ REPORTS: dict[str, Callable[[Worker, Job], object]] = {
     "retry": lambda worker, job: worker.publish_again(job),
 }
 #: Those after which the job is over, for this delivery.
-ENDS = {"completed", "dead", "cancelled", "discarded", "given back", "crashed", "result", "failure", "revoked", "retry"}
+ENDS = REPORTS.keys() - {"started", "started early", "start with a result", "progress"}
 
 
 def taken_by_another(worker: Worker, other: Worker) -> None:
