@@ -37,7 +37,9 @@ LONGEST_LEASE = 3600.0
 class Observer(Protocol):
     """The node that watches the others: a `kathikon_celery.nodes.own.OwnNode`."""
 
-    id: int
+    @property
+    def id(self) -> int:
+        """The number of this node."""
 
     @property
     def lease(self) -> float:

@@ -24,6 +24,9 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
+#: The row of a node that is not registered.
+_NONE = nodes.Registered(0, "", 0)
+
 _all: dict[tuple[int, Storage], OwnNode] = {}
 _all_lock = threading.Lock()
 
@@ -39,7 +42,7 @@ class OwnNode:
     def __init__(self, storage: Storage, name: str) -> None:
         self.storage = storage
         self.name = name
-        self.id = 0
+        self.row = _NONE
         #: Called with the old and the new id, in the lease's thread, when this node had to register again.
         self.on_reborn: list[Callable[[int, int], None]] = []
         #: For each consumer of this process a function that returns the claims it knows of. A claim that none knows of
@@ -61,13 +64,18 @@ class OwnNode:
 
     def _replaced(self) -> None:
         """The database was replaced: another node may get our id, so the lease's thread registers a new one."""
-        self.id, self._is_lost = 0, True
+        self.row, self._is_lost = _NONE, True
 
     @classmethod
     def of(cls, storage: Storage) -> OwnNode:
         """Return the only `OwnNode` of this process on *storage*."""
         with _all_lock:
             return _all.setdefault((os.getpid(), storage), cls(storage, f"{os.getpid()}@{platform.node()}"))
+
+    @property
+    def id(self) -> int:
+        """The number of this node; 0: it is not registered."""
+        return self.row.id
 
     @property
     def lease(self) -> float:
@@ -117,13 +125,13 @@ class OwnNode:
         often = inf if self._is_locked else self.storage.database.dialect.renewal_without_lock
         return min(self.lease / 4, often)
 
-    def renew_by(self, statement: Callable[[int, float], T | None]) -> T | None:
-        """Renew the lease by *statement*(node id, lease in seconds), and return its answer.
+    def renew_by(self, statement: Callable[[nodes.Registered, float], T | None]) -> T | None:
+        """Renew the lease by *statement*(this node's row, lease in seconds), and return its answer.
 
         `None`: the node was taken for dead. The lease's thread then registers a new one.
         """
         now = monotonic()
-        answer = statement(self.id, self.lease)
+        answer = statement(self.row, self.lease)
         self._is_lost = answer is None
         if answer is not None:
             self._renewed = now
@@ -131,7 +139,7 @@ class OwnNode:
 
     def _register(self) -> None:
         pid = os.getpid()
-        self.id = nodes.register(self.storage.database, self.name, machine(), pid, start_of(pid) or 0.0, self.lease)
+        self.row = nodes.register(self.storage.database, self.name, machine(), pid, start_of(pid) or 0.0, self.lease)
         self._registered = self._renewed = monotonic()
         self._is_lost = False
         if advice := self.storage.database.dialect.advice:
@@ -174,7 +182,7 @@ class OwnNode:
 
     def _renew(self) -> None:
         database = self.storage.database
-        if self.renew_by(lambda node_id, lease: nodes.renew(database, node_id, lease) or None):
+        if self.renew_by(lambda row, lease: nodes.renew(database, row, lease) or None):
             return
         if self.id:
             database.check_tables()

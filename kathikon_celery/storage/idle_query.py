@@ -86,9 +86,11 @@ def look(
     return bool(row[0])
 
 
-def renew(database: Database, queues: Sequence[str], with_messages: bool, node_id: int, lease: float) -> bool | None:
+def renew(
+    database: Database, queues: Sequence[str], with_messages: bool, node: nodes.Registered, lease: float
+) -> bool | None:
     """`look` and renew the node's lease to *lease* seconds, in one statement; `None` if the node was taken for dead."""
-    values = {"queues": list(queues), "node": node_id, "lease": lease}
+    values = {"queues": list(queues), **nodes.of_renewal(node, lease)}
     with database.once() as connection:
         found = database.dialect.change_and_read(connection, nodes.RENEW, _there(with_messages), values)
     return bool(found[0]) if found is not None else None

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     Connection,
@@ -59,26 +59,43 @@ class Node:
     renewal: str
 
 
-def register(database: Database, name: str, machine: str, pid: int, pid_started: float, lease: float) -> int:
-    """Insert this process as a `Node`, with a lease of *lease* seconds; return its id."""
+class Registered(NamedTuple):
+    """A process's own row. Tables that are made anew number their nodes anew, so the number alone does not tell."""
+
+    id: int
+    machine: str
+    pid: int
+
+
+def register(database: Database, name: str, machine: str, pid: int, pid_started: float, lease: float) -> Registered:
+    """Insert this process as a `Node`, with a lease of *lease* seconds."""
     values = {"name": name, "machine": machine, "pid": pid, "pid_started": pid_started}
     with database.write() as connection:
         row = connection.execute(
             insert(nodes).values(**values, started_at=now(), lease_until=now(seconds("lease"))), {"lease": lease}
         )
         assert row.inserted_primary_key is not None
-        return int(row.inserted_primary_key[0])
+        return Registered(int(row.inserted_primary_key[0]), machine, pid)
 
 
-#: The lease of the ``node`` ends ``lease`` seconds from now.
-RENEW = Change(nodes, {"lease_until": now(seconds("lease"))}, (nodes.c.id == bindparam("node"),))
+#: The lease of a node ends ``lease`` seconds from now: see `of_renewal`.
+RENEW = Change(
+    nodes,
+    {"lease_until": now(seconds("lease"))},
+    (nodes.c.id == bindparam("node"), nodes.c.machine == bindparam("of_machine"), nodes.c.pid == bindparam("of_pid")),
+)
 _RENEW = RENEW.of()
 
 
-def renew(database: Database, node_id: int, lease: float) -> bool:
+def of_renewal(node: Registered, lease: float) -> dict[str, Any]:
+    """Return the parameters of `RENEW`."""
+    return {"node": node.id, "of_machine": node.machine, "of_pid": node.pid, "lease": lease}
+
+
+def renew(database: Database, node: Registered, lease: float) -> bool:
     """Make the lease last *lease* seconds from now; return false when the node was taken for dead."""
     with database.once() as connection:
-        return connection.execute(_RENEW, {"node": node_id, "lease": lease}).rowcount > 0
+        return connection.execute(_RENEW, of_renewal(node, lease)).rowcount > 0
 
 
 def consume(database: Database, node_id: int, queue_names: Sequence[str]) -> None:

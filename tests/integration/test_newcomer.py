@@ -113,7 +113,7 @@ class TestUnconsumed:
 
         any_task = app.task(name="any")(nothing)
         worker = nodes.register(storage.database, "worker", "here", 1, 1.0, lease=60.0)
-        nodes.consume(storage.database, worker, ["default", "mail"])
+        nodes.consume(storage.database, worker.id, ["default", "mail"])
         for queue in ("default", "mail", "post", "post", "parcels"):
             for send in (any_task.apply_async, lambda queue: app.send_task("other", queue=queue)):
                 send(queue=queue)
@@ -133,7 +133,9 @@ class TestUnconsumed:
 
     def test_nothing_is_said_of_what_does_not_wait(self, app: Celery, caplog: pytest.LogCaptureFixture) -> None:
         storage = Storage.for_app(app)
-        nodes.consume(storage.database, nodes.register(storage.database, "w", "here", 1, 1.0, lease=60.0), ["default"])
+        nodes.consume(
+            storage.database, nodes.register(storage.database, "w", "here", 1, 1.0, lease=60.0).id, ["default"]
+        )
         app.send_task("any", queue="mail")
         app.send_task("any", queue="later", countdown=3600)
         app.send_task("any", queue="taken")
@@ -144,7 +146,9 @@ class TestUnconsumed:
 
     def test_what_was_closed_is_not_looked_at(self, app: Celery, caplog: pytest.LogCaptureFixture) -> None:
         storage = Storage.for_app(app)
-        nodes.consume(storage.database, nodes.register(storage.database, "w", "here", 1, 1.0, lease=60.0), ["default"])
+        nodes.consume(
+            storage.database, nodes.register(storage.database, "w", "here", 1, 1.0, lease=60.0).id, ["default"]
+        )
         app.send_task("any", queue="mail")
         storage.close()
         assert self.look(app, caplog) == []

@@ -127,7 +127,7 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
         },
     ),
     "look and renew": (
-        lambda plans: idle_query.renew(plans.database, ["queue-1"], True, plans.worker.id, 20.0),
+        lambda plans: idle_query.renew(plans.database, ["queue-1"], True, plans.worker.row, 20.0),
         {READY: "queue", MESSAGES_READY: "queue"},
     ),
     "started": (writing(lambda plans, conn: finish.started(plans.database, conn, HOLDS)), {BY_SEQ: ""}),

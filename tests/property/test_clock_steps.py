@@ -37,13 +37,14 @@ class Node:
 
     def __init__(self, storage: Storage, lease: float) -> None:
         self.storage, self.lease = storage, lease
-        self.id = nodes.register(storage.database, "node", "elsewhere", 1, 0.0, lease)
+        self.row = nodes.register(storage.database, "node", "elsewhere", 1, 0.0, lease)
+        self.id = self.row.id
         self.renewed = Clocks.monotonic
         self.hangs: float | None = None
 
     def live(self) -> None:
         if self.hangs is None and Clocks.monotonic >= self.renewed + self.lease / 4:
-            assert nodes.renew(self.storage.database, self.id, self.lease), "taken for dead, though it lives"
+            assert nodes.renew(self.storage.database, self.row, self.lease), "taken for dead, though it lives"
             self.renewed = Clocks.monotonic
 
 

@@ -32,7 +32,8 @@ class Worker:
 
     def __init__(self, storage: Storage, lease: float = 60.0) -> None:
         self.database = storage.database
-        self.id = nodes.register(self.database, "worker", "machine", 1, 0.0, lease)
+        self.row = nodes.register(self.database, "worker", "machine", 1, 0.0, lease)
+        self.id = self.row.id
 
     def claim(self, limit: int = 1, queue: str = "default", front: ScanStart | None = None) -> list[Job]:
         with self.database.write() as connection:

@@ -117,7 +117,7 @@ def test_renewals(storage: Storage, worker: Worker, other: Worker) -> None:
     before = nodes.renewals_of(answer(storage, "renewals"))
     with storage.database.read() as connection:
         assert {node.id: node.renewal for node in nodes.others(connection, 0)} == before
-    nodes.renew(storage.database, worker.id, 120)
+    nodes.renew(storage.database, worker.row, 120)
     after = nodes.renewals_of(answer(storage, "renewals"))
     assert after.keys() == before.keys() == {worker.id, other.id}
     assert [node for node in after if after[node] != before[node]] == [worker.id]
@@ -177,14 +177,14 @@ class TestIsAnythingOld:
 class TestRenewal:
     def test_it_is_a_look_as_well(self, storage: Storage, worker: Worker) -> None:
         with counted() as statements:
-            assert idle_query.renew(storage.database, ["default"], True, worker.id, 300) is False
+            assert idle_query.renew(storage.database, ["default"], True, worker.row, 300) is False
         assert len(statements) == 1
         storage.insert(new_job())
-        assert idle_query.renew(storage.database, ["default"], True, worker.id, 300) is True
+        assert idle_query.renew(storage.database, ["default"], True, worker.row, 300) is True
         with storage.database.read() as connection:
             (node,) = nodes.others(connection, 0)
         assert node.lease == pytest.approx(300, abs=60)
 
     def test_who_was_taken_for_dead_learns_it(self, storage: Storage, worker: Worker) -> None:
         worker.die()
-        assert idle_query.renew(storage.database, ["default"], True, worker.id, 30) is None
+        assert idle_query.renew(storage.database, ["default"], True, worker.row, 30) is None

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import text
 
 from kathikon_celery.job import State
-from kathikon_celery.storage import Storage, finish, messages, nodes, topology, transitions
+from kathikon_celery.storage import Storage, finish, idle_query, messages, nodes, topology, transitions
 from kathikon_celery.storage.errors import Unavailable
 from kathikon_celery.storage.nodes import Holder
 from tests.storage.actors import Worker, new_job, the_job
@@ -125,7 +125,7 @@ def test_a_lease_that_was_renewed_meanwhile_saves_the_node(storage: Storage) -> 
         worker.claim_one()
     with storage.database.read() as connection:
         seen = {node.id: node.renewal for node in nodes.others(connection, 0)}
-    nodes.renew(storage.database, alive.id, 120)
+    nodes.renew(storage.database, alive.row, 120)
     assert nodes.remove(storage.database, alive.id, seen[alive.id]) is None
     assert nodes.remove(storage.database, dead.id, seen[dead.id]) == 1
     assert storage.counts() == {("default", "available"): 1, ("default", "claimed"): 1}
@@ -138,15 +138,22 @@ def test_a_lease_is_seen_by_others(storage: Storage, worker: Worker, other: Work
         assert node.id == other.id
         return node.lease
 
-    assert nodes.renew(storage.database, other.id, 300)
+    assert nodes.renew(storage.database, other.row, 300)
     assert lease() == pytest.approx(300, abs=60)
-    assert nodes.renew(storage.database, other.id, -300)
+    assert nodes.renew(storage.database, other.row, -300)
     assert lease() == pytest.approx(-300, abs=60)
+
+
+def test_nobody_renews_the_lease_of_another_process_of_the_same_number(storage: Storage, worker: Worker) -> None:
+    """Tables that are made anew number their nodes anew."""
+    for another in (worker.row._replace(machine="another"), worker.row._replace(pid=2)):
+        assert not nodes.renew(storage.database, another, 30)
+        assert idle_query.renew(storage.database, ["default"], True, another, 30) is None
 
 
 def test_who_was_taken_for_dead_learns_it(storage: Storage, worker: Worker, other: Worker) -> None:
     worker.die()
-    assert not nodes.renew(storage.database, worker.id, 30)
+    assert not nodes.renew(storage.database, worker.row, 30)
     assert Worker(storage).id > other.id  # no number twice
 
 

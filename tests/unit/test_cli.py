@@ -110,10 +110,10 @@ def test_counts_names_only_queues_that_surely_have_no_worker(app: Celery) -> Non
     storage.insert_many([Job(id=queue, queue=queue, task="proj.send") for queue in ("mail", "p\x00st")])
     living = [nodes.register(storage.database, name, "here", 1, 1.0, lease=60.0) for name in ("one", "flower")]
     assert invoke(app, "counts").stderr == ""  # a worker of an older version does not say what it consumes
-    for node_id, queues in zip(living, (["mail"], []), strict=True):
-        nodes.consume(storage.database, node_id, queues)
+    for node, queues in zip(living, (["mail"], []), strict=True):
+        nodes.consume(storage.database, node.id, queues)
     assert invoke(app, "counts").stderr == "No worker consumes p\\x00st.\n"
-    nodes.consume(storage.database, living[0], ["mail", "p\x00st"])
+    nodes.consume(storage.database, living[0].id, ["mail", "p\x00st"])
     assert invoke(app, "counts").stderr == ""
     nodes.renew(storage.database, living[0], lease=-1.0)
     assert invoke(app, "counts").stderr == "No worker consumes mail, p\\x00st.\n"

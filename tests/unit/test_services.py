@@ -187,7 +187,7 @@ def test_lifeline_sees_for_itself_that_its_neighbours_run(storage: Storage, monk
             return connection.execute(select(nodes.RENEWALS)).scalar()
 
     assert spared() == 1.0
-    other = nodes.register(storage.database, "other", "here", 1, 0.0, 60.0)
+    other = nodes.register(storage.database, "other", "here", 1, 0.0, 60.0).id
     runs = True
     monkeypatch.setattr("kathikon_celery.nodes.others.machine", lambda: "here")
     monkeypatch.setattr("kathikon_celery.nodes.others.is_running", lambda pid, started: runs)
