@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -145,6 +146,23 @@ def test_a_database_that_is_replaced_by_an_empty_one(postgresql_url: str, tmp_pa
             assert "taken for dead" not in one.log
             # Celery restarts the greenlet that hears remote control, after its traceback.
             assert pool == "gevent" or "Traceback" not in one.log
+            assert one.stop() == 0
+
+
+def test_a_worker_that_hung_while_its_tables_were_made_anew(postgresql_url: str, tmp_path: Path) -> None:
+    with (
+        WorkerProcess(postgresql_url, directory=tmp_path, pool="threads") as worker,
+        WorkerProcess(postgresql_url, directory=tmp_path, pool="threads", name="other") as other,
+        client_of(postgresql_url) as client,
+    ):
+        worker.signal(signal.SIGSTOP)
+        dropped_tables(postgresql_url)
+        wait_until(lambda: not is_refused(), what="a publication")
+        assert apps.add.delay(1, 1).get(timeout=60) == 2  # by the other one, the first to be registered anew
+        worker.signal(signal.SIGCONT)
+        wait_until(lambda: len(client.control.ping(timeout=1)) == 2, what="two answers")
+        for one in (worker, other):
+            assert "Traceback" not in one.log
             assert one.stop() == 0
 
 

@@ -26,7 +26,7 @@ from kathikon_celery.storage import SchemaError, Storage, schema
 from kathikon_celery.storage.clock import Instant
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.tables import metadata
-from tests.storage.actors import new_job
+from tests.storage.actors import Worker, new_job
 
 SETTINGS = Settings()
 
@@ -331,3 +331,17 @@ def test_a_failed_migration_leaves_nothing_behind(database_url: str, monkeypatch
             assert sa.inspect(connection).get_table_names() == []
         storage.setup()
         assert storage.all() == []
+
+
+def test_tables_that_are_made_anew_number_no_node_as_before(database_url: str) -> None:
+    """Otherwise a worker that did not notice that its tables are new would go on as another one."""
+    numbers = []
+    for _ in range(3):
+        with closing(Storage(database_url, SETTINGS)) as storage:
+            storage.setup()
+            numbers += [Worker(storage).id, Worker(storage).id]
+            with storage.database.write() as connection:
+                metadata.drop_all(connection)
+                connection.execute(sa.text(f"DROP TABLE {schema.VERSION_TABLE}"))
+    assert len(set(numbers)) == len(numbers)
+    assert all(0 < number < 2**31 for number in numbers)

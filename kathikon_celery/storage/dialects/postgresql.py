@@ -11,7 +11,7 @@ from hashlib import blake2b
 from itertools import chain
 from math import inf
 from time import monotonic
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import (
     URL,
@@ -271,6 +271,13 @@ def _telling(statement: Any, ended: bool, says_which: bool) -> Any:
     return number.add_columns(calls) if says_which else select(number.scalar_subquery(), calls)
 
 
+#: The lock of a node has a number of four bytes.
+_NUMBER_NODES = (
+    "SELECT setval(pg_get_serial_sequence('kathikon_nodes', 'id'),"
+    " coalesce(max(id), 0) + 1 + floor(random() * 1000000000)::bigint) FROM kathikon_nodes"
+)
+
+
 class PostgreSQL(ReturningDialect):
     """One PostgreSQL database."""
 
@@ -282,6 +289,7 @@ class PostgreSQL(ReturningDialect):
     calls_with_commit = True
 
     renewal_without_lock = 1.0
+    after_migrations: ClassVar = {"0004": [_NUMBER_NODES]}
 
     def __init__(self, url: URL, schema: str | None = None, wake: str = "auto") -> None:
         super().__init__(url, schema, wake)

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 from sqlalchemy import URL, Connection, ScalarSelect, Table, Text, and_, bindparam, func, literal_column, select, tuple_
@@ -101,12 +101,19 @@ def _(element: first_fence, compiler: Any, **options: Any) -> str:
     return "abs(random() % 1073741824)"
 
 
+_NUMBER_NODES = (
+    "INSERT INTO sqlite_sequence (name, seq) SELECT 'kathikon_nodes', 1 + abs(random()) % 1000000000"
+    " WHERE NOT EXISTS (SELECT * FROM sqlite_sequence WHERE name = 'kathikon_nodes')"
+)
+
+
 class SQLite(ReturningDialect):
     """One SQLite file."""
 
     name = "sqlite"
     closes_before_fork = True
     has_one_writer = True
+    after_migrations: ClassVar = {"0004": [_NUMBER_NODES]}
 
     def __init__(self, url: URL, schema: str | None = None, wake: str = "auto") -> None:
         super().__init__(url, schema, wake)
