@@ -21,8 +21,9 @@ PAUSE = 0.5
 class Recovery:
     """Whether this process and the database may differ in what this node holds, and how they come to agree again.
 
-    Threads: the intake's thread owns all attributes. Only `reborn` is called by another thread, that of the lease; it
-    changes what it changes under the ledger's lock. A transaction that is under way then still ends as it would have.
+    Threads: the intake's thread owns all attributes. Only `reborn` is called by other threads, such as that of the
+    lease; it changes what it changes under the ledger's lock. A transaction that is under way then still ends as it
+    would have.
     """
 
     def __init__(self, storage: Storage, own_node: OwnNode, ledger: Ledger, idle: IdleState) -> None:

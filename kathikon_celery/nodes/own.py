@@ -43,7 +43,7 @@ class OwnNode:
         self.storage = storage
         self.name = name
         self.row = _NONE
-        #: Called with the old and the new id, in the lease's thread, when this node had to register again.
+        #: Called with the old and the new id when this node had to register again.
         self.on_reborn: list[Callable[[int, int], None]] = []
         #: For each consumer of this process a function that returns the claims it knows of. A claim that none knows of
         #: may be given back, so a consumer holds the lock `claiming` while it claims or reports.
@@ -55,6 +55,7 @@ class OwnNode:
         #: so that plain kombu programs need no worker beside them.
         self.is_watched = False
         self._users = 0
+        self._registering = threading.Lock()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._registered = self._renewed = 0.0
@@ -84,6 +85,8 @@ class OwnNode:
 
     def enter(self) -> None:
         """Register the node, or count one more user of it. Raises the database's error when that is away."""
+        if self._users and not self.id:  # the database was replaced: what is declared now must be this node's
+            self._register_again(0)
         with _all_lock:
             if not self._users:
                 if self._replaced not in self.storage.database.on_replaced:
@@ -104,8 +107,9 @@ class OwnNode:
             thread, self._thread = self._thread, None
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout=5)
-        with suppress(Exception):  # other nodes give it back when the lease has run out
-            self.storage.backend.remove_node(self.id)
+        if self.id:
+            with suppress(Exception):  # other nodes give it back when the lease has run out
+                self.storage.backend.remove_node(self.id)
 
     @staticmethod
     def leave_all() -> None:
@@ -186,15 +190,21 @@ class OwnNode:
             return
         if self.id:
             database.check_tables()
-        old = self.id
-        self._register()
+        self._register_again(self.id)
+
+    def _register_again(self, old: int) -> None:
+        """Register this process, which was the node *old*, unless another thread has done so meanwhile."""
+        with self._registering:
+            if self.id != old:
+                return
+            self._register()
         if old:
             logger.warning(
                 "Kathikon: node %s was silent for longer than its lease of %g s and was taken for dead; its jobs were"
                 " given to others, what it still does with them changes nothing. It goes on as node %s",
                 old, self.lease, self.id,
             )  # fmt: skip
-        for callback in self.on_reborn:
+        for callback in list(self.on_reborn):
             callback(old, self.id)
 
 
