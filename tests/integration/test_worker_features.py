@@ -89,6 +89,26 @@ def test_a_rate_limit_is_kept_and_blocks_nobody_else(
     app.control.rate_limit(apps.big_payload.name, "0", reply=True, destination=[worker.hostname], timeout=60)
 
 
+@pytest.mark.parametrize(
+    ("database_url", "pool"), [("sqlite", "threads"), ("postgresql", "prefork")], indirect=["database_url"]
+)
+def test_a_new_rate_limit_strands_no_slot(client: Celery, jobs: Jobs, workers: Workers, pool: str) -> None:
+    """The jobs that the old limit holds wait in Celery's old token bucket until its timer comes."""
+    worker = workers(pool=pool, concurrency=2)
+
+    def limit(rate: str) -> None:
+        client.control.rate_limit(apps.quiet.name, rate, reply=True, destination=[worker.hostname], timeout=60)
+
+    limit("1/m")
+    held = [apps.quiet.delay(number) for number in range(5)]
+    jobs.wait(held[0], State.COMPLETED)
+    for result in held[1:]:
+        jobs.wait(result, State.CLAIMED)
+    limit("1000/s")
+    assert [apps.add.delay(number, 1).get(timeout=60) for number in range(5)] == [1, 2, 3, 4, 5]
+    assert {jobs.of(result).state for result in held[1:]} == {State.CLAIMED}
+
+
 # --- revoke
 
 
