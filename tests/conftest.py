@@ -26,6 +26,8 @@ SERVER_VARIABLE = "KATHIKON_TEST_POSTGRESQL_URL"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Without bytecode, each of the hundreds of processes that tests start compiles the package anew, for half a second.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if getattr(config.option, "numprocesses", None) and SERVER_VARIABLE not in os.environ:
         server = PostgreSQLServer()
         config.add_cleanup(server.destroy)
