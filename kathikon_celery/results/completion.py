@@ -24,6 +24,9 @@ NOTHING = dict.fromkeys(("status", "result", "traceback", "meta"))
 AGAIN = ("40", "08", "57")
 
 
+_NOT_COMMITTED = "the task's transaction was not committed"
+
+
 class CommitLost(BaseException):
     """The database asks to run the transaction again, or is gone: Celery must not record an end of the task."""
 
@@ -108,12 +111,9 @@ class Completion:
         """Roll back after an error. Raises `CommitLost` or `CommitRefused`."""
         try:
             yield
-        except StorageError as error:
-            self._abort()
-            raise CommitRefused(error.message) from error
         except Exception as error:
             self._abort()
-            said = f"the task's transaction was not committed: {in_words(error)}"
+            said = error.message if isinstance(error, StorageError) else f"{_NOT_COMMITTED}: {in_words(error)}"
             raise (CommitLost if _may_run_again(error) else CommitRefused)(said) from error
 
     def _abort(self) -> None:
@@ -128,6 +128,17 @@ class Completion:
         """Undo all that the body has done; return the job that the body wants to publish under its own id."""
         self._abort()
         return self._again
+
+
+@contextmanager
+def beginning() -> Iterator[None]:
+    """Raise `CommitLost` instead of an error with which no transaction begins, but after which one may."""
+    try:
+        yield
+    except Exception as error:
+        if not _may_run_again(error):
+            raise
+        raise CommitLost(f"the task's transaction did not begin: {in_words(error)}") from error
 
 
 def _may_run_again(error: BaseException | None) -> bool:

@@ -25,7 +25,7 @@ from kathikon_celery.publish import outbox
 from kathikon_celery.publish.destination import publish
 from kathikon_celery.publish.enqueue_in import caller_of
 from kathikon_celery.results.backend import KathikonBackend
-from kathikon_celery.results.completion import CommitLost, Completion, current_session
+from kathikon_celery.results.completion import CommitLost, Completion, beginning, current_session
 from kathikon_celery.settings import SettingError
 from kathikon_celery.storage import Storage
 from kathikon_celery.storage.errors import TransactionRefused
@@ -49,9 +49,11 @@ def complete_in_transaction(task: Any, storage: Storage) -> None:
         hold = Hold.of_tag((request.properties or {}).get("delivery_tag"))
         if request.called_directly or request.is_eager or hold is None:
             return run(*args, **kwargs)
-        completion = begin(storage, hold)
+        with beginning():
+            completion = begin(storage, hold)
         try:
-            completion.check()
+            with beginning():
+                completion.check()
             with outbox.within(caller=completion.caller, completion=completion):
                 value = run(*args, **kwargs)
         except Ignore as error:  # also `self.replace`
@@ -134,7 +136,9 @@ def end_transactions(task: Any) -> None:
             return trace(uuid, args, kwargs, request)
         except CommitLost as error:
             lost = WorkerLostError(str(error))
-            return trace_ok_t(ExceptionInfo((WorkerLostError, lost, None)), TraceInfo(FAILURE, lost), 0.0, None)
+            return trace_ok_t(
+                ExceptionInfo((WorkerLostError, lost, error.__traceback__)), TraceInfo(FAILURE, lost), 0.0, None
+            )
         finally:
             completion = outbox.scope().completion
             if completion is not None:  # Celery has failed between the body and its end

@@ -9,10 +9,12 @@ from typing import Any
 from celery import Celery, group
 from celery.exceptions import Ignore, Reject
 from sqlalchemy import create_engine, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import sessionmaker
 
 from kathikon_celery import current_session
-from tests.support.crash_points import kill_before
+from kathikon_celery.storage.errors import TransactionRefused
+from tests.support.crash_points import kill_before, lose_at
 
 app = Celery("shop")
 app.config_from_object("kathikon_celery.config")
@@ -113,8 +115,18 @@ def loses_claim(self: Any, what: str) -> str:
 @app.task(bind=True, transaction=Session)
 def dies_at(self: Any, number: int) -> int:
     """Kill its own process in the first run, before the given statement of its transaction."""
-    if not self.request.delivery_info["redelivered"]:
-        kill_before(number, self.session.connection())
+    return _breaks(self, kill_before, number)
+
+
+@app.task(bind=True, transaction=Session, autoretry_for=(OperationalError, TransactionRefused), default_retry_delay=0)
+def loses_at(self: Any, number: int) -> int:
+    """Lose its connection in the first run, at the given statement of its transaction."""
+    return _breaks(self, lose_at, number)
+
+
+def _breaks(self: Any, act: Any, number: int) -> int:
+    if not self.request.delivery_info["redelivered"] and not self.request.retries:
+        act(number, self.session.connection())
     note(f"{number}")
     same.apply_async((number,), task_id=f"sent by {number}")
     return number
