@@ -1,4 +1,7 @@
-"""Every endurance scenario at small scale: what must hold at any speed, not how fast."""
+"""Every endurance scenario at small scale: what must hold at any speed, not how fast.
+
+Most of them run on one database here; other tests show the same on each.
+"""
 
 from __future__ import annotations
 
@@ -48,12 +51,14 @@ def test_a_killed_workers_jobs_are_run_again(run: Run) -> None:
     assert 1 <= figures["twice_running"] <= 4
 
 
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_a_killed_workers_chords_end(run: Run) -> None:
     figures = kill_chords(run, chords=16, parts=10, seconds=0.1, kills=2, every=1.0)
     assert_figures(figures, **NOT_LOST, sent=16, refused=0, wrong=0, left_over=0)
     assert figures["workers_killed"] >= 1  # the second one, unless all was done by then
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_a_worker_that_was_stopped_changes_nothing(run: Run) -> None:
     figures = stopped_worker(run, jobs=4, seconds=2.0)
     assert_figures(figures, **NOT_LOST, twice=2, taken_over=2, started_late=0, recorded=4, changed=0)
@@ -85,6 +90,7 @@ def test_many_processes_share_a_sqlite_file(sqlite_url: str) -> None:
     assert_figures(figures, **ONCE, locked=0, sent=450)
 
 
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_jobs_that_wait_are_in_nobodys_way(run: Run) -> None:
     figures = many_countdowns(run, waiting=300, jobs=50, probes=10)
     assert_figures(figures, **ONCE, early=0, scheduled=300)
@@ -100,20 +106,30 @@ def test_a_long_transaction_is_in_nobodys_way(postgresql_url: str) -> None:
     assert figures["late"] <= 20 * usual, figures
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_children_are_replaced_and_no_job_with_them(run: Run) -> None:
     figures = child_recycling(run, jobs=200, per_child=20)
     assert_figures(figures, **ONCE)
     assert figures["children"] >= 10
 
 
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_a_client_gets_every_result_and_keeps_none(run: Run) -> None:
     figures = client_memory(run, jobs=200, waits=100, together=10)
     assert_figures(figures, **ONCE, sent=500, stored=500)
 
 
 @pytest.mark.parametrize(
-    ("fault", "pool"),
-    [("warm", "threads"), ("warm", "gevent"), ("cold", "threads"), ("cold", "solo"), ("kill", "prefork")],
+    ("fault", "pool", "database_url"),
+    [
+        ("warm", "threads", "sqlite"),
+        ("warm", "gevent", "postgresql"),
+        ("cold", "threads", "postgresql"),
+        ("cold", "solo", "sqlite"),
+        ("kill", "prefork", "sqlite"),
+        ("kill", "prefork", "postgresql"),
+    ],
+    indirect=["database_url"],
 )
 def test_nothing_is_lost_on_any_pool(run: Run, fault: str, pool: str) -> None:
     figures = faults(run, fault=fault, pool=pool, jobs=60, times=1, every=1.0)

@@ -25,6 +25,8 @@ from tests.support.workers import WorkerProcess
 
 #: Fixtures that are made anew for each of their parameters, and not for each test.
 SHARED = ("shared_database_url", "pool")
+#: For what does not depend on the database: the pool, Celery's signals, the command line.
+on_one_database = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,7 +12,7 @@ from celery.result import AsyncResult
 from kathikon_celery import bulk
 from kathikon_celery.consume.delivery import LOST
 from kathikon_celery.job import Cause, Job, State
-from tests.integration.conftest import Jobs, Journal, Workers
+from tests.integration.conftest import Jobs, Journal, Workers, on_one_database
 from tests.support import apps
 from tests.support.workers import WorkerProcess
 
@@ -28,10 +28,6 @@ def pool(request: pytest.FixtureRequest) -> str:
 def gate(tmp_path: Path) -> Path:
     """Tasks wait for this file."""
     return tmp_path / "gate"
-
-
-#: For what does not depend on the database.
-on_one_database = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
 @pytest.fixture
@@ -76,8 +72,8 @@ def test_a_warm_shutdown_ends_the_batch_of_a_strategy_and_gives_back_what_it_kee
     assert {jobs.of(result).state for result in batch} == {State.CLAIMED}
     gate.touch()
     assert first.wait() == 0
-    assert [result.get(timeout=60) for result in batch] == ["done"] * apps.COLLECTED
     assert {jobs.wait(result, State.COMPLETED).attempts for result in batch} == {1}
+    assert [result.get(timeout=60) for result in batch] == ["done"] * apps.COLLECTED
     assert journal.lines == ["batch"]
     for result in kept:
         assert jobs.wait(result, State.CLAIMED, State.AVAILABLE).crashes == 0

@@ -64,7 +64,11 @@ def test_a_client(database_url: str, tmp_path: Path) -> None:
     assert done.stderr.count("the short way of delay()") == 1
 
 
-@pytest.mark.parametrize("pool", ["prefork", "threads", "gevent"])
+@pytest.mark.parametrize(
+    ("pool", "database_url"),
+    [("prefork", "postgresql"), ("threads", "sqlite"), ("gevent", "postgresql")],
+    indirect=["database_url"],
+)
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGQUIT], ids=["warm", "cold"])
 def test_a_shutdown_runs_no_early_task_twice(
     client: Celery, jobs: Jobs, start_worker: Start, journal: Journal, pool: str, how: signal.Signals

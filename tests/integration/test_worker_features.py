@@ -17,7 +17,7 @@ from celery.result import AsyncResult
 from kathikon_celery import bulk
 from kathikon_celery.job import State
 from kathikon_celery.storage import nodes
-from tests.integration.conftest import Jobs, Journal, Workers
+from tests.integration.conftest import Jobs, Journal, Workers, on_one_database
 from tests.support import apps, outcomes
 from tests.support.waiting import wait_until
 from tests.support.workers import WorkerProcess
@@ -220,6 +220,7 @@ def test_a_success_that_was_stored_is_not_run_again_where_that_is_wanted(
 # --- the pool
 
 
+@on_one_database
 def test_autoscale(client: Celery, jobs: Jobs, gate: Path, workers: Workers) -> None:
     worker = workers(args=["--autoscale", "3,1"], env={"AUTOSCALE_KEEPALIVE": "0.5"})
 
@@ -241,6 +242,7 @@ def test_autoscale(client: Celery, jobs: Jobs, gate: Path, workers: Workers) -> 
 @pytest.mark.parametrize(
     ("option", "most"), [("--max-tasks-per-child=3", 3), ("--max-memory-per-child=1", 1)], ids=["tasks", "memory"]
 )
+@on_one_database
 def test_processes_are_replaced(client: Celery, jobs: Jobs, workers: Workers, option: str, most: int) -> None:
     worker = workers(args=[option])
     results = [apps.describe.delay() for _ in range(12)]
@@ -302,6 +304,7 @@ def behind(client: Celery, jobs: Jobs, journal: Journal, gate: Path) -> Callable
     return send
 
 
+@on_one_database
 def test_what_waits_in_a_busy_process_goes_to_another_worker(
     behind: Callable[[], list[AsyncResult]], jobs: Jobs, journal: Journal, gate: Path, workers: Workers
 ) -> None:
@@ -332,6 +335,7 @@ def test_what_waits_in_a_busy_process_can_be_revoked(
     assert journal.lines == ["1", "2"]
 
 
+@on_one_database
 def test_what_waits_in_a_busy_process_is_left_to_others_at_a_warm_shutdown(
     behind: Callable[[], list[AsyncResult]], jobs: Jobs, journal: Journal, gate: Path, workers: Workers
 ) -> None:
@@ -349,6 +353,7 @@ def test_what_waits_in_a_busy_process_is_left_to_others_at_a_warm_shutdown(
     assert jobs.wait(blocking, State.COMPLETED).attempts == 1
 
 
+@on_one_database
 def test_what_waits_in_a_busy_process_is_left_to_others_when_the_consumer_begins_anew(
     behind: Callable[[], list[AsyncResult]], jobs: Jobs, journal: Journal, gate: Path, workers: Workers
 ) -> None:
@@ -368,6 +373,7 @@ def test_what_waits_in_a_busy_process_is_left_to_others_when_the_consumer_begins
     assert journal.lines == ["0", "1", "2"]
 
 
+@on_one_database
 def test_what_waits_in_a_process_that_is_killed_is_no_crash_of_its_own(
     behind: Callable[[], list[AsyncResult]], jobs: Jobs, journal: Journal, gate: Path, workers: Workers
 ) -> None:
@@ -448,6 +454,7 @@ def test_a_worker_that_was_taken_for_dead_hears_remote_control_again(
     assert apps.add.delay(1, 1).get(timeout=60) == 2
 
 
+@on_one_database
 def test_a_warm_shutdown_ends_what_runs_and_leaves_the_rest_to_others(
     client: Celery, jobs: Jobs, journal: Journal, gate: Path, workers: Workers
 ) -> None:
@@ -468,6 +475,7 @@ def test_a_warm_shutdown_ends_what_runs_and_leaves_the_rest_to_others(
     assert sorted(journal.lines) == [str(number) for number in range(5)]
 
 
+@on_one_database
 @pytest.mark.parametrize("ignore_result", [False, True])
 def test_what_was_claimed_ahead_goes_back_at_a_warm_shutdown(
     client: Celery, jobs: Jobs, journal: Journal, workers: Workers, ignore_result: bool
@@ -486,6 +494,7 @@ def test_what_was_claimed_ahead_goes_back_at_a_warm_shutdown(
     assert {jobs.wait(result, State.COMPLETED).crashes for result in results} == {0}
 
 
+@on_one_database
 def test_a_cold_shutdown_gives_back_what_runs(
     client: Celery, jobs: Jobs, journal: Journal, gate: Path, workers: Workers
 ) -> None:
@@ -503,6 +512,7 @@ def test_a_cold_shutdown_gives_back_what_runs(
     assert second.running
 
 
+@on_one_database
 def test_a_soft_shutdown_lets_short_tasks_end(
     client: Celery, jobs: Jobs, gate: Path, tmp_path: Path, workers: Workers
 ) -> None:
