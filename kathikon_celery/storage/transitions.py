@@ -46,6 +46,8 @@ LOST_TOO_OFTEN = "the process that ran it was lost, as often as max_attempts all
 LOST_AT_MOST_ONCE = "the worker was lost after its pool had got the task, and acks_late=False forbids to run it again"
 #: The reason on the row of a job that waited longer than its `expires`: Celery's own word.
 EXPIRED = "expired"
+#: The reason on the row of a job that was revoked before it began.
+REVOKED = "revoked"
 
 IS_HELD = state_in(HELD)
 
@@ -166,28 +168,32 @@ def started(*where: Condition, **more: Any) -> Change:
 def returned(*where: Condition, crashed: Any, begun: Any) -> Change:
     """The held rows *where* become ready again; a row that fits *crashed* gets one more crash.
 
-    The claim of a row that does not fit *begun* does not count as an attempt.
-
-    A crashed job becomes dead if it must not run again (``acked``) or has reached ``max_attempts`` crashes.
+    The claim of a row that does not fit *begun* does not count as an attempt. A crashed job becomes dead if it must not
+    run again (``acked``) or has reached ``max_attempts`` crashes. A job that was revoked while it was claimed is
+    cancelled: its worker had not come to that yet, and others may not know of it.
     """
     crashes = case((crashed, one_more(jobs.c.crashes)), else_=jobs.c.crashes)
     lost = and_(crashed, or_(jobs.c.acked, crashes >= jobs.c.max_attempts))
-    why = case((jobs.c.acked, LOST_AT_MOST_ONCE), else_=LOST_TOO_OFTEN)
-    cause = case((jobs.c.acked, Cause.LOST_ONCE.value), else_=Cause.LOST.value)
+    revoked = and_(jobs.c.state == literal_column(f"'{State.CLAIMED.value}'"), jobs.c.status == "REVOKED")
+    ends = or_(lost, revoked)
+    why = case((revoked, REVOKED), (jobs.c.acked, LOST_AT_MOST_ONCE), else_=LOST_TOO_OFTEN)
+    cause = case(
+        (revoked, Cause.REVOKED.value), (jobs.c.acked, Cause.LOST_ONCE.value), else_=Cause.LOST.value
+    )  # fmt: skip
     # Any other status stays, as with any result backend: the next run may read it, for example Celery's ABORTED.
     forgets = or_(lost, func.coalesce(jobs.c.status, "STARTED") == "STARTED")
     values = {
-        "state": case((lost, State.DEAD.value), else_=State.AVAILABLE.value),
-        "ended_at": case((lost, now()), else_=null()),
-        "reason": case((lost, why), else_=null()),
-        "cause": case((lost, cause), else_=null()),
+        "state": case((revoked, State.CANCELLED.value), (lost, State.DEAD.value), else_=State.AVAILABLE.value),
+        "ended_at": case((ends, now()), else_=null()),
+        "reason": case((ends, why), else_=null()),
+        "cause": case((ends, cause), else_=null()),
         "crashes": crashes,
         "attempts": case((begun, jobs.c.attempts), else_=jobs.c.attempts - 1),
         "node_id": null(),
         "acked": false(),
         "fence": next_fence(jobs),
-        "claimed_at": case((lost, jobs.c.claimed_at), else_=null()),
-        "started_at": case((lost, jobs.c.started_at), else_=null()),
+        "claimed_at": case((ends, jobs.c.claimed_at), else_=null()),
+        "started_at": case((ends, jobs.c.started_at), else_=null()),
         **{name: case((forgets, null()), else_=jobs.c[name]) for name in WRITTEN},
     }
     return Change(jobs, values, (*where, IS_HELD))

@@ -153,7 +153,7 @@ class TestStatesOfOnesOwn:
         assert [one.get(timeout=60) for one in (tracked, untracked)] == ["done", "done"]
 
     def test_aborted_before_it_runs(self, app: Celery) -> None:
-        result = outcomes.abortable.apply_async(countdown=0.5)
+        result = outcomes.abortable.apply_async(countdown=3)
         result.abort()
         assert result.state == "ABORTED"
         assert result.get(timeout=60) == "aborted"

@@ -10,8 +10,8 @@ from datetime import datetime, timedelta, timezone
 import pytest
 from sqlalchemy import select
 
-from kathikon_celery.job import State
-from kathikon_celery.storage import Storage, claim, idle_query, messages, nodes, tables
+from kathikon_celery.job import Cause, State
+from kathikon_celery.storage import Storage, claim, idle_query, messages, nodes, results, tables
 from tests.storage.actors import Worker, new_job, the_job
 from tests.support.waiting import wait_until
 
@@ -277,3 +277,26 @@ def test_only_a_claim_whose_task_has_begun_is_an_attempt(storage: Storage, worke
     for has_begun, attempts in ((False, 0), (True, 1), (False, 1), (True, 2)):
         assert worker.give_back(worker.claim_one(), has_begun=has_begun) == 1
         assert (the_job(storage).state, the_job(storage).attempts) == (State.AVAILABLE, attempts)
+
+
+@pytest.mark.parametrize("how", ["given back", "crashed", "rescued"])
+def test_what_was_revoked_while_it_was_claimed_is_not_given_to_others(
+    storage: Storage, worker: Worker, how: str
+) -> None:
+    """The worker stores the revocation when it hears of it, and acts on it when the job's turn comes."""
+    storage.insert_many([new_job("revoked"), new_job("not", priority=-1)])
+    job, other = worker.claim(2)
+    results.store_alone(
+        storage.database, job.id, State.CANCELLED, status="REVOKED", result="1", traceback=None, meta=None
+    )
+    assert the_job(storage, job.id).state is State.CLAIMED
+    if how == "rescued":
+        worker.die()
+    else:
+        worker.give_back(job, other, has_begun=False, crashed=how == "crashed")
+    job = the_job(storage, "revoked")
+    assert (job.state, job.cause, job.reason, job.status, job.node_id) == (
+        State.CANCELLED, Cause.REVOKED, "revoked", "REVOKED", None
+    )  # fmt: skip
+    assert job.ended_at is not None
+    assert [one.id for one in Worker(storage).claim(5)] == ["not"]

@@ -628,11 +628,14 @@ class NodeBell(Bell):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._file = path.open("rb", buffering=0)
-        self._mark = os.pread(self._file.fileno(), MARK, 0)
+        self._mark = self._read_mark()
+
+    def _read_mark(self) -> bytes:
+        return os.pread(self._file.fileno(), MARK, 0).ljust(MARK, b"\0")  # of a new file: as its first call leaves it
 
     def called(self) -> bool:
         is_called = super().called()  # before the mark is read: a later write is another call
-        last, self._mark = self._mark, os.pread(self._file.fileno(), MARK, 0)
+        last, self._mark = self._mark, self._read_mark()
         self.called_all = last != self._mark
         return is_called
 
