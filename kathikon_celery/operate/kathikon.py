@@ -41,7 +41,8 @@ class NotAllowed(ValueError):
     def __init__(self, verb: str, job: Job) -> None:
         self.job = job
         allowed = ", ".join(state for state in State if state in MAY[verb])
-        super().__init__(f"job {job.id!r} is {job.state}, so it cannot be told to {verb}; {verb} is for: {allowed}")
+        what = f"is {job.state}" if job.queue is not None else "is only a result, without a message,"
+        super().__init__(f"job {job.id!r} {what}; nothing was done: {verb} is for jobs that are {allowed}")
 
 
 class Kathikon:
@@ -120,7 +121,7 @@ class Kathikon:
     def check(self, verb: str, job_id: str) -> Job:
         """Return the job if *verb* is allowed for it now. Raises `NotFound` or `NotAllowed`."""
         job = self.job(job_id)
-        if job.state not in MAY[verb]:
+        if job.state not in MAY[verb] or job.queue is None:
             raise NotAllowed(verb, job)
         return job
 
