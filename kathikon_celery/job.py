@@ -45,6 +45,7 @@ class Cause(str, Enum):
     REJECTED = "rejected"  # the task raised Celery's Reject, or a consumer rejected the message
     EXPIRED = "expired"  # the job waited longer than its `expires`
     REFUSED = "refused"  # the database cannot store how the task ended
+    GIVEN_UP = "given_up"  # discarded by hand
     REVOKED = "revoked"  # revoked before the task ran, or terminated while the task ran
 
     def __str__(self) -> str:
@@ -170,7 +171,7 @@ class Job:
     seq: int = 0
     #: Grows with every claim, return and publication: a report under an old fence changes nothing.
     fence: int = 0
-    #: How often the job was claimed.
+    #: How often the job was claimed to run. A claim that was given back before the task began does not count.
     attempts: int = 0
     #: How often the process that ran it was lost.
     crashes: int = 0

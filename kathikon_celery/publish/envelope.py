@@ -296,3 +296,19 @@ def _moment(value: Any, local: timezone) -> datetime | None:
         return (value if value.tzinfo else value.replace(tzinfo=local)).astimezone(timezone.utc)  # type: ignore[no-any-return]
     except OverflowError:
         return datetime.max.replace(tzinfo=timezone.utc)
+
+
+def anew(envelope: str) -> str:
+    """Return the *envelope* of a job that is to run again by hand: it has no retry behind it, no due time, no expiry.
+
+    An envelope that is no JSON stays as it is; the worker will say what is wrong with it.
+    """
+    try:
+        message = loads(envelope)
+        headers, usual = message[_HEADERS], _usual("")[_HEADERS]
+        for name in ("retries", "eta", "expires"):
+            if name in headers:
+                headers[name] = usual[name]
+    except (ValueError, TypeError, KeyError):
+        return envelope
+    return _dumps(message)

@@ -24,6 +24,7 @@ from kathikon_celery.job import Cause, Hold, Job, State
 from kathikon_celery.storage.claim import Waiting
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.scan_start import ScanStart
+from kathikon_celery.storage.selecting import Filter
 from kathikon_celery.storage.settle import TaskEnd
 
 
@@ -231,6 +232,14 @@ class StorageBackend(ABC):
     @abstractmethod
     def all(self, queue: str | None, state: State | None) -> list[Job]:
         """List jobs."""
+
+    @abstractmethod
+    def page(self, chosen: Filter, limit: int, after: Job | None) -> list[Job]:
+        """List up to *limit* jobs that fit, from the one behind *after* on, without their bodies and results."""
+
+    @abstractmethod
+    def count(self, chosen: Filter) -> int:
+        """Return the number of jobs that fit."""
 
     @abstractmethod
     def workflow(self, job_id: str) -> list[Job]:

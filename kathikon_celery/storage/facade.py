@@ -19,6 +19,7 @@ from kathikon_celery.storage.backend import StorageBackend
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.promote import CHUNK as PROMOTED_AT_ONCE
 from kathikon_celery.storage.prune import CHUNK as PRUNED_AT_ONCE
+from kathikon_celery.storage.selecting import Filter
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -176,6 +177,17 @@ class Storage:
     def all(self, queue: str | None = None, state: State | None = None) -> list[Job]:
         """Return all jobs, oldest first, or those of one queue or state."""
         return self.backend.all(queue, state)
+
+    def page(self, chosen: Filter, limit: int = 50, after: Job | None = None) -> list[Job]:
+        """Return up to *limit* jobs that fit *chosen*, from the one behind *after* on, without bodies and results.
+
+        The jobs come state by state, those of a state in the order of an index: see `selecting.page`.
+        """
+        return self.backend.page(chosen, limit, after)
+
+    def count(self, chosen: Filter) -> int:
+        """Return the number of jobs that fit *chosen*. The database reads them all."""
+        return self.backend.count(chosen)
 
     def workflow(self, job_id: str) -> list[Job]:
         """Return all jobs of one workflow, oldest first. *job_id*: the id of one of them, or of their group or chord.

@@ -201,6 +201,12 @@ def others(connection: Connection, node_id: int) -> list[Node]:
     return [Node(*row) for row in connection.execute(query)]
 
 
+def name_of(connection: Connection, node_id: int | None) -> str | None:
+    """Return the name of a node; `None`: there is no such node."""
+    name: str | None = connection.execute(select(nodes.c.name).where(nodes.c.id == node_id)).scalar()
+    return name
+
+
 def newest(connection: Connection) -> int:
     """Return the highest id of a node; it grows with each new node."""
     return int(connection.execute(select(func.coalesce(func.max(nodes.c.id), 0))).scalar_one())

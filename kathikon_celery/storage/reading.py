@@ -17,6 +17,7 @@ from sqlalchemy import (
     bindparam,
     func,
     literal,
+    or_,
     select,
     type_coerce,
     union,
@@ -192,3 +193,25 @@ def counts(connection: Connection) -> dict[tuple[str, str], int]:
         if str(queue).startswith("#"):
             names[queue] = queue_of(queue, connection.execute(_ENVELOPE, {"of_queue": queue}).scalar())
     return {(names[queue], state): number for (queue, state), number in found.items()}
+
+
+def present(connection: Connection) -> datetime:
+    """Return the database's present."""
+    moment: datetime = connection.execute(select(now())).scalar_one()
+    return moment
+
+
+#: How many jobs are counted at most.
+_MOST_BEFORE = 10_000
+
+
+def ready_before(connection: Connection, job: Job) -> int:
+    """Return how many ready jobs of its queue are claimed before *job*, at most 10,000."""
+    place = (jobs.c.available_at, job.available_at), (jobs.c.seq, job.seq)
+    (at, its_at), (seq, its_seq) = place
+    earlier = or_(at < its_at, and_(at == its_at, seq < its_seq))
+    is_before = or_(jobs.c.priority > job.priority, and_(jobs.c.priority == job.priority, earlier))
+    in_queue = select(jobs.c.seq).where(ready_in(literal(key(job.queue or ""), jobs.c.queue.type)), is_before)
+    return int(
+        connection.execute(select(func.count()).select_from(in_queue.limit(_MOST_BEFORE).subquery())).scalar_one()
+    )

@@ -9,12 +9,25 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, Table, delete
 
 from kathikon_celery.job import Cause, Hold, Job, State
-from kathikon_celery.storage import claim, finish, insert, nodes, promote, prune, reading, results, schema, update
+from kathikon_celery.storage import (
+    claim,
+    finish,
+    insert,
+    nodes,
+    promote,
+    prune,
+    reading,
+    results,
+    schema,
+    selecting,
+    update,
+)
 from kathikon_celery.storage.backend import StorageBackend
 from kathikon_celery.storage.claim import Waiting
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.scan_start import ScanStart
+from kathikon_celery.storage.selecting import Filter
 from kathikon_celery.storage.settle import TaskEnd, settle
 from kathikon_celery.storage.tables import jobs, metadata
 
@@ -176,6 +189,12 @@ class SQLBackend(StorageBackend):
 
     def all(self, queue: str | None, state: State | None) -> list[Job]:
         return self._read(reading.select_all, queue, state)
+
+    def page(self, chosen: Filter, limit: int, after: Job | None) -> list[Job]:
+        return self._read(selecting.page, chosen, limit, after)
+
+    def count(self, chosen: Filter) -> int:
+        return self._read(selecting.count, chosen)
 
     def workflow(self, job_id: str) -> list[Job]:
         return self._read(reading.workflow, job_id)

@@ -166,6 +166,17 @@ class first_fence(FunctionElement[int]):  # noqa: N801
     name = "first_fence"
 
 
+class fits(FunctionElement[bool]):  # noqa: N801 (reads as the SQL function that it might be)
+    """The condition that a text fits a pattern: ``*`` stands for any characters, ``?`` for one, the rest for itself.
+
+    Each dialect registers its expression.
+    """
+
+    type = Boolean()
+    inherit_cache = True
+    name = "fits"
+
+
 def state_in(states: Iterable[State]) -> ColumnElement[bool]:
     """Return the condition that a job is in one of *states*, as literal SQL."""
     return jobs.c.state.in_([literal_column(f"'{state.value}'") for state in sorted(states)])

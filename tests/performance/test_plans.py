@@ -12,6 +12,7 @@ from sqlalchemy import Connection
 from kathikon_celery.job import TERMINAL, Hold, State
 from kathikon_celery.storage import chords, claim, finish, idle_query, insert, messages, nodes, promote, prune, results
 from kathikon_celery.storage.scan_start import ScanStart
+from kathikon_celery.storage.selecting import Filter
 from tests.performance.conftest import Plans
 from tests.storage.actors import new_job
 
@@ -81,6 +82,13 @@ def narrowed(plans: Plans) -> ScanStart | None:
     front = ScanStart()
     front.looked([(5, datetime.now(timezone.utc)), (0, datetime.now(timezone.utc))], True, 1000.0)
     return front
+
+
+def page(plans: Plans, *states: State) -> None:
+    """Read a page in the middle."""
+    times = dict.fromkeys(("available_at", "ended_at"), LONG_AGO)
+    last = new_job(queue="queue-1", seq=500, node_id=1, state=states[0] if states else State.DEAD, **times)
+    plans.storage.page(Filter(states=states), 10, last)
 
 
 #: For each function: how to call it, and for each table it reads the index and the words of what it is searched by.
@@ -186,6 +194,11 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
         ),
         {READY: "queue", BY_SEQ: ""},
     ),
+    "page": (lambda plans: page(plans), {BY_SEQ: ""}),
+    "page of what is ready": (lambda plans: page(plans, State.AVAILABLE), {READY: "queue"}),
+    "page of what is due later": (lambda plans: page(plans, State.SCHEDULED), {DUE: "available_at"}),
+    "page of what has ended": (lambda plans: page(plans, State.COMPLETED), {ENDED: "ended_at"}),
+    "page of what is held": (lambda plans: page(plans, State.RUNNING), {HELD: ""}),
     "size": (reading(lambda plans, conn: messages.size(conn, "queue-1")), {READY: "queue"}),
 }
 
@@ -199,6 +212,8 @@ IN_ORDER = {
     "completed and claim",
     "promote",
     "next due",
+    "page",
+    "page of what is ready",
     "prunable",
     "prune",
     "prune from the front on",

@@ -271,6 +271,14 @@ def retry_until_given_up(self: Task, path: str) -> NoReturn:
 
 
 @shared_task
+def fail_unless(path: str, value: Any) -> Any:
+    """Return the value if there is a file at *path*."""
+    if not os.path.exists(path):
+        raise RuntimeError("no file yet")
+    return value
+
+
+@shared_task
 def big_payload(data: str, size: int) -> str:
     """Take a payload of any size and return one of ``size`` characters."""
     return "x" * size

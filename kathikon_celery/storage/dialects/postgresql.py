@@ -63,7 +63,7 @@ from kathikon_celery.storage.engine import answers, prepared
 from kathikon_celery.storage.engine.wakeup import ENDED, NEWS, PUBLISHED, SINCE, Wakeup
 from kathikon_celery.storage.engine.wakeup import OUTCOME as OUTCOME_CALL
 from kathikon_celery.storage.errors import Forbidden, TablesInUse, Unavailable, in_words
-from kathikon_celery.storage.tables import OUTCOME, first_fence, jobs, nodes, waits
+from kathikon_celery.storage.tables import OUTCOME, first_fence, fits, jobs, nodes, waits
 
 #: Channel of every node: a message was published, or a job is due soon.
 CHANNEL = "kathikon"
@@ -108,6 +108,14 @@ def _(element: now, compiler: Any, **kw: Any) -> str:
     if not len(element.clauses):
         return "statement_timestamp()"
     return f"(statement_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kw)}))"
+
+
+@compiles(fits, "postgresql")
+def _(element: fits, compiler: Any, **kw: Any) -> str:
+    text, pattern = (compiler.process(clause, **kw) for clause in element.clauses)
+    for special in ("'!'", "chr(37)", "'_'"):  # 37 is the percent sign, which the driver would take for a parameter's
+        pattern = f"replace({pattern}, {special}, '!' || {special})"
+    return f"{text} LIKE translate({pattern}, '*?', chr(37) || '_') ESCAPE '!'"
 
 
 @compiles(seconds_until, "postgresql")

@@ -33,7 +33,7 @@ from kathikon_celery.storage.dialects.returning import BROUGHT, ReturningDialect
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.wakeup import Wakeup
 from kathikon_celery.storage.errors import Refused, Unavailable, UnknownDatabase, in_words
-from kathikon_celery.storage.tables import first_fence, jobs
+from kathikon_celery.storage.tables import first_fence, fits, jobs
 
 try:
     import fcntl
@@ -82,6 +82,12 @@ def _(element: now, compiler: Any, **kw: Any) -> str:
         shift = f", printf('%+.3f seconds', {compiler.process(element.clauses, **kw)})"
     # Milliseconds, padded to the microseconds in which times are stored, so that text compares as time.
     return f"strftime('%Y-%m-%d %H:%M:%f000', 'now'{shift})"
+
+
+@compiles(fits, "sqlite")
+def _(element: fits, compiler: Any, **kw: Any) -> str:
+    text, pattern = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"{text} GLOB replace({pattern}, '[', '[[]')"
 
 
 @compiles(seconds_until, "sqlite")

@@ -1,0 +1,7 @@
+"""``celery -A proj kathikon …``: what Kathikon adds to Celery's command line."""
+
+import kathikon_celery.cli.jobs
+import kathikon_celery.cli.tables  # noqa: F401 (both add their commands)
+from kathikon_celery.cli.group import kathikon
+
+__all__ = ["kathikon"]

@@ -1,0 +1,53 @@
+"""The command's group, and what its commands share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+import kathikon_celery.hook  # noqa: F401 (adds our parts to a worker that imports this module)
+from kathikon_celery.settings import mask
+from kathikon_celery.settings.brokers import broker_of, broker_urls, is_kathikon
+from kathikon_celery.storage import Storage
+
+if TYPE_CHECKING:
+    from celery.bin.base import CLIContext
+
+#: Widest column of names, in characters; a longer name makes only its own line longer.
+WIDEST = 60
+
+
+@click.group(name="kathikon")
+def kathikon() -> None:
+    """Look after the jobs, and the tables that they live in."""
+
+
+def storage_of(context: CLIContext) -> Storage:
+    """Return the storage of the command's app, whose tables may not be there yet."""
+    app = context.app
+    broker = broker_of(app.conf)
+    if not is_kathikon(broker):
+        brokers = ";".join(map(mask, broker_urls(broker)))
+        raise click.ClickException(
+            f"the broker of {app.main!r} is {brokers!r}, not Kathikon;"
+            ' say app.config_from_object("kathikon_celery.config"), and name the app: celery -A proj kathikon …'
+        )
+    return Storage.for_app(app, setup=False)
+
+
+def legible(name: str) -> str:
+    """Return *name* with its unprintable characters escaped."""
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in name)
+
+
+def show_table(rows: list[tuple[str, ...]], right: frozenset[int] = frozenset()) -> None:
+    """Print *rows*, of which the first has the names of the columns. *right*: numbers of columns that end together."""
+    last = len(rows[0]) - 1
+    widths = [min(max(map(len, column)), WIDEST) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            f"{cell:>{width}}" if number in right else f"{cell:<{width}}" if number < last else cell
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        click.echo("  ".join(cells))

@@ -1,0 +1,1 @@
+"""What an operator does with jobs, without a worker: find, explain, cancel, retry, discard."""

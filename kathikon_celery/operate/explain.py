@@ -1,0 +1,65 @@
+"""Why a job does not run, in words and as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+from sqlalchemy import Connection
+
+from kathikon_celery.job import TERMINAL, WAITING, Job, State
+from kathikon_celery.storage import Storage, nodes, reading
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a job does not run, or how it ended.
+
+    Arguments:
+        why: for programs: ``"not_due"``, ``"overdue"``, ``"expired"``, ``"no_consumer"``, ``"in_line"``, ``"claimed"``,
+            ``"running"``, ``"children"``, or the state in which the job has ended.
+        text: for people.
+    """
+
+    why: str
+    text: str
+    job: Job
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def explain(storage: Storage, job: Job) -> Explanation:
+    """Return why *job* does not run."""
+    with storage.database.read() as connection:
+        why, text = _explained(connection, job)
+    return Explanation(why, text, job)
+
+
+def _explained(connection: Connection, job: Job) -> tuple[str, str]:
+    if job.state in TERMINAL:
+        because = "".join(f", {what}" for what in (job.cause and f"cause {job.cause}", job.last_error) if what)
+        return job.state.value, f"it is {job.state} since {_at(job.ended_at)}{because}"
+    if job.state in (State.CLAIMED, State.RUNNING):
+        holder = nodes.name_of(connection, job.node_id)
+        by = f"node {job.node_id} ({holder})" if holder else f"node {job.node_id}, which is gone: a worker will free it"
+        if job.state is State.RUNNING:
+            return "running", f"it is running on {by} since {_at(job.started_at)}"
+        return "claimed", f"it is held by {by} since {_at(job.claimed_at)}, and waits for a free slot there"
+    if job.state is State.WAITING_FOR_CHILDREN:
+        return "children", "its task was replaced by others: it ends when the last of them ends"
+    if job.expires_at is not None and job.expires_at <= reading.present(connection):
+        return "expired", f"it has expired at {_at(job.expires_at)}: a worker will discard it"
+    if job.state in WAITING:
+        ahead = (job.available_at - reading.present(connection)).total_seconds() if job.available_at else 0.0
+        if ahead > 0:
+            return "not_due", f"it is due in {ahead:,.1f} s, at {_at(job.available_at)}"
+        return "overdue", f"it is due since {_at(job.available_at)}: no live worker promotes jobs"
+    if job.queue is None or nodes.without_consumer([job.queue], nodes.consumed(connection)):
+        return "no_consumer", f"it waits: no live worker consumes its queue {job.queue!r}"
+    before = reading.ready_before(connection, job)
+    return "in_line", f"it waits in its queue {job.queue!r}: {before} jobs are before it"
+
+
+def _at(moment: datetime | None) -> str:
+    return "an unknown moment" if moment is None else moment.astimezone(timezone.utc).isoformat(" ", "seconds")

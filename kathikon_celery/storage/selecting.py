@@ -1,0 +1,129 @@
+"""Selecting: counts the jobs that fit a filter, and reads them page by page, each state in the order of an index."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Column, Connection, Text, and_, func, literal, or_, select
+from sqlalchemy.sql.expression import ColumnElement, TextClause
+
+from kathikon_celery.job import HELD as HELD_STATES
+from kathikon_celery.job import TERMINAL, WAITING, Cause, Job, State
+from kathikon_celery.storage.names import key
+from kathikon_celery.storage.reading import jobs_of
+from kathikon_celery.storage.tables import DUE, ENDED, HELD, READY, fits, jobs, state_in
+
+#: The columns of a page: what may be large stays in the table.
+_COLUMNS = [column for column in jobs.c if column.name not in ("body", "result", "traceback", "meta")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filter:
+    """Which jobs are meant: those that fit each field that is given.
+
+    Arguments:
+        states: one of them; empty: any.
+        queue, root, group: the name or id itself. A root has no ``root_id``: *root* fits its ``id`` as well.
+        task, error: patterns, see `tables.fits`. *error* is for the reason of the job's end.
+        cause: why the job has ended.
+        since, until: published at that moment or later, and before that moment.
+    """
+
+    states: Collection[State] = ()
+    queue: str | None = None
+    task: str | None = None
+    error: str | None = None
+    cause: Cause | None = None
+    root: str | None = None
+    group: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+    def conditions(self) -> Iterator[ColumnElement[bool]]:
+        """Yield the conditions of all fields but `states`."""
+        if self.queue is not None:
+            yield jobs.c.queue == key(self.queue)
+        for column, pattern in ((jobs.c.task, self.task), (jobs.c.reason, self.error)):
+            if pattern is not None:
+                is_pattern = "*" in pattern or "?" in pattern
+                yield fits(column, literal(pattern, Text())) if is_pattern else column == pattern
+        if self.cause is not None:
+            yield jobs.c.cause == self.cause.value
+        if self.root is not None:
+            yield or_(jobs.c.root_id == key(self.root), jobs.c.id == key(self.root))
+        if self.group is not None:
+            yield jobs.c.group_id == key(self.group)
+        if self.since is not None:
+            yield jobs.c.inserted_at >= self.since
+        if self.until is not None:
+            yield jobs.c.inserted_at < self.until
+
+
+#: A column, and whether its highest value comes first.
+_By = tuple[Column[Any], bool]
+_NEWEST_FIRST: list[_By] = [(jobs.c.seq, True)]
+
+
+def _order(state: State | None) -> tuple[TextClause | None, list[_By]]:
+    """Return the condition of the index that has the jobs of *state* in order, and that order."""
+    if state is None:
+        return None, _NEWEST_FIRST
+    if state in TERMINAL:
+        return ENDED, [(jobs.c.ended_at, True), *_NEWEST_FIRST]
+    if state in WAITING:
+        return DUE, [(jobs.c.available_at, False), (jobs.c.seq, False)]
+    if state is State.AVAILABLE:
+        claimed_first: list[_By] = [(jobs.c.priority, True), (jobs.c.available_at, False), (jobs.c.seq, False)]
+        return READY, [(jobs.c.queue, False), *claimed_first]
+    if state in HELD_STATES:
+        return HELD, [(jobs.c.node_id, False), (jobs.c.seq, False)]
+    return None, [(jobs.c.seq, False)]
+
+
+def _after(last: Job, order: list[_By]) -> ColumnElement[bool]:
+    """Return the condition that a row comes after *last* in *order*."""
+    values = [key(value) if isinstance(value := getattr(last, column.name), str) else value for column, _ in order]
+    later: list[ColumnElement[bool]] = []
+    same: list[ColumnElement[bool]] = []
+    for (column, is_descending), value in zip(order, values, strict=True):
+        later.append(and_(*same, column < value if is_descending else column > value))
+        same.append(column == value)
+    (first, is_descending), value = order[0], values[0]
+    bound: ColumnElement[bool] = first <= value if is_descending else first >= value  # what an index can search
+    return and_(bound, or_(*later))
+
+
+def count(connection: Connection, chosen: Filter) -> int:
+    """Return the number of jobs that fit."""
+    query = select(func.count()).select_from(jobs).where(*chosen.conditions())
+    if chosen.states:
+        query = query.where(state_in(chosen.states))
+    return int(connection.execute(query).scalar_one())
+
+
+def page(connection: Connection, chosen: Filter, limit: int, after: Job | None = None) -> list[Job]:
+    """Return up to *limit* jobs that fit, without their bodies and results, from the one behind *after* on.
+
+    State by state: jobs that are ready in the order of their queue, those that wait for their time by that, those that
+    are held by node, those that have ended from the newest end on. Without states: from the newest job on.
+    """
+    states: list[State | None] = [state for state in State if state in chosen.states] or [None]
+    if after is not None and chosen.states:
+        states = states[states.index(after.state) :] if after.state in states else []
+    found: list[Job] = []
+    for state in states:
+        if len(found) < limit:
+            index, order = _order(state)
+            query = select(*_COLUMNS).where(*chosen.conditions()).limit(limit - len(found))
+            query = query.order_by(*(column.desc() if descends else column for column, descends in order))
+            if state is not None:
+                query = query.where(state_in([state]))
+            if index is not None:
+                query = query.where(index)
+            if after is not None and state in (None, after.state):
+                query = query.where(_after(after, order))
+            found += jobs_of(connection, query)
+    return found
