@@ -19,7 +19,7 @@ from kathikon_celery.storage.engine import guest
 #: First part of the module of Django's driver -> SQLAlchemy's name of that driver.
 DRIVERS = {"psycopg": "postgresql+psycopg", "psycopg2": "postgresql+psycopg2", "sqlite3": "sqlite+pysqlite"}
 
-#: Attribute of Django's connection: the driver's connection, and the `Caller` that writes to that.
+#: Attribute of Django's connection: the driver's connection and whether the app commits by itself, and the `Caller`.
 _KEPT = "kathikon_caller"
 
 
@@ -32,13 +32,20 @@ def install() -> None:
 
 def find() -> Caller | None:
     """Return the open transaction of this thread. Of several, that of Kathikon's database is written to."""
-    open_ones = [one for one in connections.all(initialized_only=True) if one.in_atomic_block]
+    open_ones = [one for one in connections.all(initialized_only=True) if one.in_atomic_block or _is_manual(one)]
     if not open_ones:
         return None
     found = [
-        _of_connection(one) for one in open_ones if not all(map(is_of_test, getattr(one, "atomic_blocks", [None])))
+        _of_connection(one)
+        for one in open_ones
+        if _is_manual(one) or not all(map(is_of_test, getattr(one, "atomic_blocks", [None])))
     ]
     return Several(found) if len(found) > 1 else found[0] if found else IN_TEST
+
+
+def _is_manual(connection: Any) -> bool:
+    """Whether the app has switched autocommit off, and commits by itself."""
+    return connection.connection is not None and not connection.in_atomic_block and not connection.autocommit
 
 
 def of_alias(alias: Any) -> Caller | None:
@@ -54,15 +61,16 @@ def of_alias(alias: Any) -> Caller | None:
 
 
 def _of_connection(connection: Any) -> Caller:
-    driver_connection, caller = getattr(connection, _KEPT, (None, None))
-    if caller is None or driver_connection is not connection.connection:
+    kind, caller = getattr(connection, _KEPT, (None, None))
+    now = (connection.connection, _is_manual(connection))
+    if caller is None or kind != now:
         connected = cache(partial(connected_to, connection))
         caller = InDjango(
             lambda storage: connected(),
-            partial(call_on_commit, connection.alias),
+            None if _is_manual(connection) else partial(call_on_commit, connection.alias),  # Django refuses on_commit
             lambda: tuple(connection.savepoint_ids),
         )
-        setattr(connection, _KEPT, (connection.connection, caller))
+        setattr(connection, _KEPT, (now, caller))
     return caller
 
 

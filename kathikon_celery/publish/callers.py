@@ -37,6 +37,8 @@ class Caller:
         savepoint: Callable[[], object] = lambda: None,
     ) -> None:
         self._connection, self._on_commit, self._savepoint = connection, on_commit, savepoint
+        #: The block that named the transaction has ended. What began in the block may still have its context.
+        self.is_over = False
         self._guests: dict[Storage, tuple[Connection, Storage | None]] = {}
 
     def write(self, storage: Storage, step: Callable[[Storage], Any], ids: Iterable[str] = ()) -> None:
@@ -106,8 +108,14 @@ _uncommitted = _Uncommitted()
 def current() -> Caller | None:
     """Return the open transaction of this context; `None`: there is none, or it is left out."""
     named = outbox.scope().caller
-    if named is not None:
-        return named or None
+    if named is False:
+        return None
+    if named is not None and not named.is_over:
+        return named
+    return _found()
+
+
+def _found() -> Caller | None:
     for find in finders:
         if (found := find()) is not None:
             return found
@@ -123,9 +131,23 @@ def write(storage: Storage, step: Callable[[Storage], Any], ids: Iterable[str] =
     """
     caller = current()
     if caller is None:
+        check_alone(storage)
         step(storage)
     else:
         caller.write(storage, step, ids)
+
+
+def check_alone(storage: Storage) -> None:
+    """Raise `TransactionRefused` if ``transaction=False`` would make this thread wait for its own transaction."""
+    scope = outbox.scope()
+    if scope.caller is not False or not storage.database.dialect.has_one_writer:
+        return
+    own = scope.completion.caller if scope.completion is not None else _found()
+    if own is not None and own.is_at_home(storage):
+        raise TransactionRefused(
+            f"transaction=False: {storage.database!r} is a file with one writer at a time, and this thread has a"
+            " transaction open there; send the task in that transaction, or after its end"
+        )
 
 
 def here(storage: Storage) -> Storage:

@@ -42,6 +42,7 @@ def publish_new(storage: Storage, job: Job) -> None:
     elif caller is not None:
         caller.write(storage, lambda there: there.backend.insert(job, soon=_is_soon(storage, job)), [job.id])
     else:
+        callers.check_alone(storage)
         storage.backend.insert(job, soon=_is_soon(storage, job))
 
 

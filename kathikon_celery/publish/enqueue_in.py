@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 from weakref import ref
 
 from sqlalchemy import Connection, event
@@ -41,7 +41,7 @@ class enqueue_in:  # noqa: N801 (used as a function)
     """
 
     def __init__(self, transaction: Any) -> None:
-        self._caller = False if transaction is False else caller_of(transaction)
+        self._caller: Caller | Literal[False] = False if transaction is False else caller_of(transaction)
         self._within = outbox.within(caller=self._caller)
 
     def __enter__(self) -> None:
@@ -50,15 +50,20 @@ class enqueue_in:  # noqa: N801 (used as a function)
         self._within.__enter__()
 
     def __exit__(self, *error: object) -> None:
-        self._within.__exit__(*error)
+        self._leave(*error)
 
     async def __aenter__(self) -> None:
         self._within.__enter__()
 
     async def __aexit__(self, kind: object, *error: object) -> None:
-        self._within.__exit__(kind, *error)
+        self._leave(kind, *error)
         if kind is None and isinstance(self._caller, AsyncCaller):
             await self._caller.flush()
+
+    def _leave(self, *error: object) -> None:
+        self._within.__exit__(*error)
+        if self._caller:
+            self._caller.is_over = True
 
 
 class AsyncCaller(Caller):

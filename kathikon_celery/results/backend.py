@@ -205,6 +205,8 @@ class KathikonBackend(CanvasBackend):
         on_message: Any = None, on_interval: Any = None, callback: Any = None, propagate: bool = True,
     ) -> Any:  # fmt: skip
         """Wait for ``AsyncResult.get``, which passes an *on_interval* that raises the errors of parent tasks."""
+        if result.parent is not None:
+            callers.refuse_waiting(self.storage, (leaf.id for one in result._parents() for leaf in _leaves(one)))
         if on_interval is not None:
             on_interval = partial(self._knowing_parents, result, on_interval)
         meta = self.wait_for(result.id, timeout, interval, no_ack, on_interval, on_message)

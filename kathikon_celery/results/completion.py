@@ -24,6 +24,8 @@ NOTHING = dict.fromkeys(("status", "result", "traceback", "meta"))
 AGAIN = ("40", "08", "57")
 
 
+#: What psycopg and psycopg2 say of a connection that was closed here, and not lost: another run would close it again.
+CLOSED = ("the connection is closed", "connection already closed")
 _NOT_COMMITTED = "the task's transaction was not committed"
 
 
@@ -144,6 +146,8 @@ def beginning() -> Iterator[None]:
 def _may_run_again(error: BaseException | None) -> bool:
     """Whether another run of the transaction may succeed. The driver's error may be wrapped by SQLAlchemy or Django."""
     while error is not None:
+        if any(said in str(error) for said in CLOSED):
+            return False
         state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
         if state:
             return str(state).startswith(AGAIN)

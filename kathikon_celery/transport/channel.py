@@ -307,8 +307,12 @@ class Channel(virtual.Channel):
     def basic_publish(self, message: dict[str, Any], exchange: str, routing_key: str, **kwargs: Any) -> None:
         """Publish a message: a Celery task as a job, any other as a stored message. It is on disk when this returns."""
         if (transaction := message["properties"].pop("transaction", None)) is not None:
-            with enqueue_in(transaction):
-                self.basic_publish(message, exchange, routing_key, **kwargs)
+            try:
+                with enqueue_in(transaction):
+                    self.basic_publish(message, exchange, routing_key, **kwargs)
+            except BaseException:
+                message["properties"]["transaction"] = transaction  # Celery may publish these properties again
+                raise
             return
         message["properties"].setdefault("delivery_info", {}).update(exchange=exchange, routing_key=routing_key)
         queues = self._route(exchange, routing_key) if exchange else [routing_key]

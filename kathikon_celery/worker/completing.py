@@ -10,6 +10,7 @@ also a time limit, roll back first, and are then reported as for any other task.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
@@ -30,6 +31,8 @@ from kathikon_celery.settings import SettingError
 from kathikon_celery.storage import Storage
 from kathikon_celery.storage.errors import TransactionRefused
 from kathikon_celery.worker.request import REPLACED_BY_NEW_TASK
+
+logger = logging.getLogger(__name__)
 
 
 def complete_in_transaction(task: Any, storage: Storage) -> None:
@@ -81,10 +84,19 @@ def _beginner(task: Any, named: Any, storage: Storage) -> Callable[[Storage, Hol
     if not (isinstance(task.backend, KathikonBackend) and task.backend.storage.database is storage.database):
         raise SettingError(f"task {task.name} has a transaction; that needs result_backend = 'kathikon'")
     if isinstance(named, str):
+        _check_alias(task, named)
         return partial(_begin_in_django, named)
     if callable(named):
         return partial(_begin_session, named)
     raise SettingError(f"transaction = {named!r} of task {task.name} is neither a Django alias nor a sessionmaker")
+
+
+def _check_alias(task: Any, alias: str) -> None:
+    from django.db import connections
+
+    if alias not in connections:
+        known = ", ".join(map(repr, connections))
+        raise SettingError(f"transaction = {alias!r} of task {task.name} is no alias in DATABASES; there are {known}")
 
 
 def _begin_in_django(alias: str, storage: Storage, hold: Hold) -> Completion:
@@ -92,11 +104,20 @@ def _begin_in_django(alias: str, storage: Storage, hold: Hold) -> Completion:
 
     atomic = transaction.atomic(using=alias)
     atomic.__enter__()
+    committed: list[bool] = []
+    transaction.on_commit(lambda: committed.append(True), using=alias)
 
     def commit() -> None:
         if connections[alias].needs_rollback:
-            raise TransactionRefused("the task's body has caught an error of the database within its transaction")
-        atomic.__exit__(None, None, None)
+            raise TransactionRefused(
+                "the task's body has caught an error of the database within its transaction, or called set_rollback()"
+            )
+        try:
+            atomic.__exit__(None, None, None)
+        except Exception:
+            if not committed:
+                raise
+            logger.exception("Kathikon: a function that the task gave to on_commit has raised; the task is committed")
 
     def abort() -> None:
         error = _Aborted()

@@ -88,6 +88,12 @@ TASKS = """
         Order.objects.filter(id=order_id).update(state=state)
         if state == "lost":
             raise ValueError(state)
+        if state == "calls":
+            from django.db import transaction
+            transaction.on_commit(lambda: 1 / 0)
+        if state == "closes":
+            from django.db import connection
+            connection.close()
         plus.delay(order_id, 0)
 """
 API = """
@@ -309,6 +315,32 @@ def test_a_project_s_tests_drain(project: Project) -> None:
     assert "5 passed" in output
     project.write("proj/tests.py", USERS_TESTS)
     assert "Ran 3 tests" in project.call("manage.py", "test", "proj")
+
+
+def test_what_a_body_does_beside_its_end(project: Project) -> None:
+    """A function of ``on_commit`` that raises undoes nothing; a connection that the body closes is no lost process."""
+    project.call("manage.py", "migrate", "-v0")
+    with project.worker() as worker:
+        found = project.run(
+            SETUP
+            + dedent("""
+            from kathikon_celery.job import TERMINAL
+            from kathikon_celery.storage import Storage
+            from proj.celery import app
+            from proj.models import Order
+            from time import sleep
+            storage, answer = Storage.for_app(app), []
+            for state in ("calls", "closes"):
+                order = Order.objects.create(state="new")
+                result = ship.delay(order.id, state)
+                while (job := storage.fetch(result.id)).state not in TERMINAL:  # it has no result to wait for
+                    sleep(0.02)
+                order.refresh_from_db()
+                answer.append([order.state, str(job.state), job.crashes])
+            """)
+        )
+        assert found == [["calls", "completed", 0], ["new", "dead", 0]]
+        assert "the task is committed" in worker.log
 
 
 def test_manage(project: Project) -> None:

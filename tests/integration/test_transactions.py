@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from contextvars import copy_context
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from textwrap import dedent
@@ -22,9 +23,11 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from kathikon_celery import bulk, current_session, enqueue_in
 from kathikon_celery.job import State
+from kathikon_celery.publish.destination import publish
 from kathikon_celery.storage import Storage
-from kathikon_celery.storage.errors import TransactionRefused
+from kathikon_celery.storage.errors import TransactionRefused, Unavailable
 from kathikon_celery.storage.scan_start import ScanStart
+from kathikon_celery.transport import channel
 from tests.support import apps
 from tests.support.waiting import wait_until
 from tests.support.workers import ROOT, WorkerProcess
@@ -163,6 +166,36 @@ def test_of_psycopg_and_asyncio(storage: Storage, engine: Any) -> None:
     assert number(storage) == 1
 
 
+def test_what_goes_on_after_its_block_is_sent_at_once(storage: Storage, engine: Any) -> None:
+    """A task of asyncio that begins in the block has a copy of the block's context."""
+    with Session(engine) as session:
+        with enqueue_in(session):
+            context = copy_context()
+        session.rollback()
+    context.run(apps.add.delay, 1, 1)
+    assert number(storage) == 1
+
+
+def test_a_publication_that_is_repeated_keeps_its_transaction(
+    storage: Storage, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def fails_once(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 1:
+            raise Unavailable("the first time")
+        return publish(*args, **options)
+
+    monkeypatch.setattr(channel, "publish", fails_once)
+    with Session(engine) as session:
+        session.execute(text("SELECT 1"))
+        apps.add.apply_async((1, 1), transaction=session, retry_policy={"interval_start": 0, "max_retries": 3})
+        session.rollback()
+    assert len(calls) == 2
+    assert number(storage) == 0
+
+
 def test_savepoints(storage: Storage, engine: Any) -> None:
     with Session(engine) as session:
         session.execute(text("SELECT 1"))
@@ -193,6 +226,17 @@ def test_another_database_is_sent_to_after_the_commit(storage: Storage, tmp_path
     with other.connect() as connection, pytest.raises(TransactionRefused, match="after the commit"):
         apps.add.apply_async((1, 1), transaction=connection)
     other.dispose()
+
+
+def test_who_waits_for_the_end_of_a_chain_of_the_open_transaction_is_told(storage: Storage, engine: Any) -> None:
+    with Session(engine) as session:
+        session.execute(text("SELECT 1"))
+        with enqueue_in(session):
+            last = chain(apps.add.s(1, 1), apps.add.s(1)).delay()
+            body = chord([apps.add.s(1, 1)] * 2)(apps.total.s())
+        for result in (last, body):
+            with pytest.raises(TransactionRefused, match="commit first"):
+                result.get(timeout=60)
 
 
 def test_what_cannot_be_sent_is_an_error(storage: Storage, engine: Any) -> None:
@@ -346,6 +390,24 @@ DJANGO = """
     assert number() == 4, number()
     add.delay(8)
     assert number() == 5, number()
+    # The app commits by itself.
+    transaction.set_autocommit(False)
+    add.delay(9)
+    transaction.rollback()
+    add.delay(10)
+    transaction.commit()
+    transaction.set_autocommit(True)
+    assert number() == 6, number()
+    # Beside the open transaction, where the database allows it.
+    def beside():
+        add.apply_async((11,), transaction=False)
+    try:
+        undo(beside)
+    except Exception as error:
+        assert "has a transaction open there" in str(error) and "sqlite" in url, error
+        assert number() == 6, number()
+    else:
+        assert "postgresql" in url and number() == 7, number()
     for transaction_, said in (("default", "begin a transaction"), ("nowhere", "'nowhere' is no alias")):
         try:
             add.apply_async((1,), transaction=transaction_)
