@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 
 from kathikon_celery.publish import outbox
 from kathikon_celery.storage import Storage
-from kathikon_celery.storage.engine.guest import Guest, same_database
+from kathikon_celery.storage.engine.guest import Guest, refusals, same_database
 from kathikon_celery.storage.errors import TransactionRefused
 
 #: Each returns the open transaction of a framework in this context, or `None`.
@@ -60,7 +60,8 @@ class Caller:
     def guest(self, storage: Storage) -> Storage | None:
         """Return the storage in the transaction; `None`: that is one of another database."""
         storage.setup()
-        connection = self._connection(storage)
+        with refusals():
+            connection = self._connection(storage)
         known, guest = self._guests.get(storage, (None, None))
         if connection is not known and connection is not None:
             is_same = same_database(storage.database, connection)

@@ -169,6 +169,8 @@ def _ancestry(transaction: Any) -> Iterable[Any]:
 
 def _of_driver(transaction: Any) -> Caller | None:
     kind = type(transaction)
+    if not hasattr(transaction, "cursor"):  # a cursor, for example
+        return None
     roots = {one.__module__.partition(".")[0] for one in kind.__mro__}
     if "sqlite3" in roots or "_sqlite3" in roots:
         return _of_connection(transaction, "sqlite", "sqlite+pysqlite")

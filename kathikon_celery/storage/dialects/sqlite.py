@@ -275,8 +275,8 @@ class SQLite(ReturningDialect):
         remedy = "write to the file in short transactions"
         if holder in (None, os.getpid()):
             remedy = (
-                "send tasks, and wait for their results, after the end of your own transaction (delay_on_commit of"
-                " Celery's Django tasks), or keep the jobs in a file of their own (kathikon_database_url)"
+                "send tasks in your own transaction (docs/transactions.md) or after its end, wait for results after its"
+                " end, or keep the jobs in a file of their own (kathikon_database_url)"
             )
         return Unavailable(
             f"the SQLite file {str(self.path)!r} is locked for more than {BUSY:g} s by an open transaction of"

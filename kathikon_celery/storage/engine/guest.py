@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Connection, Engine, make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import PendingRollbackError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
 from kathikon_celery.storage.engine.database import Database
@@ -48,7 +48,7 @@ class Guest(Database):
 
     @contextmanager
     def _enter(self) -> Iterator[Connection]:
-        with _refusals():
+        with refusals():
             connection = self._connection
             self.dialect.join(connection)
             if self._schema is None:
@@ -88,19 +88,27 @@ class Guest(Database):
         """Leave the connection to the caller."""
 
 
+#: PostgreSQL's SQLSTATE of a transaction in which a statement has failed.
+ABORTED = "25P02"
+
+
 @contextmanager
-def _refusals() -> Iterator[None]:
+def refusals() -> Iterator[None]:
+    """Raise `TransactionRefused` instead of errors of the caller's transaction."""
     try:
         yield
-    except SQLAlchemyError as error:  # of the database, or a closed connection
-        raise TransactionRefused(f"the open transaction cannot take a job: {in_words(error)}") from error
+    except SQLAlchemyError as error:  # of the database, or a closed connection, or a session that must be rolled back
+        said = f"the open transaction cannot take a job: {in_words(error)}"
+        if isinstance(error, PendingRollbackError) or getattr(error.__cause__, "sqlstate", None) == ABORTED:
+            said += "; roll it back, or run the statement that failed in a savepoint (atomic(), begin_nested())"
+        raise TransactionRefused(said) from error
 
 
 def same_database(host: Database, connection: Connection) -> bool:
     """Whether *connection* writes to the database of *host*: the server says so, not the URL."""
     if connection.dialect.name != host.dialect.name:
         return False
-    with _refusals():
+    with refusals():
         return host.identity[0] == host.dialect.identity(connection)
 
 
