@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from celery import Celery, chain, chord
+from celery.exceptions import TimeLimitExceeded
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -255,7 +256,7 @@ def test_what_cannot_be_sent_is_an_error(storage: Storage, engine: Any) -> None:
         with engine.connect() as connection:
             with pytest.raises(Exception, match="division"):
                 connection.execute(text("SELECT 1/0"))
-            with pytest.raises(TransactionRefused, match="aborted.*savepoint"):
+            with pytest.raises(TransactionRefused, match=r"aborted.*savepoint"):
                 apps.add.apply_async((1, 1), transaction=connection)
     assert number(storage) == 0
 
@@ -484,6 +485,16 @@ class TestCompletion:
         start_worker(app="tests.support.shop")
         assert self.task(client, "dies_once", "x").delay().get(timeout=60) == "x"
         assert effects() == ["x True"]
+
+    def test_a_hard_time_limit_ends_a_body_that_has_written(
+        self, client: Celery, start_worker: Callable[..., WorkerProcess], effects: Callable[[], list[str]]
+    ) -> None:
+        """On SQLite its transaction keeps out all other writers, also the worker."""
+        start_worker(app="tests.support.shop")
+        with pytest.raises(TimeLimitExceeded):
+            self.task(client, "hangs", "too long").delay().get(timeout=60)
+        assert self.task(client, "done", "next").delay().get(timeout=60) == "next"
+        assert effects() == ["next"]
 
     def test_a_run_that_has_lost_its_claim_commits_nothing(
         self, client: Celery, start_worker: Callable[..., WorkerProcess], effects: Callable[[], list[str]]

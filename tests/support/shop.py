@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 
 from celery import Celery, group
@@ -110,6 +111,13 @@ def loses_claim(self: Any, what: str) -> str:
         connection.execute(statement, {"id": self.request.id})
     note(what)
     return what
+
+
+@app.task(transaction=Session, time_limit=1)
+def hangs(what: str) -> None:
+    """Write, and go on for too long."""
+    note(what)
+    time.sleep(600)
 
 
 @app.task(bind=True, transaction=Session)

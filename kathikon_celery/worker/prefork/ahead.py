@@ -334,8 +334,13 @@ class ReadAheadPool(asynpool.AsynPool):
             super()._on_soft_timeout(job, soft, hard, hub)
 
     def _on_hard_timeout(self, job: int) -> None:
-        if not self._has_ended(job):
-            super()._on_hard_timeout(job)
+        if self._has_ended(job):
+            return
+        if job in self._cache:
+            process, _ = self._process_by_pid(self._cache[job]._worker_pid)
+            if process:  # first: its task may hold a transaction that keeps out the report of its end
+                self._timeout_handler._trywaitkill(process)
+        super()._on_hard_timeout(job)
 
     def terminate_job(self, pid: int, sig: int | None = None) -> None:
         """Kill the process of a job, if it still runs that job."""
