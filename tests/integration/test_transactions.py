@@ -253,6 +253,10 @@ def test_what_cannot_be_sent_is_an_error(storage: Storage, engine: Any) -> None:
         with pytest.raises(TransactionRefused, match="closed"):
             apps.add.apply_async((1, 1), transaction=connection)
     if engine.dialect.name == "postgresql":
+        replica = create_engine(engine.url, connect_args={"options": "-c default_transaction_read_only=on"})
+        with replica.connect() as connection, pytest.raises(TransactionRefused, match="read-only"):
+            apps.add.apply_async((1, 1), transaction=connection)
+        replica.dispose()
         with engine.connect() as connection:
             with pytest.raises(Exception, match="division"):
                 connection.execute(text("SELECT 1/0"))
