@@ -37,8 +37,6 @@ class Caller:
         savepoint: Callable[[], object] = lambda: None,
     ) -> None:
         self._connection, self._on_commit, self._savepoint = connection, on_commit, savepoint
-        #: The block that named the transaction has ended. What began in the block may still have its context.
-        self.is_over = False
         self._guests: dict[Storage, tuple[Connection, Storage | None]] = {}
 
     def write(self, storage: Storage, step: Callable[[Storage], Any], ids: Iterable[str] = ()) -> None:
@@ -108,12 +106,10 @@ _uncommitted = _Uncommitted()
 
 def current() -> Caller | None:
     """Return the open transaction of this context; `None`: there is none, or it is left out."""
-    named = outbox.scope().caller
-    if named is False:
-        return None
-    if named is not None and not named.is_over:
-        return named
-    return _found()
+    scope = outbox.scope()
+    if scope.caller is None or (scope.block is not None and scope.block.is_over):
+        return _found()
+    return scope.caller or None
 
 
 def _found() -> Caller | None:

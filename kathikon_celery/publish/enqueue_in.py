@@ -42,7 +42,9 @@ class enqueue_in:  # noqa: N801 (used as a function)
 
     def __init__(self, transaction: Any) -> None:
         self._caller: Caller | Literal[False] = False if transaction is False else caller_of(transaction)
-        self._within = outbox.within(caller=self._caller)
+        self._within = outbox.within(caller=self._caller, block=self)
+        #: Whether the block has ended.
+        self.is_over = False
 
     def __enter__(self) -> None:
         if isinstance(self._caller, AsyncCaller):
@@ -62,8 +64,7 @@ class enqueue_in:  # noqa: N801 (used as a function)
 
     def _leave(self, *error: object) -> None:
         self._within.__exit__(*error)
-        if self._caller:
-            self._caller.is_over = True
+        self.is_over = True
 
 
 class AsyncCaller(Caller):

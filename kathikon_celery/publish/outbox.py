@@ -18,6 +18,7 @@ from kathikon_celery.storage.settle import TaskEnd
 if TYPE_CHECKING:
     from kathikon_celery.publish.bulk import Chunks
     from kathikon_celery.publish.callers import Caller
+    from kathikon_celery.publish.enqueue_in import enqueue_in
     from kathikon_celery.results.carrier import Carrier
     from kathikon_celery.results.completion import Completion
 
@@ -29,6 +30,8 @@ class Scope:
     collected: tuple[Database, TaskEnd] | None = None
     #: The caller's open transaction; `False`: none, even if a finder would find one.
     caller: Caller | Literal[False] | None = None
+    #: The block of `enqueue_in` that named the caller. A task of asyncio may have this scope after the block has ended.
+    block: enqueue_in | None = None
     #: The transaction that the running task's end will commit.
     completion: Completion | None = None
     #: The block of `bulk` that collects publications.

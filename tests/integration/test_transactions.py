@@ -415,7 +415,7 @@ DJANGO = """
         assert number() == 6, number()
     else:
         assert "postgresql" in url and number() == 7, number()
-    for transaction_, said in (("default", "begin a transaction"), ("nowhere", "'nowhere' is no alias")):
+    for transaction_, said in (("default", "begin a transaction"), ("nowhere", "'nowhere' is no alias")) * 2:
         try:
             add.apply_async((1,), transaction=transaction_)
         except Exception as error:
