@@ -358,7 +358,7 @@ def test_manage(project: Project) -> None:
     assert "no issues" in project.call("manage.py", "check")
     assert "There are no jobs." in project.call("manage.py", "kathikon", "counts")
     assert "CREATE TABLE" in project.call("manage.py", "kathikon", "schema", "--sql")
-    assert "Look after the tables" in project.call("manage.py", "kathikon", "--help")
+    assert "Look after the jobs" in project.call("manage.py", "kathikon", "--help")
     called = SETUP + (
         "import io; from django.core.management import call_command; text = io.StringIO()\n"
         "call_command('kathikon', 'counts', stdout=text); answer = text.getvalue()"
