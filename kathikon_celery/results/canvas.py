@@ -196,6 +196,8 @@ class CanvasBackend(Backend):
         chord, task_id = request.group, request.id
         if not chord or not task_id or not request.chord:
             return
+        if getattr(request, "subtask_type", None) == "group":  # Celery fails it as a link of a chain; we its members
+            return
         part = Part(
             chord=chord,
             task_id=task_id,

@@ -122,7 +122,8 @@ def add_part(database: Database, chord: str, task_id: str) -> None:
 
 _LOCKED = select(chords.c.id).where(chords.c.id == bindparam("chord")).with_for_update()
 _COUNTED = Change(chords, {"ended": chords.c.ended + 1}, (chords.c.id == bindparam("chord"),))
-_IS_LAST = ((chords.c.ended == chords.c.size + chords.c.added).label("is_last"),)
+#: The size may become known only when more parts than that have ended: those that a failure has counted.
+_IS_LAST = ((chords.c.ended >= chords.c.size + chords.c.added).label("is_last"),)
 
 
 def _changes(new: NewRow) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from celery.result import AsyncResult, GroupResult, result_from_tuple
 from sqlalchemy import func, select
 
 from kathikon_celery.job import TERMINAL, State
+from kathikon_celery.results.backend import KathikonBackend
+from kathikon_celery.storage.selecting import Filter
 from kathikon_celery.storage.tables import chord_parts
 from tests.integration.conftest import Jobs, Journal, Workers
 from tests.support import apps
@@ -329,6 +331,22 @@ def test_a_part_is_revoked_by_its_stamp(app: Celery, worker: WorkerProcess) -> N
     result = ready(chord([part, add.s(1, 1)], total.s()).apply_async())
     assert isinstance(result.result, ChordError)
     assert "TaskRevokedError" in str(result.result)
+
+
+def test_parts_that_fail_before_the_size_of_their_chord_is_known(
+    app: Celery, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_size = KathikonBackend.set_chord_size
+    has_failed = Filter(states={State.DEAD}, task=fail.name, error="*too early*")
+
+    def set_late(*args: Any, **options: Any) -> None:
+        wait_until(lambda: jobs.storage.count(has_failed), what="the failure")
+        set_size(*args, **options)
+
+    monkeypatch.setattr(KathikonBackend, "set_chord_size", set_late)
+    part = chain(add.s(1, 1), fail.si("too early"), group(add.s(1), add.s(1)))
+    result = chord([part, add.s(1, 1)], accumulate.s()).apply_async()
+    assert "too early" in str(ready(result).result)
 
 
 def test_a_part_that_waits_for_a_slot_is_revoked(app: Celery, jobs: Jobs, tmp_path: Path) -> None:
