@@ -180,8 +180,9 @@ def returned(*where: Condition, crashed: Any, begun: Any) -> Change:
     cause = case(
         (revoked, Cause.REVOKED.value), (jobs.c.acked, Cause.LOST_ONCE.value), else_=Cause.LOST.value
     )  # fmt: skip
-    # Any other status stays, as with any result backend: the next run may read it, for example Celery's ABORTED.
-    forgets = or_(lost, func.coalesce(jobs.c.status, "STARTED") == "STARTED")
+    # NULL at an end, so that the lifeline tells chains and chords. Any other status stays, as with any result backend:
+    # the next run may read it, for example Celery's ABORTED.
+    forgets = or_(ends, func.coalesce(jobs.c.status, "STARTED") == "STARTED")
     values = {
         "state": case((revoked, State.CANCELLED.value), (lost, State.DEAD.value), else_=State.AVAILABLE.value),
         "ended_at": case((ends, now()), else_=null()),

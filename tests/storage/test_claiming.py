@@ -296,7 +296,7 @@ def test_what_was_revoked_while_it_was_claimed_is_not_given_to_others(
         worker.give_back(job, other, has_begun=False, crashed=how == "crashed")
     job = the_job(storage, "revoked")
     assert (job.state, job.cause, job.reason, job.status, job.node_id) == (
-        State.CANCELLED, Cause.REVOKED, "revoked", "REVOKED", None
+        State.CANCELLED, Cause.REVOKED, "revoked", None, None
     )  # fmt: skip
     assert job.ended_at is not None
     assert [one.id for one in Worker(storage).claim(5)] == ["not"]
