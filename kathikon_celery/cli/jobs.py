@@ -185,7 +185,10 @@ def _change(operator: Kathikon, verb: str, ids: Sequence[str], how: dict[str, An
     if ids:
         _change_each(operator, verb, ids, how, is_dry)
         return
-    selection = operator.jobs(**options).able(verb)
+    try:
+        selection = operator.jobs(**options).able(verb)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
     number = selection.count()
     if is_dry:
         click.echo(f"Would {verb} {_jobs(number)}.")

@@ -218,9 +218,15 @@ class Selection:
         return self._each("discard", rate, progress, options)
 
     def able(self, verb: str) -> Selection:
-        """Return those of the jobs whose state allows *verb*."""
-        states = MAY[verb] & frozenset(self.filter.states or State)
-        return replace(self, filter=replace(self.filter, states=states or MAY[verb] - MAY[verb]))
+        """Return those of the jobs whose state allows *verb*. Raises `ValueError` if none that is asked for does."""
+        asked = frozenset(self.filter.states or State)
+        states = MAY[verb] & asked
+        if not states:  # an empty filter would mean every state
+            raise ValueError(
+                f"{verb} is for jobs that are {', '.join(sorted(MAY[verb]))}, and not for those that are"
+                f" {', '.join(sorted(asked))}"
+            )
+        return replace(self, filter=replace(self.filter, states=states))
 
     def _each(self, verb: str, rate: str | None, progress: Progress | None, options: dict[str, Any]) -> int:
         act = getattr(self.kathikon, verb)

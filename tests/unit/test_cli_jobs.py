@@ -74,13 +74,16 @@ def test_a_job_as_text(app: Celery) -> None:
         (("jobs", "--since", "yesterday"), "'yesterday' is neither a moment such as 2026-01-31T12:00 (UTC) nor an age"),
         (("retry",), "Say which jobs to retry: either their ids, or options such as --state and --task."),
         (("cancel", "1", "--queue", "mail"), "Say which jobs to cancel: either their ids, or options"),
+        (("retry", "--state", "completed", "--yes"), "retry is for jobs that are cancelled, dead, discarded, "),
         (("jobs", "--limit", "0"), "0 is not in the range x>=1"),
     ],
 )
 def test_a_wrong_call(app: Celery, arguments: tuple[str, ...], said: str) -> None:
+    before = Storage.for_app(app).all()
     result = invoke(app, *arguments)
     assert result.exit_code == 2
-    assert said in result.output
+    assert said in " ".join(result.output.split())
+    assert Storage.for_app(app).all() == before
 
 
 @pytest.mark.parametrize("command", ["show", "explain", "cancel", "retry", "discard"])
