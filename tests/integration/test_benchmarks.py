@@ -32,10 +32,10 @@ def test_the_table_is_printed_and_the_plot_drawn(postgresql_url: str, tmp_path: 
     only = ["enqueue", "drain with", "pickup, p50", "delay()"]
     chosen = [option for name in only for option in ("--scenario", name)]
     plot = tmp_path / "plot.svg"
-    done = measure(postgresql_url, "--small", "--system", "kathikon, S", "--plot", str(plot), *chosen)
+    done = measure(postgresql_url, "--small", "--system", "kathikon", "--plot", str(plot), *chosen)
     assert done.returncode == 0, done.stderr
     figures = table(done.stdout)
-    assert figures.pop("") == ["kathikon, SQLite"]
+    assert figures.pop("") == ["kathikon, SQLite", "kathikon, PostgreSQL"]
     assert {name.split(",")[0] for name in figures if name != "---"} == {
         "enqueue", "enqueue in bulk", "drain with a backlog", "pickup", "delay() + get()"
     }  # fmt: skip
