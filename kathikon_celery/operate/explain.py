@@ -48,10 +48,11 @@ def _explained(connection: Connection, job: Job) -> tuple[str, str]:
         return "claimed", f"it is held by {by} since {_at(job.claimed_at)}, and waits for a free slot there"
     if job.state is State.WAITING_FOR_CHILDREN:
         return "children", "its task was replaced by others: it ends when the last of them ends"
-    if job.expires_at is not None and job.expires_at <= reading.present(connection):
+    present = reading.present(connection)
+    if job.expires_at is not None and job.expires_at <= present:
         return "expired", f"it has expired at {_at(job.expires_at)}: a worker will discard it"
     if job.state in WAITING:
-        ahead = (job.available_at - reading.present(connection)).total_seconds() if job.available_at else 0.0
+        ahead = (job.available_at - present).total_seconds() if job.available_at else 0.0
         if ahead > 0:
             return "not_due", f"it is due in {ahead:,.1f} s, at {_at(job.available_at)}"
         return "overdue", f"it is due since {_at(job.available_at)}: no live worker promotes jobs"
