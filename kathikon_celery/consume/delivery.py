@@ -16,6 +16,7 @@ class Verdict(Enum):
 
     DONE = auto()  # completed; a message is gone
     BACK = auto()  # ready again, for any node
+    UNBEGUN = auto()  # the same, before its task began: its claim does not count as an attempt
     CRASHED = auto()  # ready again, its process was lost
     ENDED = auto()  # dead, cancelled or discarded: see `Outcome.state`
     REPLACED = auto()  # other tasks do its work, and the last of them gets its id
@@ -38,14 +39,12 @@ class Outcome:
     written: Mapping[str, str | None] | None = None
     #: The task was acknowledged before it ran: a caller waits for the result, which is stored later.
     result_follows: bool = False
-    #: False if the job is given back before its task began: its claim does not count as an attempt.
-    has_begun: bool = True
 
 
 DONE = Outcome(Verdict.DONE)
 BEGUN = Outcome(Verdict.DONE, result_follows=True)
 BACK = Outcome(Verdict.BACK)
-UNBEGUN = Outcome(Verdict.BACK, has_begun=False)
+UNBEGUN = Outcome(Verdict.UNBEGUN)
 CRASHED = Outcome(Verdict.CRASHED)
 REPLACED = Outcome(Verdict.REPLACED)
 PASSED_ON = Outcome(Verdict.PASSED_ON)

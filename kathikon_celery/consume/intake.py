@@ -12,7 +12,7 @@ from time import monotonic
 from typing import Any
 
 from kathikon_celery.consume.claiming import Claiming
-from kathikon_celery.consume.delivery import UNBEGUN, Delivery, Outcome, Verdict
+from kathikon_celery.consume.delivery import BACK, UNBEGUN, Delivery, Outcome
 from kathikon_celery.consume.idle_state import IdleState
 from kathikon_celery.consume.ledger import Ledger
 from kathikon_celery.consume.loop import Loop
@@ -131,8 +131,8 @@ class Intake:
         ledger = self._ledger
         with self.own_node.claiming:  # no transaction of the intake's thread is under way
             with ledger.lock:
-                returns = [one for one in ledger.reports if one[1].verdict is Verdict.BACK]
-                ledger.reports = [one for one in ledger.reports if one[1].verdict is not Verdict.BACK]
+                returns = [one for one in ledger.reports if one[1] in (BACK, UNBEGUN)]
+                ledger.reports = [one for one in ledger.reports if one[1] not in (BACK, UNBEGUN)]
             try:
                 with self._database.write() as connection:
                     self._recovery.report(connection, returns)

@@ -32,7 +32,6 @@ def write(
         complain: called with deliveries of which at least one had moved on when it was reported.
     """
     jobs: defaultdict[Verdict, list[Delivery]] = defaultdict(list)
-    unbegun: list[Delivery] = []
     gone: list[Hold] = []
     returned: list[Hold] = []
     ends: dict[Hold, Mapping[str, str | None]] = {}
@@ -41,8 +40,6 @@ def write(
             (gone if outcome.verdict in (Verdict.DONE, Verdict.ENDED) else returned).append(delivery.hold)
         elif outcome.written is not None:
             ends[delivery.hold] = outcome.written
-        elif not outcome.has_begun:
-            unbegun.append(delivery)
         elif outcome.state is None:
             jobs[outcome.verdict].append(delivery)
         elif not backend.ended(
@@ -63,7 +60,7 @@ def write(
         complain([one for one, outcome in reports if outcome.written is not None])
     if back := jobs[Verdict.BACK]:
         backend.given_back(connection, _holds(back))
-    if unbegun:
+    if unbegun := jobs[Verdict.UNBEGUN]:
         backend.given_back(connection, _holds(unbegun), has_begun=False)
     crashed = jobs[Verdict.CRASHED]
     if crashed and backend.given_back(connection, _holds(crashed), True) != len(crashed):
