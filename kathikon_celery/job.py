@@ -196,6 +196,10 @@ class Job:
     cause: Cause | None = None
     #: One ``{"at", "attempt", "reason"}`` for each failure.
     errors: list[dict[str, Any]] = field(default_factory=list)
+    #: The id of the job of which this one is a copy, made by hand.
+    rerun_of: str | None = None
+    #: When it was revoked while a worker held it: it does not run again.
+    revoked_at: datetime | None = None
 
     @property
     def hold(self) -> Hold:

@@ -16,11 +16,13 @@ from kathikon_celery.consume.recovery import Recovery
 from kathikon_celery.consume.subscriptions import UNLIMITED, Subscription, Subscriptions
 from kathikon_celery.job import Job
 from kathikon_celery.nodes.own import OwnNode
-from kathikon_celery.storage import Storage, claim, idle_query, messages, nodes
+from kathikon_celery.storage import Storage, claim, idle_query, messages, nodes, pauses
 from kathikon_celery.storage.errors import is_lost
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.scan_start import cooldown
 
+#: Seconds after which pauses are read again although no node was called.
+PAUSES_CHECKED = 30.0
 #: From up to so many queues the intake claims without a look at which of them have jobs.
 FEW = 16
 
@@ -37,6 +39,26 @@ class Claiming:
         self._subscriptions = subscriptions
         self._idle = idle
         self._recovery = recovery
+        self._read_pauses_at = 0.0
+
+    def read_pauses(self) -> None:
+        """Read what is paused if it may have changed: all nodes were called, or a pause has come to its end."""
+        now, idle = monotonic(), self._idle
+        if not idle.are_pauses_due and now < self._read_pauses_at:
+            return
+        idle.are_pauses_due = False
+        try:
+            with self._database.read() as connection:
+                paused, left = pauses.paused(connection)
+        except BaseException:
+            idle.are_pauses_due = True
+            raise
+        self._read_pauses_at = now + (PAUSES_CHECKED if left is None else min(left, PAUSES_CHECKED))
+        if paused != self._subscriptions.paused:
+            self._subscriptions.paused = paused
+            self._subscriptions.forget_fronts()
+            idle.forget()
+            idle.are_pauses_due = False
 
     def is_worth_while(self, names: list[str], with_messages: bool) -> bool:
         """Whether there is something to claim in the queues with these keys, or to announce that the node is idle."""
@@ -55,18 +77,20 @@ class Claiming:
 
     def _look(self, names: list[str], with_messages: bool) -> bool:
         """Whether there is work. The statement also renews the lease, or asks what the services would ask soon."""
-        soon = 2 * self._poll_interval
+        soon, paused = 2 * self._poll_interval, self._subscriptions.paused.tasks
         if self._own_node.is_due(min(soon, self._own_node.lease / 8)):
-            return bool(self._own_node.renew_by(partial(idle_query.renew, self._database, names, with_messages)))
+            return bool(
+                self._own_node.renew_by(partial(idle_query.renew, self._database, names, with_messages, paused=paused))
+            )
         asked = [(one, questions) for one in self._subscriptions.pool.askers if (questions := one.asks(soon))]
         with self._database.read() as connection:
             try:
-                return idle_query.look(self._database, connection, names, with_messages, asked)
+                return idle_query.look(self._database, connection, names, with_messages, asked, paused)
             except Exception as error:
                 if not asked or is_lost(error):
                     raise
                 # A question failed. Its service will ask by itself, and log the error; look without questions.
-                return idle_query.look(self._database, connection, names, with_messages)
+                return idle_query.look(self._database, connection, names, with_messages, paused=paused)
 
     def take_messages(self, connection: Connection, filled: list[str]) -> Claimed:
         """Take messages (not jobs) from the queues *filled* (keys), in which some wait."""
@@ -147,20 +171,21 @@ class Claiming:
     ) -> list[Job]:
         """Claim jobs of one queue by one statement: the job *seq* of which the node was notified, or up to *limit*."""
         backend, name, node = self._backend, key(subscription.queue), self._own_node.id
+        paused = self._subscriptions.paused.tasks
         if done:
             holds = [one.hold for one in done]
             completed, jobs = backend.complete_and_claim(
-                connection, holds, name, limit, node, subscription.front, waiting
+                connection, holds, name, limit, node, subscription.front, waiting, paused
             )
             if completed != len(done):
                 self._recovery.complain(connection, list(done))
             return jobs
         # With one slot `claim_jobs` is better: it also takes the jobs behind this one.
         if waiting and waiting.room > 1 and seq is not None:
-            jobs = backend.claim_told(connection, name, seq, node, waiting)
+            jobs = backend.claim_told(connection, name, seq, node, waiting, paused)
             if jobs:
                 return jobs
-        return backend.claim_jobs(connection, name, limit, node, subscription.front, waiting)
+        return backend.claim_jobs(connection, name, limit, node, subscription.front, waiting, paused)
 
     def _announce_or_look_again(
         self, connection: Connection, names: list[str], hungry: bool, claimed: int, slots: int

@@ -40,6 +40,8 @@ class IdleState:
         self.notified: dict[str, int] = {}
         #: Least seconds between two looks without a wake-up; more than 0 after a look that took long.
         self.cooldown = 0.0
+        #: Read what is paused before the next claim.
+        self.are_pauses_due = True
         self._rechecks: list[float] = []
 
     def was_woken(self) -> bool:
@@ -51,12 +53,12 @@ class IdleState:
         self.looks_for_jobs, self.look_from, self.will_be_woken = True, 0.0, False
         self.notified, since = wakeup.calls()
         if wakeup.called_all:
-            self.is_called = True
+            self.is_called = self.are_pauses_due = True
         return since
 
     def forget(self) -> None:
         """After an error: look for everything, and announce again that the node is idle."""
-        self.will_be_woken, self.is_called = False, True
+        self.will_be_woken, self.is_called, self.are_pauses_due = False, True, True
 
     def take(self, reports: Reports) -> tuple[bool, bool]:
         """Whether to look for jobs now, and whether for messages as well. *reports* have made room for more of both."""

@@ -12,8 +12,10 @@ from kathikon_celery.consume.delivery import Delivery
 from kathikon_celery.consume.pace import Pace
 from kathikon_celery.consume.pool import NoPool, Pool
 from kathikon_celery.storage.names import key
+from kathikon_celery.storage.pauses import Paused
 from kathikon_celery.storage.scan_start import ScanStart
 
+NOTHING = Paused()
 #: Most deliveries that a consumer without a prefetch limit has in hand.
 UNLIMITED = 200
 #: Deliveries that are handed out together, once the limit allows so many more.
@@ -67,6 +69,8 @@ class Subscriptions:
         self.lock = threading.RLock()
         #: What runs the jobs.
         self.pool: Pool = NoPool()
+        #: What no job is claimed of. The intake's thread sets it.
+        self.paused = NOTHING
         self._horizon = horizon
         self._by_key: dict[str, Subscription] = {}
         self._first = 0  # the queue that is served first this time
@@ -88,6 +92,15 @@ class Subscriptions:
         """The keys of all queues."""
         with self.lock:
             return list(self._by_key)
+
+    def open(self) -> list[str]:
+        """The keys of the queues that are not paused."""
+        return [key(one.queue) for one in self.every() if not self._is_paused(one)]
+
+    def _is_paused(self, subscription: Subscription) -> bool:
+        if subscription.no_ack:  # remote control and events
+            return False
+        return self.paused.everything or key(subscription.queue) in self.paused.queues
 
     def of_jobs(self) -> list[str]:
         """The names of the queues whose jobs are run: not those of remote control and events."""
@@ -168,6 +181,8 @@ class Subscriptions:
         """How many jobs to claim for which queue, in the order of this turn."""
         slots = self.pool.slots()
         every = [one for one in self.every() if slots is None or not one.no_ack]
+        if self.paused != NOTHING:
+            every = [one for one in every if not self._is_paused(one)]
         if not every:
             return []
         self._first = (self._first + 1) % len(every)

@@ -33,12 +33,14 @@ class Transaction:
             now = monotonic()
             batch = ledger.take(now)
             for_jobs, for_messages = self._idle.take(batch.reports)
-            names = subscriptions.names()
         must_write = batch.started or any(outcome not in (WRITTEN, PASSED_ON) for _, outcome in batch.reports)
         claimed: Claimed = []
         try:
             if batch.to_mark:
                 self._mark(batch.to_mark)
+            if for_jobs:
+                self._claiming.read_pauses()
+            names = subscriptions.open()
             wanted = subscriptions.wanted() if for_jobs else []
             if (
                 must_write

@@ -1,1 +1,1 @@
-"""What an operator does with jobs, without a worker: find, explain, cancel, retry, discard."""
+"""What an operator does with jobs, without a worker: find, explain, pause, cancel, retry, rerun, discard, delete."""

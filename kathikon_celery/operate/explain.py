@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from sqlalchemy import Connection
 
 from kathikon_celery.job import TERMINAL, WAITING, Job, State
-from kathikon_celery.storage import Storage, nodes, reading
+from kathikon_celery.storage import Storage, nodes, pauses, reading
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Explanation:
     """Why a job does not run, or how it ended.
 
     Arguments:
-        why: for programs: ``"not_due"``, ``"overdue"``, ``"expired"``, ``"no_consumer"``, ``"in_line"``, ``"claimed"``,
-            ``"running"``, ``"children"``, or the state in which the job has ended.
+        why: for programs: ``"paused"``, ``"not_due"``, ``"overdue"``, ``"expired"``, ``"no_consumer"``, ``"in_line"``,
+            ``"claimed"``, ``"running"``, ``"children"``, or the state in which the job has ended.
         text: for people.
     """
 
@@ -43,6 +43,8 @@ def _explained(connection: Connection, job: Job) -> tuple[str, str]:
     if job.state in (State.CLAIMED, State.RUNNING):
         holder = nodes.name_of(connection, job.node_id)
         by = f"node {job.node_id} ({holder})" if holder else f"node {job.node_id}, which is gone: a worker will free it"
+        if job.revoked_at is not None:
+            by += f", was revoked at {_at(job.revoked_at)} and will not run again"
         if job.state is State.RUNNING:
             return "running", f"it is running on {by} since {_at(job.started_at)}"
         return "claimed", f"it is held by {by} since {_at(job.claimed_at)}, and waits for a free slot there"
@@ -56,6 +58,9 @@ def _explained(connection: Connection, job: Job) -> tuple[str, str]:
         if ahead > 0:
             return "not_due", f"it is due in {ahead:,.1f} s, at {_at(job.available_at)}"
         return "overdue", f"it is due since {_at(job.available_at)}: no live worker promotes jobs"
+    for pause in pauses.every(connection):
+        if pause.holds(job.queue, job.task):
+            return "paused", f"it waits: {pause}"
     if job.queue is None or nodes.without_consumer([job.queue], nodes.consumed(connection)):
         return "no_consumer", f"it waits: no live worker consumes its queue {job.queue!r}"
     before = reading.ready_before(connection, job)

@@ -1,48 +1,31 @@
-"""`Kathikon`, an operator's hands: verbs for one job, and for all jobs of a selection."""
+"""`Kathikon`, an operator's hands: verbs for one job, selections of jobs, pauses, and what was done."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from datetime import datetime
-from time import monotonic, sleep
+from collections.abc import Collection, Sequence
+from datetime import datetime, timedelta
+from getpass import getuser
+from socket import gethostname
 from typing import TYPE_CHECKING, Any
 
-from celery.utils.time import rate as per_second
-
-from kathikon_celery.job import HELD, TERMINAL, Cause, Job, State
+from kathikon_celery.job import HELD, Cause, Job, State
+from kathikon_celery.operate import verbs
 from kathikon_celery.operate.explain import Explanation, explain
-from kathikon_celery.publish.envelope import anew
-from kathikon_celery.storage import Storage
-from kathikon_celery.storage.errors import MovedOn, NotFound
+from kathikon_celery.operate.history import history
+from kathikon_celery.operate.selection import Selection
+from kathikon_celery.operate.verbs import NotAllowed
+from kathikon_celery.storage import Storage, acts, pauses, reading, status
+from kathikon_celery.storage.acts import Act, Event
+from kathikon_celery.storage.errors import NotFound
+from kathikon_celery.storage.pauses import Kind, Pause
 from kathikon_celery.storage.selecting import Filter
+from kathikon_celery.storage.status import QueueStatus, Status
 
 if TYPE_CHECKING:
     from celery import Celery
+    from celery.result import AsyncResult
 
-#: The states of which each verb makes another one.
-MAY = {
-    "cancel": frozenset(State) - TERMINAL,
-    "retry": frozenset({State.DEAD, State.CANCELLED, State.DISCARDED, State.RETRYABLE, State.SCHEDULED}),
-    "discard": frozenset(State) - HELD - {State.COMPLETED, State.CANCELLED, State.DISCARDED},
-}
-#: How many jobs a bulk verb reads at once.
-CHUNK = 100
-#: How often a verb is tried while the job moves on.
-TRIES = 20
-
-Progress = Callable[[int], object]
-
-
-class NotAllowed(ValueError):
-    """The job's state does not allow the verb; nothing was changed."""
-
-    def __init__(self, verb: str, job: Job) -> None:
-        self.job = job
-        allowed = ", ".join(state for state in State if state in MAY[verb])
-        what = f"is {job.state}" if job.queue is not None else "is only a result, without a message,"
-        super().__init__(f"job {job.id!r} {what}; nothing was done: {verb} is for jobs that are {allowed}")
+__all__ = ["Kathikon", "NotAllowed"]
 
 
 class Kathikon:
@@ -54,85 +37,117 @@ class Kathikon:
     >>> print(kathikon.explain(job_id))
     it waits: no live worker consumes its queue 'mail'
 
-    Each verb is one transition in one transaction. It returns the job as it is then. It raises `NotFound` for an id
-    that no row has, and `NotAllowed` for a job whose state does not allow it, and changes nothing then.
+    Each verb is one transition in one transaction, which also records who did it and why. A verb returns the job as it
+    is then. It raises `NotFound` for an id that no row has, and `NotAllowed` for a job whose state does not allow it,
+    and changes nothing then. Wherever an id is wanted, Celery's `AsyncResult` will do.
 
     Arguments:
         app: a Celery app whose broker is Kathikon, or a storage.
+        operator: who acts, for the record; default: the user and the machine.
     """
 
-    def __init__(self, app: Celery | Storage) -> None:
+    def __init__(self, app: Celery | Storage, operator: str | None = None) -> None:
         self.storage = app if isinstance(app, Storage) else Storage.for_app(app)
+        self.operator = operator or _somebody()
         self._app = None if isinstance(app, Storage) else app
         self.storage.setup()
 
     # --- one job
 
-    def job(self, job_id: str) -> Job:
+    def job(self, job_id: str | AsyncResult) -> Job:
         """Return the job. Raises `NotFound`."""
-        job = self.storage.fetch(job_id)
+        name = _id(job_id)
+        job = self.storage.fetch(name)
         if job is None:
-            raise NotFound(f"there is no job {job_id!r}")
+            raise NotFound(f"there is no job {name!r}")
         return job
 
-    def explain(self, job_id: str) -> Explanation:
+    def explain(self, job_id: str | AsyncResult) -> Explanation:
         """Say why the job does not run, or how it ended. Raises `NotFound`."""
         return explain(self.storage, self.job(job_id))
 
-    def cancel(self, job_id: str, terminate: bool = False, reason: str = "cancelled by hand") -> Job:
+    def history(self, job_id: str | AsyncResult) -> list[Event]:
+        """Return what happened to the job, oldest first: its times, failures, rescues, and operators' acts.
+
+        Raises `NotFound`.
+        """
+        return history(self.storage, self.job(job_id))
+
+    def errors(self, job_id: str | AsyncResult) -> list[dict[str, Any]]:
+        """Return the job's failures, one ``{"at", "attempt", "reason"}`` for each. Raises `NotFound`."""
+        return self.job(job_id).errors
+
+    def children(self, job_id: str | AsyncResult) -> list[Job]:
+        """Return the jobs that the job's task has sent, oldest first."""
+        name = _id(job_id)
+        return [job for job in self.storage.workflow(name) if job.parent_id == name]
+
+    def result(self, job_id: str | AsyncResult) -> AsyncResult:
+        """Return Celery's result of the job. Raises `TypeError` if there is no app."""
+        if self._app is None:
+            raise TypeError("a result is decoded by an app: say Kathikon(app), not Kathikon(storage)")
+        return self._app.AsyncResult(_id(job_id))
+
+    def cancel(self, job_id: str | AsyncResult, terminate: bool = False, reason: str | None = None) -> Job:
         """Cancel a job that has not ended: no worker runs it any more, and what a running task returns is not kept.
 
         Chains and chords learn of it as of a revoked task. A worker that holds the job is told as well, if there is an
         app: it drops a job that has not begun. *terminate*: it also ends a task that runs, as Celery's ``revoke`` does.
+        A running `AbortableTask` sees that it ``is_aborted()``.
         """
         was_held = False
+        change = verbs.cancelled(reason or verbs.BY_HAND["cancel"])
 
-        def change(job: Job) -> None:
+        def noting(job: Job) -> None:
             nonlocal was_held
             was_held = job.state in HELD
-            job.state, job.cause, job.reason = State.CANCELLED, Cause.REVOKED, reason
+            change(job)
 
-        job = self._change("cancel", job_id, change)
-        if was_held and self._app is not None:
-            self._app.control.revoke(job_id, terminate=terminate)
+        job = self._change("cancel", job_id, noting, reason)
+        if was_held:
+            self.tell_holders([job.id], terminate)
         return job
 
-    def retry(self, job_id: str) -> Job:
+    def tell_holders(self, ids: Sequence[str], terminate: bool = False) -> None:
+        """Tell the workers that hold cancelled jobs, if there is an app: see `cancel`."""
+        if ids and self._app is not None:
+            self._app.control.revoke(list(ids), terminate=terminate)
+
+    def retry(self, job_id: str | AsyncResult, reason: str | None = None) -> Job:
         """Make a job that has ended without success ready to run again, in the same row, with all its attempts.
 
         A job that waits for its due time, also for a retry, is due now. What Celery knows of earlier retries is
-        forgotten, and a moment at which the job expires, since that may have passed.
+        forgotten, and a moment at which the job expires, since that may have passed. What was to follow the job
+        follows it: the next task of its chain, and the body of its chord when all parts have succeeded.
         """
+        return self._change("retry", job_id, verbs.retried, reason)
 
-        def change(job: Job) -> None:
-            job.state, job.scheduled_at, job.expires_at = State.AVAILABLE, None, None
-            job.envelope = anew(job.envelope)
+    def rerun(self, job_id: str | AsyncResult, reason: str | None = None) -> Job:
+        """Publish a copy of a job in any state, with an id of its own and `Job.rerun_of`; return the copy.
 
-        return self._change("retry", job_id, change)
+        The copy runs alone: nothing that followed the job follows the copy.
+        """
+        act = self._act("rerun", _id(job_id), reason)
+        return self.storage.backend.copy(_id(job_id), verbs.checked("rerun", verbs.copied), act)
 
-    def discard(self, job_id: str, reason: str = "discarded by hand") -> Job:
+    def discard(self, job_id: str | AsyncResult, reason: str | None = None) -> Job:
         """Give up a job that is dead or waits: it never runs, unless it is retried by hand."""
+        return self._change("discard", job_id, verbs.discarded(reason or verbs.BY_HAND["discard"]), reason)
 
-        def change(job: Job) -> None:
-            job.state, job.cause, job.reason = State.DISCARDED, Cause.GIVEN_UP, reason
-
-        return self._change("discard", job_id, change)
-
-    def check(self, verb: str, job_id: str) -> Job:
+    def check(self, verb: str, job_id: str | AsyncResult) -> Job:
         """Return the job if *verb* is allowed for it now. Raises `NotFound` or `NotAllowed`."""
         job = self.job(job_id)
-        if job.state not in MAY[verb] or job.queue is None:
-            raise NotAllowed(verb, job)
+        verbs.check(verb, job)
         return job
 
-    def _change(self, verb: str, job_id: str, change: Callable[[Job], None]) -> Job:
-        for _ in range(TRIES):
-            job = self.check(verb, job_id)
-            change(job)
-            with suppress(MovedOn):
-                self.storage.update(job)
-                return job
-        raise MovedOn(f"job {job_id!r} moves on faster than it can be changed; try again")
+    def _change(self, verb: str, job_id: str | AsyncResult, change: verbs.Change, reason: str | None) -> Job:
+        name = _id(job_id)
+        act = self._act(verb, name, reason)
+        (job,) = self.storage.backend.change([name], verbs.checked(verb, change), act, True, ())
+        return job
+
+    def _act(self, verb: str, target: str, reason: str | None) -> Act:
+        return Act(verb=verb, target=target, operator=self.operator, reason=reason)
 
     # --- many jobs
 
@@ -144,6 +159,7 @@ class Kathikon:
         task: str | None = None,
         error: str | None = None,
         cause: Cause | str | None = None,
+        argument: str | None = None,
         root: str | None = None,
         group: str | None = None,
         since: datetime | None = None,
@@ -155,14 +171,95 @@ class Kathikon:
         """
         chosen = [states] if isinstance(states, str) else states
         for name, moment in (("since", since), ("until", until)):
-            if moment is not None and moment.tzinfo is None:
-                raise ValueError(f"{name} = {moment} has no time zone; use an aware datetime")
+            _check_aware(name, moment)
         fields = Filter(
             states=frozenset(_member(State, "state", state) for state in chosen),
             cause=None if cause is None else _member(Cause, "cause", cause),
-            queue=queue, task=task, error=error, root=root, group=group, since=since, until=until,
+            queue=queue, task=task, error=error, argument=argument, root=root, group=group, since=since, until=until,
         )  # fmt: skip
         return Selection(self, fields)
+
+    # --- pauses
+
+    def pause_queue(self, name: str, until: datetime | timedelta | None = None, reason: str | None = None) -> None:
+        """Keep all workers from starting jobs of the queue. Jobs that run, run to their end; those that wait, wait.
+
+        *until*: the moment, or the time from now by the database's clock, at which the pause ends by itself.
+        """
+        self._pause(Kind.QUEUE, name, until, reason)
+
+    def pause_task(self, pattern: str, until: datetime | timedelta | None = None, reason: str | None = None) -> None:
+        """Keep all workers from starting jobs of a task. *pattern*: its name; ``*`` and ``?`` as in `jobs`."""
+        self._pause(Kind.TASK, pattern, until, reason)
+
+    def pause_all(self, until: datetime | timedelta | None = None, reason: str | None = None) -> None:
+        """Keep all workers from starting any job."""
+        self._pause(Kind.ALL, "", until, reason)
+
+    def resume_queue(self, name: str, reason: str | None = None) -> bool:
+        """End the pause of a queue; return false if there is none."""
+        return self._resume(Kind.QUEUE, name, reason)
+
+    def resume_task(self, pattern: str, reason: str | None = None) -> bool:
+        """End the pause of a task, named as it was paused; return false if there is none."""
+        return self._resume(Kind.TASK, pattern, reason)
+
+    def resume_all(self, reason: str | None = None) -> bool:
+        """End the pause of everything; return false if there is none. Pauses of queues and tasks stay."""
+        return self._resume(Kind.ALL, "", reason)
+
+    def pauses(self) -> list[Pause]:
+        """Return the pauses that hold."""
+        with self.storage.database.read() as connection:
+            return pauses.every(connection)
+
+    def _pause(self, kind: Kind, name: str, until: datetime | timedelta | None, reason: str | None) -> None:
+        if not name and kind is not Kind.ALL:
+            raise ValueError(f"the {kind} to pause has no name; pause_all() pauses everything")
+        if isinstance(until, timedelta):
+            with self.storage.database.read() as connection:
+                until = reading.present(connection) + until
+        _check_aware("until", until)
+        self.storage.backend.pause(kind, name, until, self._act("pause", _target(kind, name), reason))
+
+    def _resume(self, kind: Kind, name: str, reason: str | None) -> bool:
+        return self.storage.backend.resume(kind, name, self._act("resume", _target(kind, name), reason))
+
+    # --- what there is
+
+    def status(self) -> Status:
+        """Return the state of all queues, the workers, the pauses, and how many jobs have ended in the last minute."""
+        with self.storage.database.read() as connection:
+            return status.status(connection)
+
+    def queue_status(self) -> list[QueueStatus]:
+        """Return the state of each queue that has jobs, workers or a pause."""
+        return self.status().queues
+
+    def acts(self, limit: int = 50, before: Act | None = None) -> list[Act]:
+        """Return up to *limit* records of what operators did, the newest first, from the one behind *before* on."""
+        with self.storage.database.read() as connection:
+            return acts.page(connection, limit, before)
+
+
+def _somebody() -> str:
+    try:
+        return f"{getuser()}@{gethostname()}"
+    except (KeyError, OSError):  # a container's user without a name
+        return gethostname()
+
+
+def _id(job: str | AsyncResult) -> str:
+    return job if isinstance(job, str) else str(getattr(job, "id", job))
+
+
+def _target(kind: Kind, name: str) -> str:
+    return "everything" if kind is Kind.ALL else f"{kind} {name}"
+
+
+def _check_aware(name: str, moment: datetime | None) -> None:
+    if moment is not None and moment.tzinfo is None:
+        raise ValueError(f"{name} = {moment} has no time zone; use an aware datetime")
 
 
 def _member(kind: Any, word: str, value: str) -> Any:
@@ -170,76 +267,3 @@ def _member(kind: Any, word: str, value: str) -> Any:
         return kind(value)
     except ValueError:
         raise ValueError(f"there is no {word} {str(value)!r}; there are: {', '.join(kind)}") from None
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The jobs that fit a filter, whenever they are asked for.
-
-    A bulk verb changes job by job, each in its own transaction: one that is interrupted has changed those that it has
-    reached, and the next call goes on with the others. A job whose state does not allow the verb is left out.
-
-    Arguments of the verbs:
-        rate: at most so many, in Celery's words: ``"50/s"``.
-        progress: called after each job with the number of those that were changed so far.
-    """
-
-    kathikon: Kathikon
-    filter: Filter
-
-    def count(self) -> int:
-        """Return the number of jobs."""
-        return self.kathikon.storage.count(self.filter)
-
-    def page(self, limit: int = 50, after: Job | None = None) -> list[Job]:
-        """Return up to *limit* jobs, from the one behind *after* on, without their bodies and results.
-
-        Jobs that are ready come in the order of their queue, those that wait for their time by that, those that have
-        ended from the newest end on; if no state is asked for, all from the newest on.
-        """
-        return self.kathikon.storage.page(self.filter, limit, after)
-
-    def __iter__(self) -> Iterator[Job]:
-        last = None
-        while found := self.page(CHUNK, last):
-            yield from found
-            last = found[-1]
-
-    def cancel(self, rate: str | None = None, progress: Progress | None = None, **options: Any) -> int:
-        """`Kathikon.cancel` each job; return the number of those that were changed."""
-        return self._each("cancel", rate, progress, options)
-
-    def retry(self, rate: str | None = None, progress: Progress | None = None) -> int:
-        """`Kathikon.retry` each job; return the number of those that were changed."""
-        return self._each("retry", rate, progress, {})
-
-    def discard(self, rate: str | None = None, progress: Progress | None = None, **options: Any) -> int:
-        """`Kathikon.discard` each job; return the number of those that were changed."""
-        return self._each("discard", rate, progress, options)
-
-    def able(self, verb: str) -> Selection:
-        """Return those of the jobs whose state allows *verb*. Raises `ValueError` if none that is asked for does."""
-        asked = frozenset(self.filter.states or State)
-        states = MAY[verb] & asked
-        if not states:  # an empty filter would mean every state
-            raise ValueError(
-                f"{verb} is for jobs that are {', '.join(sorted(MAY[verb]))}, and not for those that are"
-                f" {', '.join(sorted(asked))}"
-            )
-        return replace(self, filter=replace(self.filter, states=states))
-
-    def _each(self, verb: str, rate: str | None, progress: Progress | None, options: dict[str, Any]) -> int:
-        act = getattr(self.kathikon, verb)
-        pause = 1 / per_second(rate) if rate and per_second(rate) else 0.0
-        number, next_at = 0, monotonic()
-        for job in self:
-            if job.state not in MAY[verb]:
-                continue
-            sleep(max(0.0, next_at - monotonic()))
-            next_at = max(next_at, monotonic() - 1.0) + pause  # what was slow is made up for by a second at most
-            with suppress(NotAllowed, NotFound):
-                act(job.id, **options)
-                number += 1
-                if progress is not None:
-                    progress(number)
-        return number

@@ -12,7 +12,7 @@ from uuid import UUID
 from kombu import serialization
 from kombu.utils import json as kombu_json
 
-from kathikon_celery.job import Job, State
+from kathikon_celery.job import Job, State, in_brief
 
 #: The smallest and the largest priority: the range of the column.
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
@@ -312,3 +312,33 @@ def anew(envelope: str) -> str:
     except (ValueError, TypeError, KeyError):
         return envelope
     return _dumps(message)
+
+
+def alone(envelope: str, body: str, new_id: str) -> tuple[str, str]:
+    """Return envelope and body of the same call under *new_id*, without workflow, retries, due time and expiry.
+
+    Raises `ValueError` for a message that cannot be read, or that only Python's pickle can read.
+    """
+    message = unfold(envelope, body, "", False)
+    headers, properties = message[_HEADERS], message[_PROPERTIES]
+    content_type, encoding = message[_TYPE], message[_ENCODING]
+    try:
+        payload = serialization.loads(message["body"], content_type, encoding, accept=_READ_HERE)
+        check_call(headers, payload)
+        args, kwargs, _ = payload
+    except (serialization.ContentDisallowed, serialization.DecodeError, TypeError) as error:
+        raise ValueError(f"its message, {content_type}, cannot be copied: {in_brief(error)}") from error
+    usual = _usual(new_id)
+    kept = {name: value for name, value in usual[_HEADERS].items() if name in _OF_A_WORKFLOW}
+    message[_HEADERS] = {**headers, **kept, "id": new_id}
+    properties.pop("delivery_tag")
+    message[_PROPERTIES] = {**properties, "correlation_id": new_id}
+    serializer = serialization.registry.type_to_name[content_type]
+    message[_TYPE], message[_ENCODING], message["body"] = serialization.dumps((args, kwargs, _NOTHING), serializer)
+    return fold(message)
+
+
+#: Serializers whose messages are read here; others can run code.
+_READ_HERE = ("json", "yaml", "msgpack")
+#: Headers that place a call in a workflow and in time.
+_OF_A_WORKFLOW = ("eta", "expires", "group", "group_index", "retries", "root_id", "parent_id", "replaced_task_nesting")

@@ -221,6 +221,9 @@ class CanvasBackend(Backend):
             if not part.succeeded:
                 cause = self.exception_to_python(self._value(part.result))
                 self._fail_body(body, f"Dependency {part.task_id} raised {cause!r}", cause)
+                ending = outbox.current(self.storage.database)
+                assert ending is not None
+                ending.is_failed = True
                 return
         try:
             values = {part.task_id: self._value(part.result) for part in header.parts}

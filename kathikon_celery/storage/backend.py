@@ -16,13 +16,17 @@ Methods that take a *connection* are parts of a transaction that the caller comm
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
 
 from sqlalchemy import Connection
 
 from kathikon_celery.job import Cause, Hold, Job, State
-from kathikon_celery.storage.claim import Waiting
+from kathikon_celery.storage.acts import Act
+from kathikon_celery.storage.by_hand import ByHand, Skips
+from kathikon_celery.storage.claim import Tasks, Waiting
 from kathikon_celery.storage.engine.database import Database
+from kathikon_celery.storage.pauses import Kind
 from kathikon_celery.storage.scan_start import ScanStart
 from kathikon_celery.storage.selecting import Filter
 from kathikon_celery.storage.settle import TaskEnd
@@ -71,11 +75,20 @@ class StorageBackend(ABC):
         node_id: int,
         front: ScanStart | None = None,
         waiting: Waiting | None = None,
+        paused: Tasks = (),
     ) -> list[Job]:
         """Claim up to *limit* ready jobs of the queue with the key *queue*: see `kathikon_celery.storage.claim`."""
 
     @abstractmethod
-    def claim_told(self, connection: Connection, queue: str, seq: int, node_id: int, waiting: Waiting) -> list[Job]:
+    def claim_told(
+        self,
+        connection: Connection,
+        queue: str,
+        seq: int,
+        node_id: int,
+        waiting: Waiting,
+        paused: Tasks = (),
+    ) -> list[Job]:
         """Claim the job with the number *seq*, if it is still ready."""
 
     @abstractmethod
@@ -88,6 +101,7 @@ class StorageBackend(ABC):
         node_id: int,
         front: ScanStart | None = None,
         waiting: Waiting | None = None,
+        paused: Tasks = (),
     ) -> tuple[int, list[Job]]:
         """Do what `completed` and `claim_jobs` do, at once; return the results of both."""
 
@@ -216,6 +230,42 @@ class StorageBackend(ABC):
         """Delete jobs; return their number."""
 
     @abstractmethod
+    def revoke(self, ids: Sequence[str]) -> int:
+        """Cancel jobs that wait, and keep those that a worker holds from running again; return their number."""
+
+    @abstractmethod
+    def revoke_stamped(self, headers: Mapping[str, Collection[str]]) -> int:
+        """`revoke` the jobs with one of these stamps: header -> values."""
+
+    @abstractmethod
+    def begin(self, act: Act) -> None:
+        """Write an operator's act that changes jobs in several transactions."""
+
+    @abstractmethod
+    def end(self, act: Act) -> None:
+        """Note that the act has come to its end."""
+
+    @abstractmethod
+    def change(self, ids: Sequence[str], verb: ByHand, act: Act, is_whole: bool, skips: Skips) -> list[Job]:
+        """Change jobs in one transaction: see `kathikon_celery.storage.by_hand.change`."""
+
+    @abstractmethod
+    def copy(self, job_id: str, verb: ByHand, act: Act) -> Job:
+        """Publish a copy of a job: see `kathikon_celery.storage.by_hand.copy`."""
+
+    @abstractmethod
+    def remove(self, ids: Sequence[str], verb: ByHand, act: Act, skips: Skips) -> list[Job]:
+        """Delete jobs in one transaction: see `kathikon_celery.storage.by_hand.remove`."""
+
+    @abstractmethod
+    def pause(self, kind: Kind, name: str, until: datetime | None, act: Act) -> None:
+        """Keep workers from starting jobs of a queue, of a task, or all jobs."""
+
+    @abstractmethod
+    def resume(self, kind: Kind, name: str, act: Act) -> bool:
+        """End a pause; return false if there is none."""
+
+    @abstractmethod
     def clear_jobs(self) -> None:
         """Delete all jobs (for tests)."""
 
@@ -238,8 +288,8 @@ class StorageBackend(ABC):
         """List up to *limit* jobs that fit, from the one behind *after* on, without their bodies and results."""
 
     @abstractmethod
-    def count(self, chosen: Filter) -> int:
-        """Return the number of jobs that fit."""
+    def count(self, chosen: Filter, at_most: int | None = None) -> int:
+        """Return the number of jobs that fit; *at_most*: stop counting there."""
 
     @abstractmethod
     def workflow(self, job_id: str) -> list[Job]:

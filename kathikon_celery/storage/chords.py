@@ -18,6 +18,7 @@ from sqlalchemy import (
     func,
     insert,
     not_,
+    or_,
     select,
     true,
     update,
@@ -120,8 +121,15 @@ def add_part(database: Database, chord: str, task_id: str) -> None:
     database.patiently(write)
 
 
-_LOCKED = select(chords.c.id).where(chords.c.id == bindparam("chord")).with_for_update()
+_LOCKED = select(chords.c.id, chords.c.failed).where(chords.c.id == bindparam("chord")).with_for_update()
 _COUNTED = Change(chords, {"ended": chords.c.ended + 1}, (chords.c.id == bindparam("chord"),))
+#: After the body has failed with a part, the chord is complete again only when every part has succeeded.
+_NOT_SUCCEEDED = (
+    select(chord_parts.c.task_id)
+    .where(chord_parts.c.chord == bindparam("chord"))
+    .where(or_(not_(chord_parts.c.ended), chord_parts.c.succeeded.is_not(True)))
+    .limit(1)
+)
 #: The size may become known only when more parts than that have ended: those that a failure has counted.
 _IS_LAST = ((chords.c.ended >= chords.c.size + chords.c.added).label("is_last"),)
 
@@ -147,12 +155,23 @@ _ENDED = Upsert(
     _changes,
     lambda new: chord_parts.c.ended == false(),
 )
+#: A part that had failed was retried, or follows one that was, and succeeds after all. It was counted when it failed.
+_MENDED = (
+    update(chord_parts)
+    .where(chord_parts.c.chord == bindparam("of_chord"), chord_parts.c.task_id == bindparam("task"))
+    .where(chord_parts.c.ended, chord_parts.c.succeeded.is_not(True))
+    .values(succeeded=true(), result=bindparam("text", type_=Text()))
+)
 
 
 def count(database: Database, connection: Connection, part: Part) -> bool:
-    """Note that a part has ended; return true when it was the last. A part that ends twice counts once."""
+    """Note that a part has ended; return true when the chord is complete by that. A part that ends twice counts once.
+
+    A chord whose body has failed is complete when all of its parts have succeeded after all.
+    """
     chord = key(part.chord)
-    if connection.execute(_LOCKED, {"chord": chord}).first() is None:
+    row = connection.execute(_LOCKED, {"chord": chord}).first()
+    if row is None:
         return False  # its body was sent
     values = {
         "of_chord": chord,
@@ -162,10 +181,18 @@ def count(database: Database, connection: Connection, part: Part) -> bool:
         "well": part.succeeded,
         "text": printable(part.result),
     }
-    if not database.dialect.upsert(connection, _ENDED, values):
+    if database.dialect.upsert(connection, _ENDED, values):
+        counted = database.dialect.change_and_read(connection, _COUNTED, _IS_LAST, {"chord": chord})
+        if counted is None or not counted[0]:
+            return False
+    elif not (part.succeeded and _is_mended(connection, values) and row.failed):
         return False
-    counted = database.dialect.change_and_read(connection, _COUNTED, _IS_LAST, {"chord": chord})
-    return counted is not None and bool(counted[0])
+    return not row.failed or connection.execute(_NOT_SUCCEEDED, {"chord": chord}).first() is None
+
+
+def _is_mended(connection: Connection, values: dict[str, Any]) -> bool:
+    named = {name: values[name] for name in ("of_chord", "task", "text")}
+    return connection.execute(_MENDED, named).rowcount > 0
 
 
 _PARTS = (
@@ -189,6 +216,27 @@ def header(connection: Connection, chord: str) -> Header:
 def close(connection: Connection, chord: str) -> None:
     """Delete a chord whose body is sent."""
     _close(connection, key(chord))
+
+
+def fail(connection: Connection, chord: str) -> None:
+    """Note that a chord's body has failed with a part. Its rows stay until `prune` deletes them: see `reopen`."""
+    connection.execute(update(chords).where(chords.c.id == key(chord)).values(failed=true()))
+
+
+_REOPENED = (
+    update(chord_parts)
+    .where(chord_parts.c.chord == bindparam("of_chord"), chord_parts.c.task_id == bindparam("task"))
+    .where(chord_parts.c.ended, chord_parts.c.succeeded.is_not(True))
+    .values(ended=false())
+)
+
+
+def reopen(connection: Connection, chord: str | None, task_id: str) -> None:
+    """Count the part *task_id*, which had failed and runs again, as one that has not ended."""
+    if chord is None or connection.execute(_LOCKED, {"chord": key(chord)}).first() is None:
+        return
+    if connection.execute(_REOPENED, {"of_chord": key(chord), "task": key(task_id)}).rowcount:
+        connection.execute(update(chords).where(chords.c.id == key(chord)).values(ended=chords.c.ended - 1))
 
 
 def _close(connection: Connection, name: str) -> None:

@@ -33,6 +33,7 @@ from kathikon_celery.storage.dialects.parameters import Claim, Pick
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.finish import COMPLETED, completed
+from kathikon_celery.storage.pauses import may_start, of_patterns
 from kathikon_celery.storage.scan_start import ScanStart
 from kathikon_celery.storage.tables import READY, jobs, nodes, ready_in
 from kathikon_celery.storage.transitions import claimed
@@ -50,6 +51,10 @@ _IS_ALIVE = or_(
     bindparam("by_node", type_=BigInteger()).is_(None),
     exists().where(nodes.c.id == bindparam("by_node", type_=BigInteger())),
 )
+
+
+#: Patterns of tasks.
+Tasks = tuple[str, ...]
 
 
 class Waiting(NamedTuple):
@@ -76,12 +81,12 @@ def _parts(marks: int) -> list[list[ColumnElement[bool]]]:
     return [*parts, below]
 
 
-@lru_cache(maxsize=16)
-def _claim(marks: int) -> Claim:
-    """Return the claim from a queue; *marks*: number of its `ScanStart.marks`."""
+@lru_cache(maxsize=64)
+def _claim(marks: int, patterns: int) -> Claim:
+    """Return the claim from a queue; *marks*: number of its `ScanStart.marks`; *patterns*: of paused tasks."""
     ready = (
         select(jobs.c.seq)
-        .where(ready_in(bindparam("from_queue", type_=jobs.c.queue.type)), _IS_ALIVE)
+        .where(ready_in(bindparam("from_queue", type_=jobs.c.queue.type)), _IS_ALIVE, *may_start(patterns))
         .order_by(desc(jobs.c.priority), jobs.c.available_at, jobs.c.seq)
         .limit(bindparam("at_most", type_=Integer()))
     )
@@ -89,10 +94,16 @@ def _claim(marks: int) -> Claim:
     return Claim(claimed(), (*_DELIVERY, _SINCE), Pick(jobs, rows, "kathikon_jobs_ready"))
 
 
-def is_anything_there(with_messages: bool) -> ColumnElement[bool]:
-    """Return the condition that a job or a message is ready in one of the ``queues``, a list of keys."""
+def is_anything_there(with_messages: bool, patterns: int = 0) -> ColumnElement[bool]:
+    """Return the condition that a job or a message is ready in one of the ``queues``, a list of keys.
+
+    *patterns*: number of those of paused tasks, the parameters of `pauses.of_patterns`.
+    """
     queues = rows_of("queues")
-    found = [_first(queues.c.value), *([messages.first(queues.c.value)] if with_messages else [])]
+    found = [
+        _first(queues.c.value).where(*may_start(patterns)),
+        *([messages.first(queues.c.value)] if with_messages else []),
+    ]
     is_there = or_(*(one.limit(1).correlate(queues).scalar_subquery().is_not(None) for one in found))
     return select(literal_column("1")).select_from(queues).where(is_there).limit(1).scalar_subquery().is_not(None)
 
@@ -122,16 +133,18 @@ def claim(
     node_id: int | None,
     front: ScanStart | None = None,
     waiting: Waiting | None = None,
+    paused: Tasks = (),
 ) -> list[Job]:
     """Claim up to *limit* ready jobs of *queue* (a key): those of higher priority first, then those ready for longer.
 
     Arguments:
         front: where to start in this queue, known from earlier claims.
         waiting: what to note if this claim finds few jobs.
+        paused: patterns of tasks whose jobs are left where they are.
     """
-    look = _Look(database, front)
+    look = _Look(database, front, paused)
     values = look.parameters(queue, limit, node_id)
-    rows = database.dialect.claim(connection, _claim(len(look.marks)), values, waiting)
+    rows = database.dialect.claim(connection, _claim(len(look.marks), len(paused)), values, waiting)
     found = look.found(rows, node_id)
     database.events.entered(connection, found, State.CLAIMED)
     return found
@@ -139,15 +152,25 @@ def claim(
 
 # The queue is an expression: otherwise PostgreSQL, while it has no statistics, reads all ready jobs of the queue.
 _IS_TOLD = (jobs.c.seq == bindparam("told"), jobs.c.queue.concat("") == bindparam("from_queue"))
-_CLAIM_TOLD = Claim(claimed(*_IS_TOLD, READY, _IS_ALIVE), tuple(_DELIVERY))
+
+
+@lru_cache(maxsize=32)
+def _claim_told(patterns: int) -> Claim:
+    return Claim(claimed(*_IS_TOLD, READY, _IS_ALIVE, *may_start(patterns)), tuple(_DELIVERY))
 
 
 def claim_told(
-    database: Database, connection: Connection, queue: str, seq: int, node_id: int, waiting: Waiting
+    database: Database,
+    connection: Connection,
+    queue: str,
+    seq: int,
+    node_id: int,
+    waiting: Waiting,
+    paused: Tasks = (),
 ) -> list[Job]:
     """Claim the job *seq*, for which the node was woken, if it is still ready. Takes half the time of `claim`."""
-    values = {"from_queue": queue, "told": seq, "by_node": node_id}
-    rows = database.dialect.claim(connection, _CLAIM_TOLD, values, waiting)
+    values = {"from_queue": queue, "told": seq, "by_node": node_id, **of_patterns(paused)}
+    rows = database.dialect.claim(connection, _claim_told(len(paused)), values, waiting)
     found = [_job(row, node_id) for row in rows]
     database.events.entered(connection, found, State.CLAIMED)
     return found
@@ -166,10 +189,11 @@ def _job(row: Sequence[Any], node_id: int | None) -> Job:
 class _Look:
     """One claim: where it starts, and which jobs it finds."""
 
-    def __init__(self, database: Database, front: ScanStart | None) -> None:
-        self._front = front if database.dialect.keeps_old_rows else None
+    def __init__(self, database: Database, front: ScanStart | None, paused: Tasks = ()) -> None:
+        # Paused jobs are passed over like old rows: the next claim begins behind them.
+        self._front = front if database.dialect.keeps_old_rows or paused else None
         self.marks = self._front.marks() if self._front is not None else []
-        self.values: dict[str, Any] = {}
+        self.values: dict[str, Any] = dict(of_patterns(paused))
         for number, (priority, since) in enumerate(self.marks):
             self.values |= {f"priority_{number}": priority, f"since_{number}": since}
         self._started = monotonic()
@@ -201,14 +225,15 @@ def complete_and_claim(
     node_id: int,
     front: ScanStart | None = None,
     waiting: Waiting | None = None,
+    paused: Tasks = (),
 ) -> tuple[int, list[Job]]:
     """Run `finish.completed` and `claim` at once, see `Dialect.completes_and_claims`; return the results of both."""
     if database.events:  # the listeners need the completed jobs, not only their number
         with database.dialect.atomic(connection):
             number = completed(database, connection, holds)
-            return number, claim(database, connection, queue, limit, node_id, front, waiting)
-    look = _Look(database, front)
-    values, claims = look.parameters(queue, limit, node_id), _claim(len(look.marks))
+            return number, claim(database, connection, queue, limit, node_id, front, waiting, paused)
+    look = _Look(database, front, paused)
+    values, claims = look.parameters(queue, limit, node_id), _claim(len(look.marks), len(paused))
     number, rows = database.dialect.complete_and_claim(connection, COMPLETED, holds, claims, values, waiting)
     return number, look.found(rows, node_id)
 
@@ -216,7 +241,7 @@ def complete_and_claim(
 def preparations(database: Database) -> Iterator[Callable[[Connection], None]]:
     """Yield steps, called with a connection, that compile and prepare statements before the first jobs need them."""
     dialect = database.dialect
-    claims = [_claim(marks) for marks in range(1 + dialect.keeps_old_rows)]
+    claims = [_claim(marks, 0) for marks in range(1 + dialect.keeps_old_rows)]
     steps = dialect.preparations(COMPLETED, claims)
     yield from islice(steps, 1)
     if dialect.wakes_by_name:

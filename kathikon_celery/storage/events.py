@@ -26,6 +26,10 @@ _NOW_OF_IDS = _NOW.where(jobs.c.id.in_(bindparam("which", expanding=True)))
 _NOW_OF_SEQS = _NOW.where(jobs.c.seq.in_(bindparam("which", expanding=True)))
 
 
+def _cause(value: str | None) -> Cause | None:
+    return Cause(value) if value else None
+
+
 class Event(NamedTuple):
     """A job has entered a state."""
 
@@ -35,12 +39,27 @@ class Event(NamedTuple):
     task: str
     state: State
     cause: Cause | None = None
+    #: The process that held the job was lost.
+    is_rescue: bool = False
 
 
 #: Called with all events of one transaction, in the thread that has committed it, while that thread holds no lock and
 #: no connection. It must return soon: a worker claims and reports in that thread. Of two threads, the one that commits
 #: first need not be the first to call.
 Listener = Callable[[Sequence[Event]], None]
+
+
+#: Listeners to all databases of this process.
+_everywhere: list[Listener] = []
+
+
+def listen_everywhere(listener: Listener) -> None:
+    """Call *listener* after each transaction of this process that has changed jobs, in any database.
+
+    A second call changes nothing.
+    """
+    if listener not in _everywhere:
+        _everywhere.append(listener)
 
 
 class Events:
@@ -64,11 +83,11 @@ class Events:
         return stop
 
     def __bool__(self) -> bool:
-        return bool(self._listeners)
+        return bool(self._listeners or _everywhere)
 
     def which(self) -> list[Changed] | None:
         """Return a list for a verb's argument of that name; `None` without listeners."""
-        return [] if self._listeners else None
+        return [] if self else None
 
     def entered(
         self,
@@ -78,12 +97,12 @@ class Events:
         cause: Cause | None = None,
     ) -> None:
         """Note that the jobs *which* have entered *state* by the transaction of *connection*."""
-        if self._listeners and which:
+        if self and which:
             self._add(connection, [Event(job.id, job.queue, job.task, state, cause) for job in which])
 
     def published(self, connection: Connection, batch: Iterable[Job]) -> None:
         """Note that the transaction of *connection* has published *batch*."""
-        if not self._listeners:
+        if not self:
             return
         now = datetime.now(timezone.utc)
         for job in batch:
@@ -91,14 +110,14 @@ class Events:
             state = (State.RETRYABLE if job.state is State.RETRYABLE else State.SCHEDULED) if waits else State.AVAILABLE
             self._add(connection, [Event(key(job.id), key(job.queue or ""), job.task, state)])
 
-    def changed(self, connection: Connection, *, ids: Iterable[str] = (), seqs: Iterable[int] = ()) -> None:
+    def changed(
+        self, connection: Connection, *, ids: Iterable[str] = (), seqs: Iterable[int] = (), is_rescue: bool = False
+    ) -> None:
         """Read and note the states of jobs, after a change whose statement does not return them."""
         ids, seqs = list(ids), list(seqs)
-        if self._listeners and (ids or seqs):
+        if self and (ids or seqs):
             rows = connection.execute(_NOW_OF_IDS if ids else _NOW_OF_SEQS, {"which": ids or seqs})
-            self._add(
-                connection, [Event(*row[:3], State(row.state), Cause(row.cause) if row.cause else None) for row in rows]
-            )
+            self._add(connection, [Event(*row[:3], State(row.state), _cause(row.cause), is_rescue) for row in rows])
 
     def _add(self, connection: Connection, events: list[Event]) -> None:
         connection.info.setdefault(_KEPT, []).extend(events)
@@ -109,7 +128,7 @@ class Events:
 
     def tell(self, events: Sequence[Event]) -> None:
         """Call the listeners. The error of a listener is logged, since the events have happened."""
-        for listener in self._listeners if events else ():
+        for listener in (*self._listeners, *_everywhere) if events else ():
             try:
                 listener(events)
             except Exception:

@@ -185,9 +185,9 @@ class Storage:
         """
         return self.backend.page(chosen, limit, after)
 
-    def count(self, chosen: Filter) -> int:
-        """Return the number of jobs that fit *chosen*. The database reads them all."""
-        return self.backend.count(chosen)
+    def count(self, chosen: Filter, at_most: int | None = None) -> int:
+        """Return the number of jobs that fit *chosen*. The database reads them all, or stops at *at_most*."""
+        return self.backend.count(chosen, at_most)
 
     def workflow(self, job_id: str) -> list[Job]:
         """Return all jobs of one workflow, oldest first. *job_id*: the id of one of them, or of their group or chord.

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, or_, select
+from sqlalchemy import Connection, bindparam, null, or_, select
 
-from kathikon_celery.job import Hold, Job, State
+from kathikon_celery.job import Cause, Hold, Job, State
 from kathikon_celery.storage import transitions
 from kathikon_celery.storage.dialects.parameters import Upsert
 from kathikon_celery.storage.engine import prepared
@@ -29,13 +29,20 @@ def _published(later: bool, own: bool) -> Upsert:
 
 
 _OWN = (
-    select(jobs.c.seq)
+    select(jobs.c.seq, jobs.c.revoked_at)
     .where(jobs.c.seq == bindparam("number"), jobs.c.fence == bindparam("held_fence"))
     # a task may set its own end, and retry
     .where(or_(jobs.c.node_id == bindparam("holder"), jobs.c.node_id.is_(None)))
     .where(jobs.c.state != State.CANCELLED.value)
     .with_for_update()
 )
+_REVOKED = transitions.ended(
+    State.CANCELLED,
+    jobs.c.seq == bindparam("number"),
+    status=null(),
+    reason=transitions.REVOKED,
+    cause=Cause.REVOKED.value,
+).of()
 
 
 def envelope_of(job: Job) -> str:
@@ -85,7 +92,7 @@ def insert(database: Database, job: Job, hold: Hold | None = None, soon: bool = 
 
     Arguments:
         hold: the claim of the run that publishes its own job again. If the job was given to another worker meanwhile,
-            or cancelled, nothing is written.
+            or cancelled, nothing is written. If the job was revoked meanwhile, it is cancelled instead.
         soon: wake the promoters: a job with a due time is due before their next look.
     """
     values = _values(job)
@@ -96,8 +103,14 @@ def insert(database: Database, job: Job, hold: Hold | None = None, soon: bool = 
     def publish(again: bool) -> bool:
         if own or (later and not soon):
             with database.write(durable=True) as connection:
-                if own and not prepared.rows(connection, _OWN, claim):
-                    return again
+                if own:
+                    rows = prepared.rows(connection, _OWN, claim)
+                    if not rows:
+                        return again
+                    if rows[0][1] is not None:  # revoked while it ran: the lifeline tells errbacks, chains and chords
+                        connection.execute(_REVOKED, {"number": claim["number"]})
+                        database.events.changed(connection, ids=[values["new_id"]])
+                        return True
                 database.dialect.upsert(connection, _published(later, own), values)
                 if soon:
                     _announce(database, connection, [job])

@@ -30,7 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.sql.expression import ColumnElement
 
 from kathikon_celery.job import Hold, State
-from kathikon_celery.storage import transitions
+from kathikon_celery.storage import acts, transitions
 from kathikon_celery.storage.clock import now, seconds, seconds_until
 from kathikon_celery.storage.dialects import Dialect, dialect_of
 from kathikon_celery.storage.dialects.parameters import Change
@@ -230,7 +230,9 @@ _FREED = (
 )
 _AUTO_DELETED = select(queues.c.name).where(queues.c.node_id == bindparam("node"), queues.c.auto_delete)
 _DISOWNED = update(queues).where(queues.c.node_id == bindparam("node")).values(node_id=null(), used_at=now())
-_ORPHANS = select(jobs.c.seq, jobs.c.fence, jobs.c.queue, jobs.c.state).where(HELD, jobs.c.node_id == bindparam("node"))
+_ORPHANS = select(jobs.c.id, jobs.c.seq, jobs.c.fence, jobs.c.queue, jobs.c.state).where(
+    HELD, jobs.c.node_id == bindparam("node")
+)
 
 
 def remove(database: Database, node_id: int, renewal: str | None = None) -> int | None:
@@ -247,9 +249,10 @@ def remove(database: Database, node_id: int, renewal: str | None = None) -> int 
         held = connection.execute(_ORPHANS, {"node": node_id}).all()
         if held:
             connection.execute(_rescued(), {"node": node_id})
-            database.events.changed(connection, seqs=[row.seq for row in held])
+            database.events.changed(connection, seqs=[row.seq for row in held], is_rescue=True)
             running = [Hold(row.seq, row.fence, node_id) for row in held if row.state == State.RUNNING.value]
             note_crashes(connection, running)
+            acts.note(connection, [row.id for row in held], "rescued", f"node {node_id}, which held it, was lost")
             database.dialect.wake(connection, {row.queue for row in held if row.queue}, len(held))
         connection.execute(_FREED, {"node": node_id})
         for name in connection.execute(_AUTO_DELETED, {"node": node_id}).scalars().all():

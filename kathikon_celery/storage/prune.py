@@ -25,6 +25,7 @@ from sqlalchemy.sql.expression import ColumnElement
 from sqlalchemy.types import NullType
 
 from kathikon_celery.job import TERMINAL, State
+from kathikon_celery.storage import acts
 from kathikon_celery.storage.clock import Instant, now, seconds
 from kathikon_celery.storage.dialects.parameters import Pick
 from kathikon_celery.storage.engine.database import Database
@@ -63,6 +64,7 @@ _PRUNABLE = {state: _old(jobs.c.id, state) for state in State}
 
 #: When a job ended, as the driver returns it, without conversion.
 _ENDED_AT = (type_coerce(jobs.c.ended_at, NullType()),)
+_WITH_ID = (*_ENDED_AT, jobs.c.id)
 
 
 @lru_cache(maxsize=64)
@@ -106,19 +108,23 @@ def prune(
     """
     if not database.dialect.keeps_old_rows:
         fronts = None
+    with database.read() as connection:
+        has_history = acts.is_any(connection)
     pruned = 0
     for state, age in retention.items():
         while age is not None and pruned < limit:
             front = fronts.pop(state, None) if fronts is not None else None
             values = {"minus_age": -age, "at_most": limit - pruned, **({"front": front} if front else {})}
-            with database.once() as connection:
-                pick = _pick(state, front is not None)
-                taken = database.dialect.pick_and_delete(connection, pick, _ENDED_AT, values)
+            pick, columns = _pick(state, front is not None), _WITH_ID if has_history else _ENDED_AT
+            with database.write() if has_history else database.once() as connection:
+                taken = database.dialect.pick_and_delete(connection, pick, columns, values)
+                if has_history and taken.rows:
+                    acts.forget(connection, [row.id for row in taken.rows])
             pruned += taken.number
             if pruned < limit and front is None:
                 break
             if pruned >= limit and fronts is not None:
-                fronts[state] = max(ended_at for (ended_at,) in taken.rows)
+                fronts[state] = max(row[0] for row in taken.rows)
     return pruned
 
 
@@ -166,13 +172,22 @@ def delete_keys(database: Database, keys: Sequence[str]) -> int:
     """Delete the jobs with these *keys*, in any state; return their number."""
     if not keys:
         return 0
-    with database.once() as connection:
-        return connection.execute(_DELETE, {"keys": list(keys)}).rowcount
+    with database.write() as connection:
+        return delete_rows(connection, keys)
+
+
+def delete_rows(connection: Connection, keys: Sequence[str]) -> int:
+    """Delete the jobs with these *keys*, with their history, as a part of a transaction; return their number."""
+    acts.forget(connection, keys)
+    return connection.execute(_DELETE, {"keys": list(keys)}).rowcount
 
 
 def purge(connection: Connection, queue: str) -> int:
     """Delete the jobs of *queue* (a key) that are ready, scheduled or retryable; return their number."""
-    return sum(connection.execute(statement, {"from_queue": queue}).rowcount for statement in _PURGE)
+    number = sum(connection.execute(statement, {"from_queue": queue}).rowcount for statement in _PURGE)
+    if number and acts.is_any(connection):
+        acts.forget_orphans(connection)
+    return number
 
 
 _EXPIRED_MESSAGES = select(messages.c.seq).where(messages.c.expires_at <= now(), FREE).limit(CHUNK)

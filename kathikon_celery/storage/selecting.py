@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
@@ -29,6 +30,7 @@ class Filter:
         queue, root, group: the name or id itself. A root has no ``root_id``: *root* fits its ``id`` as well.
         task, error: patterns, see `tables.fits`. *error* is for the reason of the job's end.
         cause: why the job has ended.
+        argument: a text within the arguments as they are written in JSON, such as ``"user_id": 42``.
         since, until: published at that moment or later, and before that moment.
     """
 
@@ -37,10 +39,17 @@ class Filter:
     task: str | None = None
     error: str | None = None
     cause: Cause | None = None
+    argument: str | None = None
     root: str | None = None
     group: str | None = None
     since: datetime | None = None
     until: datetime | None = None
+
+    def __str__(self) -> str:
+        """Return the fields that are given, as JSON."""
+        given = {one.name: getattr(self, one.name) for one in fields(self)}
+        given["states"] = sorted(self.states)
+        return json.dumps({name: value for name, value in given.items() if value not in (None, [])}, default=str)
 
     def conditions(self) -> Iterator[ColumnElement[bool]]:
         """Yield the conditions of all fields but `states`."""
@@ -52,6 +61,8 @@ class Filter:
                 yield fits(column, literal(pattern, Text())) if is_pattern else column == pattern
         if self.cause is not None:
             yield jobs.c.cause == self.cause.value
+        if self.argument is not None:
+            yield jobs.c.body.contains(self.argument, autoescape=True)
         if self.root is not None:
             yield or_(jobs.c.root_id == key(self.root), jobs.c.id == key(self.root))
         if self.group is not None:
@@ -96,12 +107,20 @@ def _after(last: Job, order: list[_By]) -> ColumnElement[bool]:
     return and_(bound, or_(*later))
 
 
-def count(connection: Connection, chosen: Filter) -> int:
-    """Return the number of jobs that fit."""
-    query = select(func.count()).select_from(jobs).where(*chosen.conditions())
-    if chosen.states:
-        query = query.where(state_in(chosen.states))
-    return int(connection.execute(query).scalar_one())
+def count(connection: Connection, chosen: Filter, at_most: int | None = None) -> int:
+    """Return the number of jobs that fit. *at_most*: stop counting there."""
+    found = select(jobs.c.seq).where(*chosen.conditions())
+    states: list[State | None] = [state for state in State if state in chosen.states] or [None]
+    number = 0
+    for state in states:
+        index, _ = _order(state)
+        query = found if state is None else found.where(state_in([state]))
+        query = query if index is None else query.where(index)
+        left = None if at_most is None else at_most - number
+        if left is not None and left <= 0:
+            break
+        number += connection.execute(select(func.count()).select_from(query.limit(left).subquery())).scalar_one()
+    return number
 
 
 def page(connection: Connection, chosen: Filter, limit: int, after: Job | None = None) -> list[Job]:

@@ -41,6 +41,8 @@ class TaskEnd:
     jobs: list[Job] = field(default_factory=list)
     #: Called after the commit, for example to revoke tasks that can no longer run.
     after: list[Callable[[], None]] = field(default_factory=list)
+    #: Of a chord's body: it fails, with a part.
+    is_failed: bool = False
 
     @property
     def is_return(self) -> bool:
@@ -83,7 +85,7 @@ def settle(database: Database, ending: TaskEnd, bodies: Mapping[str, TaskEnd], o
                     if chords.count(database, connection, part):
                         if part.chord in bodies:
                             todo.append(bodies[part.chord])
-                            chords.close(connection, part.chord)
+                            (chords.fail if bodies[part.chord].is_failed else chords.close)(connection, part.chord)
                         else:
                             missing.append(chords.header(connection, part.chord))
             if missing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -10,22 +10,28 @@ from sqlalchemy import Connection, Table, delete
 
 from kathikon_celery.job import Cause, Hold, Job, State
 from kathikon_celery.storage import (
+    by_hand,
     claim,
     finish,
     insert,
     nodes,
+    pauses,
     promote,
     prune,
     reading,
     results,
+    revoking,
     schema,
     selecting,
     update,
 )
+from kathikon_celery.storage.acts import Act
 from kathikon_celery.storage.backend import StorageBackend
-from kathikon_celery.storage.claim import Waiting
+from kathikon_celery.storage.by_hand import ByHand, Skips
+from kathikon_celery.storage.claim import Tasks, Waiting
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.names import key
+from kathikon_celery.storage.pauses import Kind
 from kathikon_celery.storage.scan_start import ScanStart
 from kathikon_celery.storage.selecting import Filter
 from kathikon_celery.storage.settle import TaskEnd, settle
@@ -84,11 +90,20 @@ class SQLBackend(StorageBackend):
         node_id: int,
         front: ScanStart | None = None,
         waiting: Waiting | None = None,
+        paused: Tasks = (),
     ) -> list[Job]:
-        return claim.claim(self.database, connection, queue, limit, node_id, front, waiting)
+        return claim.claim(self.database, connection, queue, limit, node_id, front, waiting, paused)
 
-    def claim_told(self, connection: Connection, queue: str, seq: int, node_id: int, waiting: Waiting) -> list[Job]:
-        return claim.claim_told(self.database, connection, queue, seq, node_id, waiting)
+    def claim_told(
+        self,
+        connection: Connection,
+        queue: str,
+        seq: int,
+        node_id: int,
+        waiting: Waiting,
+        paused: Tasks = (),
+    ) -> list[Job]:
+        return claim.claim_told(self.database, connection, queue, seq, node_id, waiting, paused)
 
     def complete_and_claim(
         self,
@@ -99,8 +114,9 @@ class SQLBackend(StorageBackend):
         node_id: int,
         front: ScanStart | None = None,
         waiting: Waiting | None = None,
+        paused: Tasks = (),
     ) -> tuple[int, list[Job]]:
-        return claim.complete_and_claim(self.database, connection, holds, queue, limit, node_id, front, waiting)
+        return claim.complete_and_claim(self.database, connection, holds, queue, limit, node_id, front, waiting, paused)
 
     def claim_again(self, connection: Connection, holds: Sequence[Hold], node_id: int) -> int:
         return claim.claim_again(self.database, connection, holds, node_id)
@@ -187,14 +203,41 @@ class SQLBackend(StorageBackend):
     def delete(self, ids: Sequence[str]) -> int:
         return self._tried(prune.delete_keys, self.database, [key(job_id) for job_id in ids])
 
+    def revoke(self, ids: Sequence[str]) -> int:
+        return self._tried(revoking.revoke, self.database, ids)
+
+    def revoke_stamped(self, headers: Mapping[str, Collection[str]]) -> int:
+        return self._tried(revoking.revoke_stamped, self.database, headers)
+
+    def begin(self, act: Act) -> None:
+        by_hand.begin(self.database, act)
+
+    def end(self, act: Act) -> None:
+        by_hand.end(self.database, act)
+
+    def change(self, ids: Sequence[str], verb: ByHand, act: Act, is_whole: bool, skips: Skips) -> list[Job]:
+        return by_hand.change(self.database, ids, verb, act, is_whole, skips)
+
+    def copy(self, job_id: str, verb: ByHand, act: Act) -> Job:
+        return by_hand.copy(self.database, job_id, verb, act)
+
+    def remove(self, ids: Sequence[str], verb: ByHand, act: Act, skips: Skips) -> list[Job]:
+        return by_hand.remove(self.database, ids, verb, act, skips)
+
+    def pause(self, kind: Kind, name: str, until: datetime | None, act: Act) -> None:
+        pauses.pause(self.database, kind, name, until, act)
+
+    def resume(self, kind: Kind, name: str, act: Act) -> bool:
+        return pauses.resume(self.database, kind, name, act)
+
     def all(self, queue: str | None, state: State | None) -> list[Job]:
         return self._read(reading.select_all, queue, state)
 
     def page(self, chosen: Filter, limit: int, after: Job | None) -> list[Job]:
         return self._read(selecting.page, chosen, limit, after)
 
-    def count(self, chosen: Filter) -> int:
-        return self._read(selecting.count, chosen)
+    def count(self, chosen: Filter, at_most: int | None = None) -> int:
+        return self._read(selecting.count, chosen, at_most)
 
     def workflow(self, job_id: str) -> list[Job]:
         return self._read(reading.workflow, job_id)

@@ -69,6 +69,10 @@ jobs = Table(
     Column("reason", Long),
     Column("errors", Long),
     Column("cause", String(20)),
+    #: The job of which this one is a copy: see `Kathikon.rerun`.
+    Column("rerun_of", Name),
+    #: When the job was revoked while a worker held it: then it does not run again.
+    Column("revoked_at", Instant),
     UniqueConstraint("id", name="kathikon_jobs_id"),
 )
 
@@ -303,6 +307,8 @@ chords = Table(
     Column("ended", Integer, nullable=False),
     Column("structure", Long),
     Column("inserted_at", Instant, nullable=False),
+    #: Whether its body has failed with a part; then its rows stay, in case that part is retried.
+    Column("failed", Boolean(create_constraint=False)),
 )
 Index("kathikon_chords_inserted", chords.c.inserted_at)
 
@@ -317,3 +323,49 @@ chord_parts = Table(
     Column("succeeded", Boolean(create_constraint=False)),
     Column("result", Long),
 )
+
+#: What no worker starts. *kind*: "queue", "task" (a name or pattern) or "all".
+pauses = Table(
+    "kathikon_pauses",
+    metadata,
+    Column("kind", String(10), primary_key=True),
+    Column("name", Name, primary_key=True),
+    Column("label", Long, nullable=False),
+    Column("since", Instant, nullable=False),
+    Column("until", Instant),
+    Column("operator", Long, nullable=False),
+    Column("reason", Long),
+)
+
+#: What operators did, a row for each call of a verb.
+acts = Table(
+    "kathikon_acts",
+    metadata,
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("verb", String(20), nullable=False),
+    #: The job's id, the selection as JSON, or what was paused.
+    Column("target", Long, nullable=False),
+    Column("operator", Long, nullable=False),
+    Column("reason", Long),
+    Column("began_at", Instant, nullable=False),
+    #: NULL: the act goes on, or was interrupted.
+    Column("ended_at", Instant),
+    #: How many jobs there were to change, counted at the beginning, and how many were changed so far.
+    Column("chosen", Integer),
+    Column("changed", Integer, nullable=False),
+)
+Index("kathikon_acts_began", acts.c.began_at)
+
+#: What happened to a job beside what its own row says.
+history = Table(
+    "kathikon_history",
+    metadata,
+    Column("seq", Serial, primary_key=True),
+    Column("job", Name, nullable=False),
+    Column("at", Instant, nullable=False),
+    Column("event", String(20), nullable=False),
+    Column("text", Long),
+    Column("traceback", Long),
+    Column("act", BigInteger),
+)
+Index("kathikon_history_job", history.c.job)

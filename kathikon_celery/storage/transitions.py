@@ -7,7 +7,7 @@ A job becomes
 - ``scheduled``, ``retryable`` or ``available`` by `published`, and by `put_back`, `returned` and `promoted`,
 - ``claimed`` by `claimed`,
 - ``running`` by `started`,
-- ``completed``, ``dead``, ``cancelled`` or ``discarded`` by `ended`; if no worker holds it, by `expired` and
+- ``completed``, ``dead``, ``cancelled`` or ``discarded`` by `ended`; if no worker holds it, by `expired`, `revoked` and
   `ended_from_afar`; ``dead`` also by `returned`, if its processes were lost too often,
 - ``waiting_for_children`` by `replaced`.
 
@@ -63,6 +63,7 @@ OF_A_RUN = (
     "meta",
     "reason",
     "cause",
+    "revoked_at",
 )
 #: The columns that a result backend writes, each from a parameter ``new_…``.
 WRITTEN = {name: bindparam(f"new_{name}", type_=Text()) for name in ("status", "result", "traceback", "meta")}
@@ -169,12 +170,13 @@ def returned(*where: Condition, crashed: Any, begun: Any) -> Change:
     """The held rows *where* become ready again; a row that fits *crashed* gets one more crash.
 
     The claim of a row that does not fit *begun* does not count as an attempt. A crashed job becomes dead if it must not
-    run again (``acked``) or has reached ``max_attempts`` crashes. A job that was revoked while it was claimed is
-    cancelled: its worker had not come to that yet, and others may not know of it.
+    run again (``acked``) or has reached ``max_attempts`` crashes. A job that was revoked while a worker held it is
+    cancelled: the other workers may not know of it.
     """
     crashes = case((crashed, one_more(jobs.c.crashes)), else_=jobs.c.crashes)
     lost = and_(crashed, or_(jobs.c.acked, crashes >= jobs.c.max_attempts))
-    revoked = and_(jobs.c.state == literal_column(f"'{State.CLAIMED.value}'"), jobs.c.status == "REVOKED")
+    claimed_and_revoked = and_(jobs.c.state == literal_column(f"'{State.CLAIMED.value}'"), jobs.c.status == "REVOKED")
+    revoked = or_(jobs.c.revoked_at.is_not(None), claimed_and_revoked)
     ends = or_(lost, revoked)
     why = case((revoked, REVOKED), (jobs.c.acked, LOST_AT_MOST_ONCE), else_=LOST_TOO_OFTEN)
     cause = case(
@@ -230,6 +232,15 @@ def expired() -> Change:
     return Change(jobs, {"state": State.DISCARDED.value, "status": null(), "ended_at": now(), **why})
 
 
+def revoked(*where: Condition) -> Change:
+    """Open rows *where* are cancelled; those that a worker holds get ``revoked_at``, and do not run again."""
+    new = {"state": State.CANCELLED.value, "status": null(), "ended_at": now(), "reason": REVOKED}
+    new |= {"cause": Cause.REVOKED.value}
+    values = {name: case((IS_HELD, jobs.c[name]), else_=value) for name, value in new.items()}
+    values["revoked_at"] = case((IS_HELD, now()), else_=jobs.c.revoked_at)
+    return Change(jobs, values, (*where, may_become(State.CANCELLED)))
+
+
 def ended_from_afar(ended: State | None) -> Upsert:
     """A new row for a result that is written without a claim; an existing row gets the result instead.
 
@@ -259,6 +270,7 @@ def ended_from_afar(ended: State | None) -> Upsert:
             changed["cause"] = case((stays, jobs.c.cause), else_=cause)
         if ended is State.CANCELLED:  # by another process: leave status NULL, so that the lifeline runs errbacks
             changed["status"] = case((or_(IS_HELD, jobs.c.queue.is_(None)), WRITTEN["status"]), else_=null())
+            changed["revoked_at"] = case((IS_HELD, now()), else_=jobs.c.revoked_at)
         return changed
 
     def is_open(new: NewRow) -> ColumnElement[bool]:

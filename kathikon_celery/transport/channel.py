@@ -27,6 +27,7 @@ from kathikon_celery.storage import Storage, messages, prune, topology
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.names import key
 from kathikon_celery.transport.exchanges import TopicExchange
+from kathikon_celery.transport.revocations import write_first
 
 if TYPE_CHECKING:
     from kathikon_celery.consume.intake import Intake
@@ -318,6 +319,8 @@ class Channel(virtual.Channel):
         queues = self._route(exchange, routing_key) if exchange else [routing_key]
         task = task_of(message)
         if task is None:
+            if exchange.endswith(".pidbox"):
+                write_first(self._storage, message)
             self._put(queues, message)
             return
         if not queues:

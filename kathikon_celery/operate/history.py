@@ -1,0 +1,30 @@
+"""A job's history: what its row says of its times and failures, and what the table of the history adds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+
+from kathikon_celery.job import TERMINAL, Job
+from kathikon_celery.storage import Storage, acts
+from kathikon_celery.storage.acts import Event
+
+
+def history(storage: Storage, job: Job) -> list[Event]:
+    """Return what happened to *job*, oldest first."""
+    with storage.database.read() as connection:
+        noted = acts.history_of(connection, job.id)
+    return sorted([*_of_row(job), *noted], key=lambda event: event.at)
+
+
+def _of_row(job: Job) -> Iterator[Event]:
+    if job.inserted_at is not None:
+        yield Event(job.inserted_at, "published", f"rerun of {job.rerun_of}" if job.rerun_of else None)
+    for error in job.errors:
+        yield Event(datetime.fromisoformat(error["at"]), "failed", f"attempt {error['attempt']}: {error['reason']}")
+    for name, at in (("claimed", job.claimed_at), ("started", job.started_at), ("revoked", job.revoked_at)):
+        if at is not None:
+            yield Event(at, name)
+    if job.state in TERMINAL and job.ended_at is not None:
+        why = ": ".join(text for text in (job.cause and job.cause.value, job.reason) if text)
+        yield Event(job.ended_at, job.state.value, why or None, traceback=job.traceback)

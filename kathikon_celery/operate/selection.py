@@ -1,0 +1,153 @@
+"""Selections: the jobs that fit a filter, and the verbs for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from time import monotonic, sleep
+from typing import TYPE_CHECKING
+
+from celery.utils.time import rate as per_second
+
+from kathikon_celery.job import HELD, Job, State
+from kathikon_celery.operate import verbs
+from kathikon_celery.operate.verbs import MAY, Change, NotAllowed
+from kathikon_celery.storage.acts import Act
+from kathikon_celery.storage.errors import NotFound
+from kathikon_celery.storage.selecting import Filter
+
+if TYPE_CHECKING:
+    from kathikon_celery.operate.kathikon import Kathikon
+
+#: How many jobs a bulk verb reads at once, and changes in one transaction.
+CHUNK = 100
+#: How many transactions a second a paced verb makes at most, so that its pace is even.
+STEPS = 10.0
+
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The jobs that fit a filter, whenever they are asked for.
+
+    A bulk verb changes up to 100 jobs in each transaction: one that is interrupted has changed those that it has
+    reached, and the next call goes on with the others. A job whose state does not allow the verb is left out. Each call
+    is recorded: see `Kathikon.acts`.
+
+    Arguments of the verbs:
+        rate: at most so many jobs, in Celery's words: ``"50/s"``.
+        progress: called after each transaction with the number of jobs that were changed so far.
+        reason: why, for the record.
+    """
+
+    kathikon: Kathikon
+    filter: Filter
+
+    def count(self, at_most: int | None = None) -> int:
+        """Return the number of jobs. *at_most*: stop counting there; else the database reads all that may fit."""
+        return self.kathikon.storage.count(self.filter, at_most)
+
+    def page(self, limit: int = 50, after: Job | None = None) -> list[Job]:
+        """Return up to *limit* jobs, from the one behind *after* on, without their bodies and results.
+
+        Jobs that are ready come in the order of their queue, those that wait for their time by that, those that have
+        ended from the newest end on; if no state is asked for, all from the newest on.
+        """
+        return self.kathikon.storage.page(self.filter, limit, after)
+
+    def preview(self, verb: str, limit: int = 5) -> tuple[int, list[Job]]:
+        """Return how many jobs *verb* would change, and the first of them."""
+        able = self.able(verb)
+        return able.count(), able.page(limit)
+
+    def __iter__(self) -> Iterator[Job]:
+        for found in self._pages(CHUNK):
+            yield from found
+
+    def _pages(self, limit: int) -> Iterator[list[Job]]:
+        last = None
+        while found := self.page(limit, last):
+            yield found
+            last = found[-1]
+
+    def cancel(
+        self,
+        rate: str | None = None,
+        progress: Progress | None = None,
+        terminate: bool = False,
+        reason: str | None = None,
+    ) -> int:
+        """`Kathikon.cancel` each job; return the number of those that were changed."""
+        change = verbs.cancelled(reason or verbs.BY_HAND["cancel"])
+        number = 0
+        for before, changed in self._changed("cancel", change, rate, reason):
+            self.kathikon.tell_holders([job.id for job in before if job.state in HELD], terminate)
+            number = _told(number + changed, progress)
+        return number
+
+    def retry(self, rate: str | None = None, progress: Progress | None = None, reason: str | None = None) -> int:
+        """`Kathikon.retry` each job; return the number of those that were changed."""
+        number = 0
+        for _, changed in self._changed("retry", verbs.retried, rate, reason):
+            number = _told(number + changed, progress)
+        return number
+
+    def discard(self, rate: str | None = None, progress: Progress | None = None, reason: str | None = None) -> int:
+        """`Kathikon.discard` each job; return the number of those that were changed."""
+        change = verbs.discarded(reason or verbs.BY_HAND["discard"])
+        number = 0
+        for _, changed in self._changed("discard", change, rate, reason):
+            number = _told(number + changed, progress)
+        return number
+
+    def delete(self, rate: str | None = None, progress: Progress | None = None, reason: str | None = None) -> int:
+        """Delete the rows of jobs that have ended, with results and history; return the number of deleted ones."""
+        number = 0
+        for _, changed in self._changed("delete", None, rate, reason):
+            number = _told(number + changed, progress)
+        return number
+
+    def able(self, verb: str) -> Selection:
+        """Return those of the jobs whose state allows *verb*. Raises `ValueError` if none that is asked for does."""
+        asked = frozenset(self.filter.states or State)
+        states = MAY[verb] & asked
+        if not states:  # an empty filter would mean every state
+            raise ValueError(
+                f"{verb} is for jobs that are {', '.join(sorted(MAY[verb]))}, and not for those that are"
+                f" {', '.join(sorted(asked))}"
+            )
+        return replace(self, filter=replace(self.filter, states=states))
+
+    def _changed(
+        self, verb: str, change: Change | None, rate: str | None, reason: str | None
+    ) -> Iterator[tuple[list[Job], int]]:
+        """Change the jobs page by page; yield each page as it was, and how many of its jobs were changed.
+
+        *change*: what *verb* makes of a job; `None`: delete the job.
+        """
+        backend = self.kathikon.storage.backend
+        by_hand = verbs.checked(verb, change or verbs.unchanged)
+        able = self.able(verb)
+        a_second = per_second(rate) if rate else 0.0
+        size = max(1, min(CHUNK, int(a_second / STEPS))) if a_second else CHUNK
+        act = Act(verb=verb, target=str(self.filter), operator=self.kathikon.operator, reason=reason)
+        backend.begin(act)
+        next_at = monotonic()
+        for page in able._pages(size):
+            sleep(max(0.0, next_at - monotonic()))
+            ids, skips = [job.id for job in page], (NotAllowed, NotFound)
+            if change is None:
+                done = backend.remove(ids, by_hand, act, skips)
+            else:
+                done = backend.change(ids, by_hand, act, False, skips)
+            if a_second:  # what was slow is made up for by a second at most
+                next_at = max(next_at, monotonic() - 1.0) + len(done) / a_second
+            yield page, len(done)
+        backend.end(act)
+
+
+def _told(number: int, progress: Progress | None) -> int:
+    if progress is not None:
+        progress(number)
+    return number
