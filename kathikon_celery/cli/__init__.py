@@ -1,7 +1,9 @@
 """``celery -A proj kathikon …``: what Kathikon adds to Celery's command line."""
 
+import kathikon_celery.cli.acting
 import kathikon_celery.cli.jobs
-import kathikon_celery.cli.tables  # noqa: F401 (both add their commands)
+import kathikon_celery.cli.queues
+import kathikon_celery.cli.tables  # noqa: F401 (each adds its commands)
 from kathikon_celery.cli.group import kathikon
 
 __all__ = ["kathikon"]

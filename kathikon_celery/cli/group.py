@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import kathikon_celery.hook  # noqa: F401 (adds our parts to a worker that imports this module)
+from kathikon_celery.operate.kathikon import Kathikon
 from kathikon_celery.settings import mask
 from kathikon_celery.settings.brokers import broker_of, broker_urls, is_kathikon
 from kathikon_celery.storage import Storage
@@ -34,6 +37,41 @@ def storage_of(context: CLIContext) -> Storage:
             ' say app.config_from_object("kathikon_celery.config"), and name the app: celery -A proj kathikon …'
         )
     return Storage.for_app(app, setup=False)
+
+
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def print_json(value: Any) -> None:
+    """Print *value* as JSON."""
+    click.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _completing(ctx: Any) -> Kathikon | None:
+    """Return the app's jobs for a completion; `None` if there is no such app or database."""
+    with suppress(Exception):
+        app = (ctx.find_root().params or {}).get("app")
+        if app is not None:
+            storage = Storage.for_app(app, setup=False)
+            storage.database.connect_timeout = 1.0
+            return Kathikon(storage)
+    return None
+
+
+def complete_ids(ctx: Any, param: Any, incomplete: str) -> list[str]:
+    """Return ids of the newest jobs that begin with *incomplete*, for the shell's completion."""
+    with suppress(Exception):
+        if (operator := _completing(ctx)) is not None:
+            return [job.id for job in operator.jobs().page(200) if job.id.startswith(incomplete)]
+    return []
+
+
+def complete_queues(ctx: Any, param: Any, incomplete: str) -> list[str]:
+    """Return names of queues that begin with *incomplete*, for the shell's completion."""
+    with suppress(Exception):
+        if (operator := _completing(ctx)) is not None:
+            return [one.name for one in operator.queue_status() if one.name.startswith(incomplete)]
+    return []
 
 
 def legible(name: str) -> str:

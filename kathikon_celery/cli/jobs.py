@@ -1,10 +1,9 @@
-"""Commands for jobs: ``jobs``, ``show`` and ``explain`` read, ``cancel``, ``retry`` and ``discard`` change them."""
+"""Commands that read jobs: ``jobs``, ``show``, ``explain`` and ``history``; and the options that select jobs."""
 
 from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timedelta, timezone
@@ -12,18 +11,26 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from kathikon_celery.cli.group import kathikon, legible, show_table, storage_of
+from kathikon_celery.cli.group import (
+    AS_JSON,
+    complete_ids,
+    complete_queues,
+    kathikon,
+    legible,
+    print_json,
+    show_table,
+    storage_of,
+)
 from kathikon_celery.job import Cause, Job, State
-from kathikon_celery.operate.kathikon import Kathikon, NotAllowed
-from kathikon_celery.storage.errors import NotFound
+from kathikon_celery.operate.kathikon import Kathikon
 
 if TYPE_CHECKING:
     from celery.bin.base import CLIContext
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: Number of jobs above which a question is asked.
-ASKS_ABOVE = 10
+#: `jobs --count` counts no further without `--exact`.
+MOST = 10_000
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
@@ -32,14 +39,20 @@ class Moment(click.ParamType):  # type: ignore[type-arg]
 
     name = "MOMENT"
 
+    def __init__(self, is_past: bool = True) -> None:
+        self._is_past = is_past
+
     def convert(self, value: Any, param: Any, ctx: Any) -> datetime:
         """Return the moment. An age counts back from now by this machine's clock; without a time zone it is UTC."""
-        if age := re.fullmatch(r"(\d+)([smhdw])", value):
+        if isinstance(value, datetime):
+            return value
+        if self._is_past and (age := re.fullmatch(r"(\d+)([smhdw])", value)):
             return datetime.now(timezone.utc) - timedelta(**{UNITS[age[2]]: int(age[1])})
         try:
             moment = datetime.fromisoformat(value.replace("Z", "+00:00"))
         except ValueError:
-            self.fail(f"{value!r} is neither a moment such as 2026-01-31T12:00 (UTC) nor an age such as 90m, 12h or 3d")
+            age_too = "neither a moment such as 2026-01-31T12:00 (UTC) nor an age such as 90m, 12h or 3d"
+            self.fail(f"{value!r} is {age_too if self._is_past else 'no moment such as 2026-01-31T12:00 (UTC)'}")
         return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
 
@@ -52,16 +65,16 @@ SELECTING = [
         type=click.Choice(STATES),
         help="May be given several times.",
     ),
-    click.option("--queue", help="The queue's name."),
+    click.option("--queue", help="The queue's name.", shell_complete=complete_queues),
     click.option("--task", metavar="PATTERN", help="The task's name; * and ? stand for any characters, or for one."),
     click.option("--error", metavar="PATTERN", help="The reason of a job's end, as in 'Timeout*'."),
     click.option("--cause", type=click.Choice(CAUSES), help="Why a job has ended."),
+    click.option("--argument", metavar="TEXT", help="A text in the arguments as JSON, as in '\"user_id\": 42'."),
     click.option("--root", metavar="ID", help="The workflow that began with this job."),
     click.option("--group", metavar="ID", help="The group."),
     click.option("--since", type=Moment(), help="Published then or later: an age such as 12h, or a moment in UTC."),
     click.option("--until", type=Moment(), help="Published before."),
 ]
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def selecting(command: F) -> F:
@@ -71,44 +84,45 @@ def selecting(command: F) -> F:
     return command
 
 
-def changing(command: F) -> F:
-    """Add what all commands have that change jobs."""
-    for option in (
-        click.option("--yes", is_flag=True, help=f"Do not ask, also for more than {ASKS_ABOVE} jobs."),
-        click.option("--dry-run", is_flag=True, help="Only say how many jobs there are, and show the first ones."),
-        click.option("--rate", help="At most so many, as in 50/s or 600/m."),
-    ):
-        command = option(command)
-    return click.argument("ids", nargs=-1)(selecting(command))
-
-
 @kathikon.command(name="jobs")
 @selecting
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(1), help="How many jobs at most.")
 @click.option("--after", metavar="ID", help="Go on behind this job, the last one of the page before.")
-@click.option("--count", "only_count", is_flag=True, help="Print only the number of jobs.")
+@click.option("--count", "only_count", is_flag=True, help=f"Print only the number of jobs, up to {MOST:,}+.")
+@click.option("--exact", is_flag=True, help="With --count: count them all, however many there are.")
 @AS_JSON
 @click.pass_obj
 def jobs_command(
-    context: CLIContext, /, limit: int, after: str | None, only_count: bool, as_json: bool, **fields: Any
+    context: CLIContext,
+    /,
+    limit: int,
+    after: str | None,
+    only_count: bool,
+    exact: bool,
+    as_json: bool,
+    **fields: Any,
 ) -> None:
     """List jobs, without a state the newest first."""
     operator = Kathikon(storage_of(context))
     selection = operator.jobs(**fields)
     if only_count:
-        click.echo(selection.count())
+        number = selection.count(None if exact else MOST + 1)
+        if as_json:
+            print_json({"count": min(number, MOST) if not exact else number, "is_exact": exact or number <= MOST})
+        else:
+            click.echo(number if exact or number <= MOST else f"{MOST}+")
         return
     found = selection.page(limit, operator.job(after) if after else None)
     if as_json:
-        _print_json([_as_dict(job) for job in found])
+        print_json([_as_dict(job) for job in found])
     elif found:
-        _print_jobs(found)
+        print_jobs(found)
     else:
         click.echo("There are no such jobs.")
 
 
 @kathikon.command()
-@click.argument("ids", nargs=-1, required=True)
+@click.argument("ids", nargs=-1, required=True, shell_complete=complete_ids)
 @AS_JSON
 @click.pass_obj
 def show(context: CLIContext, /, ids: Sequence[str], as_json: bool) -> None:
@@ -116,7 +130,7 @@ def show(context: CLIContext, /, ids: Sequence[str], as_json: bool) -> None:
     operator = Kathikon(storage_of(context))
     found = [_as_dict(operator.job(job_id), is_whole=True) for job_id in ids]
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     for job in found:
         width = max(map(len, job))
@@ -129,7 +143,7 @@ def show(context: CLIContext, /, ids: Sequence[str], as_json: bool) -> None:
 
 
 @kathikon.command()
-@click.argument("ids", nargs=-1, required=True)
+@click.argument("ids", nargs=-1, required=True, shell_complete=complete_ids)
 @AS_JSON
 @click.pass_obj
 def explain(context: CLIContext, /, ids: Sequence[str], as_json: bool) -> None:
@@ -137,95 +151,27 @@ def explain(context: CLIContext, /, ids: Sequence[str], as_json: bool) -> None:
     operator = Kathikon(storage_of(context))
     found = [operator.explain(job_id) for job_id in ids]
     if as_json:
-        _print_json([{"id": one.job.id, "state": one.job.state, "why": one.why, "text": one.text} for one in found])
+        print_json([{"id": one.job.id, "state": one.job.state, "why": one.why, "text": one.text} for one in found])
         return
     for one in found:
         click.echo(f"{legible(one.job.id)}: {legible(one.text)}")
 
 
 @kathikon.command()
-@changing
-@click.option("--terminate", is_flag=True, help="Also end the tasks that run.")
-@click.option("--reason", default="cancelled by hand", show_default=True, help="Written to the job.")
+@click.argument("job_id", metavar="ID", shell_complete=complete_ids)
+@AS_JSON
 @click.pass_obj
-def cancel(context: CLIContext, /, ids: Sequence[str], **options: Any) -> None:
-    """Cancel jobs that have not ended: IDS, or all that fit the options."""
-    storage_of(context)  # or an error: the app's broker is another
-    _change(
-        Kathikon(context.app),
-        "cancel",
-        ids,
-        {"terminate": options.pop("terminate"), "reason": options.pop("reason")},
-        options,
-    )
-
-
-@kathikon.command()
-@changing
-@click.pass_obj
-def retry(context: CLIContext, /, ids: Sequence[str], **options: Any) -> None:
-    """Run jobs again that have ended without success, in place: IDS, or all that fit the options."""
-    _change(Kathikon(storage_of(context)), "retry", ids, {}, options)
-
-
-@kathikon.command()
-@changing
-@click.option("--reason", default="discarded by hand", show_default=True, help="Written to the job.")
-@click.pass_obj
-def discard(context: CLIContext, /, ids: Sequence[str], **options: Any) -> None:
-    """Give up jobs that are dead or wait: IDS, or all that fit the options."""
-    _change(Kathikon(storage_of(context)), "discard", ids, {"reason": options.pop("reason")}, options)
-
-
-def _change(operator: Kathikon, verb: str, ids: Sequence[str], how: dict[str, Any], options: dict[str, Any]) -> None:
-    rate, is_dry, is_sure = options.pop("rate"), options.pop("dry_run"), options.pop("yes")
-    is_selection = any(value not in (None, ()) for value in options.values())
-    if bool(ids) is is_selection:
-        raise click.UsageError(f"Say which jobs to {verb}: either their ids, or options such as --state and --task.")
-    if ids:
-        _change_each(operator, verb, ids, how, is_dry)
+def history(context: CLIContext, /, job_id: str, as_json: bool) -> None:
+    """Show what happened to a job: its times, failures, rescues, and what operators did."""
+    events = Kathikon(storage_of(context)).history(job_id)
+    if as_json:
+        print_json([{**asdict(event), "at": event.at.isoformat()} for event in events])
         return
-    try:
-        selection = operator.jobs(**options).able(verb)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-    number = selection.count()
-    if is_dry:
-        click.echo(f"Would {verb} {_jobs(number)}.")
-        if first := selection.page(5):
-            _print_jobs(first)
-        return
-    if number > ASKS_ABOVE and not is_sure:
-        click.confirm(f"{verb.capitalize()} {_jobs(number)}?", abort=True, err=True)
-    with click.progressbar(length=number, label=verb, file=sys.stderr) as bar:
-        act: Callable[..., int] = getattr(selection, verb)
-        done = act(rate=rate, progress=lambda _: bar.update(1), **how)
-    click.echo(f"{_past(verb)} {_jobs(done)}.")
-
-
-def _change_each(operator: Kathikon, verb: str, ids: Sequence[str], how: dict[str, Any], is_dry: bool) -> None:
-    failures = 0
-    for job_id in ids:
-        try:
-            if is_dry:
-                operator.check(verb, job_id)
-            else:
-                getattr(operator, verb)(job_id, **how)
-        except (NotAllowed, NotFound) as error:
-            click.echo(f"Error: {error}", err=True)
-            failures += 1
-    done = len(ids) - failures
-    click.echo(f"Would {verb} {_jobs(done)}." if is_dry else f"{_past(verb)} {_jobs(done)}.")
-    if failures:
-        raise SystemExit(1)
-
-
-def _past(verb: str) -> str:
-    return {"cancel": "Cancelled", "retry": "Retried", "discard": "Discarded"}[verb]
-
-
-def _jobs(number: int) -> str:
-    return f"{number:,} job{'' if number == 1 else 's'}"
+    rows: list[tuple[str, ...]] = [("at", "event", "by", "text")]
+    for event in events:
+        at = event.at.astimezone(timezone.utc).isoformat(" ", "milliseconds")[:23]
+        rows.append((at, event.event, legible(event.operator or ""), legible((event.text or "").split("\n")[0])))
+    show_table(rows)
 
 
 def _as_dict(job: Job, is_whole: bool = False) -> dict[str, Any]:
@@ -235,11 +181,8 @@ def _as_dict(job: Job, is_whole: bool = False) -> dict[str, Any]:
     return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in row.items()}
 
 
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=1, ensure_ascii=False))
-
-
-def _print_jobs(found: Sequence[Job]) -> None:
+def print_jobs(found: Sequence[Job]) -> None:
+    """Print jobs as a table."""
     rows: list[tuple[str, ...]] = [("id", "state", "queue", "task", "published", "tries", "reason")]
     for job in found:
         published = job.inserted_at.isoformat(" ", "seconds")[:19] if job.inserted_at else ""
