@@ -113,18 +113,21 @@ def _ask(storage: Storage, question: str) -> list[tuple[int, float, float, str]]
 def steps(system: System, number: int) -> list[str]:
     """What the worker's main thread is doing, in percent of the samples."""
     with Run(system, number) as run:
-        run.client("send_in_bulk", number)
-        worker = _begun(run)
+        worker = run.start_worker()
+        run.warm_up()
         raw = run.folder / "stacks"
         what = ["record", "--pid", str(worker.pid), "--idle", "--threads", "--format", "raw", "--output", str(raw)]
         try:
             spy = subprocess.Popen(
-                [_PY_SPY, *what, "--duration", "600"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+                [_PY_SPY, *what, "--duration", "600"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
             )
         except FileNotFoundError:
             return [f'no {_PY_SPY}: install the extra "benchmarks"']
+        assert spy.stdout is not None
+        spy.stdout.readline()  # the sampling has begun, or cannot begin
+        run.client("send_in_bulk", number)
         run.wait(number)
-        spy.send_signal(signal.SIGINT)  # it writes what it has
+        spy.send_signal(signal.SIGINT)  # py-spy writes what it has
         _, said = spy.communicate()
         if not raw.exists():
             return [f"py-spy: {said.decode().strip()}"]

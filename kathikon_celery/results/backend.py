@@ -9,6 +9,8 @@ from time import monotonic
 from typing import Any
 
 from celery import states
+from celery._state import get_current_task
+from celery.contrib.abortable import ABORTED
 from celery.exceptions import NotRegistered, Reject, TaskRevokedError, WorkerLostError
 from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import AsyncResult, ResultSet, result_from_tuple
@@ -170,7 +172,10 @@ class KathikonBackend(CanvasBackend):
         job = known[task_id] if task_id in known else self.storage.fetch(task_id)
         if job is None:
             return {"status": states.PENDING, "result": None}
-        return {**self._meta_of(job), "task_id": task_id}
+        meta = {**self._meta_of(job), "task_id": task_id}
+        if job.state is State.CANCELLED and _is_running_here(task_id):
+            meta["status"] = ABORTED
+        return meta
 
     def task_result_exists(self, task_id: str) -> bool:
         """Whether the task has a row: true while the task waits in its queue, false after `forget`."""
@@ -394,3 +399,9 @@ def _reason(result: Any) -> str:
     if kind == "Reject":
         return in_brief(f"rejected: {arguments[0] if arguments else None}")
     return in_brief(f"{kind}({', '.join(map(repr, arguments))})" if kind else result)
+
+
+def _is_running_here(task_id: str) -> bool:
+    """Whether this thread runs the task. If the task was cancelled, ``AbortableTask.is_aborted()`` asks for that."""
+    task = get_current_task()
+    return task is not None and task.request.id == task_id
