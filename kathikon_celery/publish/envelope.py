@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64decode, b64encode
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from random import getrandbits
 from typing import Any
@@ -321,9 +322,9 @@ def alone(envelope: str, body: str, new_id: str) -> tuple[str, str]:
     """
     message = unfold(envelope, body, "", False)
     headers, properties = message[_HEADERS], message[_PROPERTIES]
-    content_type, encoding = message[_TYPE], message[_ENCODING]
+    content_type = message[_TYPE]
     try:
-        payload = serialization.loads(message["body"], content_type, encoding, accept=_READ_HERE)
+        payload = loads_safely(message)
         check_call(headers, payload)
         args, kwargs, _ = payload
     except (serialization.ContentDisallowed, serialization.DecodeError, TypeError) as error:
@@ -338,7 +339,14 @@ def alone(envelope: str, body: str, new_id: str) -> tuple[str, str]:
     return fold(message)
 
 
-#: Serializers whose messages are read here; others can run code.
-_READ_HERE = ("json", "yaml", "msgpack")
+#: Content types of messages that are read outside of a task. Others can run code.
+_HARMLESS = serialization.prepare_accept_content(["json", "yaml", "msgpack"])
+
+
+def loads_safely(message: Mapping[str, Any]) -> Any:
+    """Return the decoded body of *message*. Raises kombu's `ContentDisallowed` for a format that can run code."""
+    return serialization.loads(message["body"], message.get(_TYPE), message.get(_ENCODING), accept=_HARMLESS)
+
+
 #: Headers that place a call in a workflow and in time.
 _OF_A_WORKFLOW = ("eta", "expires", "group", "group_index", "retries", "root_id", "parent_id", "replaced_task_nesting")

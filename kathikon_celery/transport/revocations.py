@@ -9,10 +9,8 @@ from celery.utils.functional import maybe_list
 from kombu import serialization
 
 from kathikon_celery.publish import callers
+from kathikon_celery.publish.envelope import loads_safely
 from kathikon_celery.storage import Storage
-
-#: Serializers whose messages are read here; others can run code.
-_ACCEPT = ("json", "yaml", "msgpack")
 
 
 def write_first(storage: Storage, message: Mapping[str, Any]) -> None:
@@ -20,9 +18,8 @@ def write_first(storage: Storage, message: Mapping[str, Any]) -> None:
 
     A command for certain workers is theirs alone, as with other brokers: see the *destination* of Celery's `revoke`.
     """
-    content_type, encoding = message.get("content-type"), message.get("content-encoding")
     try:
-        command = serialization.loads(message["body"], content_type, encoding, accept=_ACCEPT)
+        command = loads_safely(message)
         method, arguments = command["method"], command["arguments"]
         if any(command.get(name) for name in ("destination", "pattern", "matcher")):
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from importlib import import_module
 from threading import Lock
 from typing import Any, NoReturn
@@ -152,3 +153,19 @@ def succeed_and_come_again(self: Task) -> str:
 def tracked(path: str) -> str:
     """Store STARTED at once, and run until the file *path* appears."""
     return wait_for_file.run(path)  # type: ignore[no-any-return]
+
+
+@shared_task(bind=True, base=AbortableTask)
+def work_until_aborted(self: AbortableTask, journal: str) -> None:
+    append_line(journal, "began")
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and not self.is_aborted():
+        time.sleep(0.01)
+    append_line(journal, "aborted" if self.is_aborted() else "in vain")
+
+
+@shared_task(bind=True, max_retries=None)
+def retry_when_there(self: Task, path: str, journal: str) -> NoReturn:
+    """Wait for the file *path*, then retry at once."""
+    wait_for_file.run(path, journal, "began")
+    raise self.retry(countdown=0)
