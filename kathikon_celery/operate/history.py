@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from kathikon_celery.job import TERMINAL, Job
 from kathikon_celery.storage import Storage, acts
@@ -14,7 +14,19 @@ def history(storage: Storage, job: Job) -> list[Event]:
     """Return what happened to *job*, oldest first."""
     with storage.database.read() as connection:
         noted = acts.history_of(connection, job.id)
-    return sorted([*_of_row(job), *noted], key=lambda event: event.at)
+    events = [*_of_row(job), *noted]
+    ends = [event.at for event in events if event.event in TERMINAL]
+
+    def order(event: Event) -> tuple[datetime, bool]:
+        """A failure is written just after the end that it leads to, in the same transaction."""
+        is_failure = event.event == "failed"
+        end = next((end for end in ends if is_failure and end <= event.at <= end + _TRANSACTION), event.at)
+        return end, not is_failure
+
+    return sorted(events, key=order)
+
+
+_TRANSACTION = timedelta(seconds=1)
 
 
 def _of_row(job: Job) -> Iterator[Event]:

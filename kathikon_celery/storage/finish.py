@@ -128,14 +128,16 @@ def add_error(connection: Connection, seq: int, reason: str, fence: int) -> None
         attempt = 1
     at: datetime = row.at
     try:
-        every = errors_of(row.errors)
+        every = errors_of(row.errors, with_fence=True)
     except ValueError:  # the end of the job is written even if its errors are corrupt
         said = f"corrupt row: errors is {in_brief(repr(row.errors))}"
         every = [{"at": at.isoformat(timespec="milliseconds"), "attempt": 0, "reason": said}]
-    if any((error["attempt"], error["reason"]) == (attempt, reason) for error in every):
+    if any((error.get("fence"), error["reason"]) == (fence, reason) for error in every):
         return
-    every.append({"at": at.isoformat(timespec="milliseconds"), "attempt": attempt, "reason": reason})
-    every.sort(key=lambda error: error["attempt"])  # the error of a quick retry may be written first
+    new = {"at": at.isoformat(timespec="milliseconds"), "attempt": attempt, "reason": reason, "fence": fence}
+    # The error of a quick retry may be written first. Attempts are counted anew when an operator retries the job.
+    later = [error for error in every if error.get("fence", 0) > fence]
+    every = [*(error for error in every if error not in later), new, *later]
     connection.execute(_SET_ERRORS, {"of_seq": seq, "all": json.dumps(every)})
 
 

@@ -68,12 +68,15 @@ def cause_of(value: object) -> Cause | None:
     return Cause(value) if value in _CAUSES else None
 
 
-def errors_of(text: str | None) -> list[dict[str, Any]]:
-    """Return the failures in a row's ``errors``. Raises `ValueError` for a text that is no list of them."""
+def errors_of(text: str | None, with_fence: bool = False) -> list[dict[str, Any]]:
+    """Return the failures in a row's ``errors``. Raises `ValueError` for a text that is no list of them.
+
+    *with_fence*: also the fence of the claim of each run, which tells a repeated report from another failure.
+    """
     errors = json.loads(text) if text else []
     if not isinstance(errors, list) or not all(isinstance(one, dict) and one.keys() >= _FAILURE for one in errors):
         raise ValueError("no list of failures")
-    return errors
+    return errors if with_fence else [{name: one[name] for name in one if name != "fence"} for one in errors]
 
 
 def queue_of(name_key: str, envelope: Any) -> str:

@@ -12,15 +12,22 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, not_, select
 
-from kathikon_celery.job import TERMINAL
+from kathikon_celery.job import TERMINAL, State
 from kathikon_celery.storage import transitions
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.tables import jobs, state_in
+from kathikon_celery.storage.transitions import IS_HELD, may_become
 
 #: Jobs of one transaction, and rows that one query reads.
 CHUNK = 500
 _REVOKED = transitions.revoked(jobs.c.id.in_(bindparam("keys", expanding=True))).of()
+#: Those that will be cancelled, for the events.
+_WAITING = (
+    select(jobs.c.id)
+    .where(jobs.c.id.in_(bindparam("keys", expanding=True)), may_become(State.CANCELLED), not_(IS_HELD))
+    .with_for_update()
+)
 _OPEN = (
     select(jobs.c.seq, jobs.c.id, jobs.c.envelope)
     .where(jobs.c.seq > bindparam("after"), not_(state_in(TERMINAL)), jobs.c.envelope.contains("stamped_headers"))
@@ -39,8 +46,9 @@ def _revoke(database: Database, keys: Sequence[str]) -> int:
     for start in range(0, len(keys), CHUNK):
         chunk = keys[start : start + CHUNK]
         with database.write(durable=True) as connection:
+            waiting = list(connection.execute(_WAITING, {"keys": chunk}).scalars()) if database.events else []
             number += connection.execute(_REVOKED, {"keys": chunk}).rowcount
-            database.events.changed(connection, ids=chunk)
+            database.events.changed(connection, ids=waiting)
     return number
 
 
