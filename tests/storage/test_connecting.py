@@ -191,7 +191,9 @@ class TestSchema:
         assert schemas_with_tables(postgresql_url) == ["jobs"]
         sql(
             postgresql_url,
-            "ALTER TABLE jobs.kathikon_jobs DROP COLUMN cause",
+            "ALTER TABLE jobs.kathikon_jobs DROP COLUMN cause, DROP COLUMN rerun_of, DROP COLUMN revoked_at",
+            "ALTER TABLE jobs.kathikon_chords DROP COLUMN failed",
+            "DROP TABLE jobs.kathikon_pauses, jobs.kathikon_acts, jobs.kathikon_history",
             "ALTER TABLE jobs.kathikon_nodes DROP COLUMN consumes",
             "UPDATE jobs.kathikon_version SET version_num = '0001'",
         )

@@ -83,7 +83,10 @@ def test_sql_since_a_version(app: Celery) -> None:
     assert invoke(app, "schema", "--sql", "--since", HEAD).output.strip() == ""
     unknown = invoke(app, "schema", "--sql", "--since", "0000")
     assert unknown.exit_code == 1
-    assert unknown.output == f"Error: the schema has no version '0000'; known to this code: 0001, 0002, 0003, {HEAD}\n"
+    assert (
+        unknown.output
+        == f"Error: the schema has no version '0000'; known to this code: 0001, 0002, 0003, 0004, {HEAD}\n"
+    )
 
 
 def test_since_goes_with_sql(app: Celery, path: Path) -> None:
