@@ -128,7 +128,7 @@ class Kathikon:
         The copy runs alone: nothing that followed the job follows the copy.
         """
         act = self._act("rerun", _id(job_id), reason)
-        return self.storage.backend.copy(_id(job_id), verbs.checked("rerun", verbs.copied), act)
+        return self.storage.backend.copy(_id(job_id), verbs.checked("rerun", verbs.copied()), act)
 
     def discard(self, job_id: str | AsyncResult, reason: str | None = None) -> Job:
         """Give up a job that is dead or waits: it never runs, unless it is retried by hand."""

@@ -73,24 +73,31 @@ def discarded(reason: str) -> Change:
     return change
 
 
-def copied(job: Job) -> None:
-    """Make of *job* the job that is to be published as its copy. Raises `NotAllowed` for an unreadable message."""
+def copied() -> Change:
+    """Return the change that makes of a job the job that is to be published as its copy, the same one at each call.
+
+    The change raises `NotAllowed` for a message that cannot be read.
+    """
     new_id = str(uuid4())
-    try:
-        envelope, body = alone(job.envelope, job.body, new_id)
-    except ValueError as error:
-        raise NotAllowed("rerun", job, f"cannot run again: {error}") from error
-    copy = Job(
-        id=new_id,
-        queue=job.queue,
-        task=job.task,
-        priority=job.priority,
-        envelope=envelope,
-        body=body,
-        max_attempts=job.max_attempts,
-    )
-    for name in Job.__dataclass_fields__:
-        setattr(job, name, getattr(copy, name))
+
+    def change(job: Job) -> None:
+        try:
+            envelope, body = alone(job.envelope, job.body, new_id)
+        except ValueError as error:
+            raise NotAllowed("rerun", job, f"cannot run again: {error}") from error
+        copy = Job(
+            id=new_id,
+            queue=job.queue,
+            task=job.task,
+            priority=job.priority,
+            envelope=envelope,
+            body=body,
+            max_attempts=job.max_attempts,
+        )
+        for name in Job.__dataclass_fields__:
+            setattr(job, name, getattr(copy, name))
+
+    return change
 
 
 def unchanged(job: Job) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from random import getrandbits
+from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, insert, select, tuple_, update
+from sqlalchemy import Connection, Select, bindparam, delete, insert, select, tuple_, update
 
 from kathikon_celery.job import TERMINAL, Job
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.names import key, printable
-from kathikon_celery.storage.tables import acts, history, jobs
+from kathikon_celery.storage.tables import acts, history
 
 
 @dataclass(kw_only=True)
@@ -110,18 +111,21 @@ def note_end(connection: Connection, job: Job) -> None:
     connection.execute(insert(history).values(**values, traceback=printable(job.traceback)))
 
 
-_OF_JOB = (
-    select(history, acts.c.operator, acts.c.reason)
-    .outerjoin(acts, acts.c.id == history.c.act)
-    .where(history.c.job == bindparam("of_job"))
-    .order_by(history.c.seq)
-)
+_OF_JOB = select(history).where(history.c.job == bindparam("of_job")).order_by(history.c.seq)
+_BY_ID = select(acts).where(acts.c.id.in_(bindparam("ids", expanding=True)))
 
 
 def history_of(connection: Connection, job_id: str) -> list[Event]:
     """Return what the history says of a job, oldest first."""
-    found = connection.execute(_OF_JOB, {"of_job": key(job_id)})
-    return [Event(row.at, row.event, row.text or row.reason, row.operator, row.traceback) for row in found]
+    found = connection.execute(_OF_JOB, {"of_job": key(job_id)}).all()
+    ids = [row.act for row in found if row.act is not None]
+    known = {row.id: row for row in connection.execute(_BY_ID, {"ids": ids})} if ids else {}
+    events = []
+    for row in found:
+        act = known.get(row.act)
+        text = row.text or (act.reason if act else None)
+        events.append(Event(row.at, row.event, text, act.operator if act else None, row.traceback))
+    return events
 
 
 _DONE_BY = select(history.c.job).where(
@@ -136,7 +140,6 @@ def done_by(connection: Connection, act: Act, job_keys: Sequence[str]) -> set[st
 
 _IS_ANY = select(history.c.seq).limit(1)
 _FORGOTTEN = delete(history).where(history.c.job.in_(bindparam("keys", expanding=True)))
-_ORPHANED = delete(history).where(history.c.job.not_in(select(jobs.c.id)))
 
 
 def is_any(connection: Connection) -> bool:
@@ -149,6 +152,6 @@ def forget(connection: Connection, job_keys: Sequence[str]) -> None:
     connection.execute(_FORGOTTEN, {"keys": list(job_keys)})
 
 
-def forget_orphans(connection: Connection) -> None:
-    """Delete the history of all jobs that are gone. Reads the whole history."""
-    connection.execute(_ORPHANED)
+def forget_of(connection: Connection, chosen: Select[Any], values: dict[str, Any]) -> None:
+    """Delete the history of the jobs whose keys *chosen* selects."""
+    connection.execute(delete(history).where(history.c.job.in_(chosen)), values)

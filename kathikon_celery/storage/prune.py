@@ -130,7 +130,7 @@ def prune(
 
 _DELETE = delete(jobs).where(jobs.c.id.in_(bindparam("keys", expanding=True)))
 _FROM = bindparam("from_queue", type_=jobs.c.queue.type)
-_PURGE = [delete(jobs).where(ready_in(_FROM)), delete(jobs).where(jobs.c.queue == _FROM, DUE)]
+_WAITS: list[tuple[Any, ...]] = [(ready_in(_FROM),), (jobs.c.queue == _FROM, DUE)]
 _OLD_GROUPS = delete(groups).where(groups.c.inserted_at < now(seconds("minus_age")))
 
 
@@ -184,10 +184,10 @@ def delete_rows(connection: Connection, keys: Sequence[str]) -> int:
 
 def purge(connection: Connection, queue: str) -> int:
     """Delete the jobs of *queue* (a key) that are ready, scheduled or retryable; return their number."""
-    number = sum(connection.execute(statement, {"from_queue": queue}).rowcount for statement in _PURGE)
-    if number and acts.is_any(connection):
-        acts.forget_orphans(connection)
-    return number
+    if acts.is_any(connection):
+        for waits in _WAITS:
+            acts.forget_of(connection, select(jobs.c.id).where(*waits), {"from_queue": queue})
+    return sum(connection.execute(delete(jobs).where(*waits), {"from_queue": queue}).rowcount for waits in _WAITS)
 
 
 _EXPIRED_MESSAGES = select(messages.c.seq).where(messages.c.expires_at <= now(), FREE).limit(CHUNK)

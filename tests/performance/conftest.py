@@ -11,13 +11,13 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import sql
-from sqlalchemy import Integer, case, insert, literal, null, select, text
+from sqlalchemy import Integer, Text, case, cast, insert, literal, null, select, text
 from sqlalchemy.sql.expression import ColumnElement
 
 from kathikon_celery.job import HELD, TERMINAL, State
 from kathikon_celery.storage import Storage
 from kathikon_celery.storage.clock import now
-from kathikon_celery.storage.tables import chords, jobs, messages
+from kathikon_celery.storage.tables import acts, chords, history, jobs, messages
 from tests.storage.actors import Worker
 from tests.support.postgresql import new_database
 from tests.support.statements import heard
@@ -79,7 +79,10 @@ class Plan:
         )
         if match:
             table, index, condition = match.groups()
-            names = {"INTEGER PRIMARY KEY": f"{table}_pkey", f"INDEX sqlite_autoindex_{table}_1": f"{table}_id"}
+            names = {
+                "INTEGER PRIMARY KEY": f"{table}_pkey",
+                f"INDEX sqlite_autoindex_{table}_1": f"{table}_{'id' if table == 'kathikon_jobs' else 'pkey'}",
+            }
             self.accesses.append(Access(table, index and names.get(index, index.removeprefix("INDEX ")), condition))
 
 
@@ -141,6 +144,10 @@ class Plans:
         return plan
 
 
+def _name(prefix: str, number: ColumnElement[int]) -> ColumnElement[str]:
+    return literal(prefix).concat(cast(number, Text))  # SQLite's || comes before %
+
+
 def _fill(storage: Storage) -> None:
     number = select(literal(0, Integer).label("i")).cte("numbers", recursive=True)
     number = number.union_all(select(number.c.i + 1).where(number.c.i < ROWS - 1))
@@ -155,14 +162,14 @@ def _fill(storage: Storage) -> None:
         return case((state.in_([one.value for one in states]), value), else_=null())
 
     columns = {
-        "id": literal("id-").concat(i),
-        "queue": literal("queue-").concat(i % 3),
+        "id": _name("id-", i),
+        "queue": _name("queue-", i % 3),
         "task": literal("proj.task"),
         "state": state,
         "priority": i % 5,
         "publication": i,
-        "root_id": case((i % 10 != 0, literal("id-").concat(i % 5000)), else_=null()),
-        "group_id": case((i % 4 == 0, literal("group-").concat(i % 5000)), else_=null()),
+        "root_id": case((i % 10 != 0, _name("id-", i % 5000)), else_=null()),
+        "group_id": case((i % 4 == 0, _name("group-", i % 5000)), else_=null()),
         "fence": literal(1),
         "attempts": literal(1),
         "crashes": literal(0),
@@ -179,7 +186,7 @@ def _fill(storage: Storage) -> None:
     with storage.database.write() as connection:
         connection.execute(insert(jobs).from_select(list(columns), select(*columns.values())))
         columns = {
-            "queue": literal("queue-").concat(i % 10),
+            "queue": _name("queue-", i % 10),
             "priority": i % 2,
             "available_at": now(),
             "expires_at": now(i * 1.0 - 100),
@@ -190,12 +197,23 @@ def _fill(storage: Storage) -> None:
         }
         connection.execute(insert(messages).from_select(list(columns), select(*columns.values()).where(i < ROWS // 10)))
         columns = {
-            "id": literal("group-").concat(i),
+            "id": _name("group-", i),
             "ended": literal(0),
             "added": literal(0),
             "inserted_at": now(i * -600.0),
         }
         connection.execute(insert(chords).from_select(list(columns), select(*columns.values()).where(i < ROWS // 10)))
+        columns = {"job": _name("id-", i % 5000), "at": now(-i), "event": literal("retry"), "act": i % 500}
+        connection.execute(insert(history).from_select(list(columns), select(*columns.values())))
+        columns = {
+            "id": i,
+            "verb": literal("retry"),
+            "target": literal("{}"),
+            "operator": literal("ada"),
+            "began_at": now(-i),
+            "changed": literal(40),
+        }
+        connection.execute(insert(acts).from_select(list(columns), select(*columns.values()).where(i < ROWS // 10)))
 
 
 @pytest.fixture(

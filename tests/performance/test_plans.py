@@ -10,7 +10,21 @@ import pytest
 from sqlalchemy import Connection
 
 from kathikon_celery.job import TERMINAL, Hold, State
-from kathikon_celery.storage import chords, claim, finish, idle_query, insert, messages, nodes, promote, prune, results
+from kathikon_celery.storage import (
+    acts,
+    chords,
+    claim,
+    finish,
+    idle_query,
+    insert,
+    messages,
+    nodes,
+    promote,
+    prune,
+    results,
+    revoking,
+    status,
+)
 from kathikon_celery.storage.scan_start import ScanStart
 from kathikon_celery.storage.selecting import Filter
 from tests.performance.conftest import Plans
@@ -108,6 +122,18 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
         ),
         {READY: "queue", BY_SEQ: ""},
     ),
+    "claim beside paused tasks": (
+        writing(
+            lambda plans, conn: claim.claim(
+                plans.database, conn, "queue-1", 10, plans.worker.id, None, None, ("proj.a", "proj.b*")
+            )
+        ),
+        {READY: "queue", BY_SEQ: ""},
+    ),
+    "look beside paused tasks": (
+        reading(lambda plans, conn: idle_query.look(plans.database, conn, ["queue-1"], paused=("proj.a",))),
+        {READY: "queue", MESSAGES_READY: "queue"},
+    ),
     "claim what was told": (
         writing(
             lambda plans, conn: claim.claim_told(
@@ -199,6 +225,13 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
     "page of what is due later": (lambda plans: page(plans, State.SCHEDULED), {DUE: "available_at"}),
     "page of what has ended": (lambda plans: page(plans, State.COMPLETED), {ENDED: "ended_at"}),
     "page of what is held": (lambda plans: page(plans, State.RUNNING), {HELD: ""}),
+    "status": (reading(lambda plans, conn: status.status(conn)), {READY: "", DUE: "", HELD: "", ENDED: "state"}),
+    "revoke": (lambda plans: revoking.revoke(plans.database, ["id-1", "id-2"]), {BY_ID: "id"}),
+    "history": (
+        reading(lambda plans, conn: acts.history_of(conn, "id-4001")),
+        {"kathikon_history_job": "job", "kathikon_acts_pkey": "id"},
+    ),
+    "forget the history": (writing(lambda plans, conn: acts.forget(conn, ["id-1", "id-2"])), {}),
     "size": (reading(lambda plans, conn: messages.size(conn, "queue-1")), {READY: "queue"}),
 }
 
@@ -209,6 +242,8 @@ IN_ORDER = {
     "look for all that an idle worker asks",
     "look and renew",
     "claim",
+    "claim beside paused tasks",
+    "look beside paused tasks",
     "completed and claim",
     "promote",
     "next due",
@@ -222,7 +257,16 @@ IN_ORDER = {
 }
 
 #: Until PostgreSQL has its first statistics it sorts all that is due or old, or reads the table.
-WANTS_STATISTICS = {"promote", "prunable", "prune", "prune from the front on", "workflow"}
+WANTS_STATISTICS = {
+    "promote",
+    "status",
+    "page of what is ready",
+    "history",
+    "prunable",
+    "prune",
+    "prune from the front on",
+    "workflow",
+}
 
 
 @pytest.mark.parametrize("name", STATEMENTS)

@@ -1,0 +1,169 @@
+"""What operators' verbs do to rows: once, together with their record, also when the answer to a commit is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection
+
+from kathikon_celery.job import State
+from kathikon_celery.operate.kathikon import Kathikon, NotAllowed
+from kathikon_celery.storage import Storage, acts, pauses
+from kathikon_celery.storage.errors import Unavailable
+from kathikon_celery.storage.pauses import Kind, Paused, matches
+from tests.storage.actors import Worker, new_job
+
+
+@pytest.fixture
+def operator(storage: Storage) -> Kathikon:
+    return Kathikon(storage, operator="ada")
+
+
+@contextmanager
+def lost_answer(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The next transaction is committed, and its answer is lost."""
+    write = storage.database.write
+    left = [1]
+
+    @contextmanager
+    def losing(**options: Any) -> Iterator[Connection]:
+        with write(**options) as connection:
+            yield connection
+        if left:
+            left.pop()
+            raise Unavailable("the answer was lost")
+
+    monkeypatch.setattr(storage.database, "write", losing)
+    monkeypatch.setattr(storage.database, "patience", 10.0)
+    yield
+    assert not left
+    monkeypatch.undo()
+
+
+def events_of(operator: Kathikon, job_id: str) -> list[str]:
+    return [event.event for event in operator.history(job_id)]
+
+
+@pytest.mark.parametrize("verb", ["cancel", "discard"])
+def test_a_verb_whose_answer_was_lost_is_done_once(
+    storage: Storage, operator: Kathikon, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    storage.insert(new_job("1"))
+    with lost_answer(storage, monkeypatch):
+        job = getattr(operator, verb)("1")
+    assert job.state in (State.CANCELLED, State.DISCARDED)
+    assert events_of(operator, "1").count(verb) == 1
+    assert [(act.verb, act.changed, act.ended_at is None) for act in operator.acts()] == [(verb, 1, False)]
+
+
+def test_a_copy_whose_answer_was_lost_is_made_once(
+    storage: Storage, operator: Kathikon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.insert(new_job("1", envelope=ENVELOPE, body="[[], {}, {}]"))
+    with lost_answer(storage, monkeypatch):
+        copy = operator.rerun("1")
+    assert copy.rerun_of == "1"
+    assert len(storage.all()) == 2
+    assert len(operator.acts()) == 1
+
+
+ENVELOPE = (
+    '{"headers": {"task": "proj.add", "id": "1"}, "properties": {"delivery_info": {}},'
+    ' "content-type": "application/json", "content-encoding": "utf-8"}'
+)
+
+
+def test_a_pause_whose_answer_was_lost_is_one(
+    storage: Storage, operator: Kathikon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with lost_answer(storage, monkeypatch):
+        operator.pause_queue("mail")
+    with lost_answer(storage, monkeypatch):
+        assert operator.resume_queue("mail")
+    assert [act.verb for act in operator.acts()] == ["resume", "pause"]
+
+
+def test_a_bulk_verb_leaves_out_what_has_moved_on(storage: Storage, worker: Worker, operator: Kathikon) -> None:
+    storage.insert_many([new_job(str(number)) for number in range(5)])
+    selection = operator.jobs("available")
+    page = selection.page(10)
+    worker.claim(limit=1)
+    assert operator.storage.backend.change([job.id for job in page], _claimed_only, _act("x"), False, (NotAllowed,))
+    assert selection.discard() == 4
+    assert [(act.verb, act.changed) for act in operator.acts()] == [("discard", 4)]
+
+
+def _act(verb: str) -> acts.Act:
+    return acts.Act(verb=verb, target="", operator="ada")
+
+
+def _claimed_only(job: Any) -> None:
+    if job.state is not State.CLAIMED:
+        raise NotAllowed("cancel", job)
+    job.state = State.CANCELLED
+
+
+def test_one_refused_job_changes_nothing(storage: Storage, worker: Worker, operator: Kathikon) -> None:
+    storage.insert(new_job("1"))
+    worker.claim(limit=1)
+    with pytest.raises(NotAllowed, match="is claimed; nothing was done: discard is for jobs that are "):
+        operator.discard("1")
+    assert operator.acts() == []
+    assert storage.fetch("1").state is State.CLAIMED  # type: ignore[union-attr]
+
+
+# --- pauses
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "fits"),
+    [
+        ("proj.add", "proj.add", True),
+        ("proj.add", "proj.*", True),
+        ("proj.add", "*.a?d", True),
+        ("proj.[x]", "proj.[x]", True),
+        ("proj.x", "proj.[x]", False),
+        ("PROJ.add", "proj.*", False),
+        ("a%", "a%", True),
+        ("ab", "a_", False),
+    ],
+)
+def test_claims_and_python_agree_on_patterns(
+    storage: Storage, worker: Worker, operator: Kathikon, name: str, pattern: str, fits: bool
+) -> None:
+    assert matches(name, pattern) is fits
+    storage.insert(new_job("1", task=name))
+    operator.pause_task(pattern)
+    with storage.database.read() as connection:
+        paused, left = pauses.paused(connection)
+    assert (paused, left) == (Paused(tasks=(pattern,)), None)
+    with storage.database.write() as connection:
+        claimed = storage.backend.claim_jobs(connection, "default", 10, worker.id, paused=paused.tasks)
+    assert bool(claimed) is not fits
+
+
+def test_what_claims_leave_out(storage: Storage, operator: Kathikon) -> None:
+    long = "q" * 300
+    operator.pause_queue(long)
+    operator.pause_queue("ein größerer")
+    operator.pause_all()
+    with storage.database.read() as connection:
+        paused, _ = pauses.paused(connection)
+        assert paused.everything
+        assert len(paused.queues) == 2
+        assert {pause.name for pause in pauses.every(connection)} == {"", long, "ein größerer"}
+    assert {(pause.kind, pause.name) for pause in operator.pauses()} >= {(Kind.QUEUE, long), (Kind.ALL, "")}
+    assert {one.name for one in operator.queue_status()} == {long, "ein größerer"}
+
+
+def test_paused_jobs_keep_their_places(storage: Storage, worker: Worker, operator: Kathikon) -> None:
+    storage.insert_many([new_job(str(number), task=f"proj.{number % 2}") for number in range(6)])
+    with storage.database.write() as connection:
+        claimed = storage.backend.claim_jobs(connection, "default", 10, worker.id, paused=("proj.1",))
+    assert [job.id for job in claimed] == ["0", "2", "4"]
+    with storage.database.write() as connection:
+        claimed = storage.backend.claim_jobs(connection, "default", 10, worker.id)
+    assert [job.id for job in claimed] == ["1", "3", "5"]
