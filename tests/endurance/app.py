@@ -50,6 +50,16 @@ def work_once(job: int, seconds: float) -> int:
     return work.run(job, seconds)  # type: ignore[no-any-return]
 
 
+@app.task(name="endurance.fragile")
+def fragile(job: int, path: str) -> int:
+    """Fail unless the file `path` is there."""
+    journal.write(Event.STARTED, job, WORKER)
+    if not os.path.exists(path):
+        raise RuntimeError("a bad deploy")
+    journal.write(Event.ENDED, job, WORKER)
+    return job
+
+
 @app.task(name="endurance.part")
 def part(job: int, number: int, seconds: float) -> list[int]:
     """Sleep for `seconds`, as one part of the chord that a job is, and return what the body checks."""

@@ -15,6 +15,7 @@ from tests.endurance.database_restart import database_restart
 from tests.endurance.failover import failover
 from tests.endurance.faults import faults
 from tests.endurance.harness import Figures, Run
+from tests.endurance.incident import incident
 from tests.endurance.kill_chords import kill_chords
 from tests.endurance.kill_workers import kill_workers
 from tests.endurance.long_transaction import long_transaction
@@ -138,3 +139,14 @@ def test_nothing_is_lost_on_any_pool(run: Run, fault: str, pool: str) -> None:
         assert_figures(figures, dead_unbegun=0, crashes=0)
     if fault == "warm":
         assert_figures(figures, begun_twice=0, dead=0, exits=[0])
+
+
+def test_an_incident(run: Run) -> None:
+    figures = incident(run, jobs=60, waiting=10, workflows=3, rate=40.0)
+    assert_figures(
+        figures,
+        dead=60, held_while_paused=10, started_while_paused=0, explained="paused", completed=70, cancelled=3, others=0,
+        history=["published", "failed", "dead", "retry", "claimed", "completed"],
+        acts=[["retry", 60], ["resume", 0], ["cancel", 1], ["cancel", 1], ["cancel", 1], ["pause", 0]],
+    )  # fmt: skip
+    assert figures["retried_a_second"] <= 40.0 * 1.5

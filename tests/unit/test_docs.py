@@ -151,7 +151,7 @@ def test_commands_exist() -> None:
     targets = re.findall(r"^\$ make (\w+)", text, re.MULTILINE)
     assert "demo" in targets
     assert [target for target in targets if f"\n{target}:" not in makefile] == []
-    used = re.findall(r"celery -A proj kathikon (\w+)(?: (--\w+))?", text)
+    used = re.findall(r"celery -A proj kathikon (\w+)(?: (--[\w-]+))?", text)
     assert used
     for name, option in used:
         assert not option or option in [opt for param in kathikon.commands[name].params for opt in param.opts]
