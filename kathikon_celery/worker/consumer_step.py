@@ -63,13 +63,15 @@ class ConsumerStep(bootsteps.StartStopStep):
             intake.give_back(lambda delivery: delivery.is_job and intake.pool.lets_go(delivery))
 
     def info(self, c: Any) -> dict[str, Any]:
-        """What ``celery inspect stats`` says of the broker: what Celery says, without the password in the URL."""
+        """What ``celery inspect stats`` says of the broker, without the password in the URL, and what is paused."""
         if c.connection is None:
             return {}
         broker = c.connection.info()
         del broker["password"]
         shown = {"hostname": c.connection.as_uri(), "alternates": [mask(url) for url in broker["alternates"]]}
-        return {"broker": broker | shown}
+        paused = c.connection.transport.intake.subscriptions.paused
+        found = {"everything": paused.everything, "queues": sorted(paused.queues), "tasks": list(paused.tasks)}
+        return {"broker": broker | shown, "paused": found}
 
     def shutdown(self, c: Any) -> None:
         """The pool has ended, so it has no delivery any more: closing the connection gives back all that is left.
