@@ -9,7 +9,7 @@ import json
 import os
 import time
 
-from celery import Celery
+from celery import Celery, Task
 from celery.signals import worker_ready
 
 from tests.endurance.journal import Event, Writer
@@ -58,6 +58,14 @@ def fragile(job: int, path: str) -> int:
         raise RuntimeError("a bad deploy")
     journal.write(Event.ENDED, job, WORKER)
     return job
+
+
+@app.task(name="endurance.work_again", bind=True, max_retries=1)
+def work_again(self: Task, job: int, seconds: float) -> int:
+    """As `work`, but fails at first, and is retried a second later."""
+    if not self.request.retries:
+        raise self.retry(countdown=1.0)
+    return work.run(job, seconds)  # type: ignore[no-any-return]
 
 
 @app.task(name="endurance.part")

@@ -3,11 +3,20 @@
 import argparse
 import time
 import traceback
+from collections.abc import Callable
 
-from celery import chord
+from celery import chain, chord
 
-from tests.endurance.app import body, journal, part, work, work_once
+from tests.endurance.app import body, journal, part, work, work_again, work_once
 from tests.endurance.journal import Event
+
+#: What some of the jobs are, if they are mixed.
+MIXED: list[Callable[[int, float], object]] = [
+    lambda job, seconds: work_again.delay(job, seconds),
+    lambda job, seconds: work.apply_async((job, seconds), countdown=1.0),
+    lambda job, seconds: chain(part.si(job, 0, seconds), work.si(job, seconds)).apply_async(),
+    lambda job, seconds: chord([part.s(job, one, seconds) for one in range(3)], body.s(job, 3, seconds)).apply_async(),
+]
 
 
 def send(
@@ -19,10 +28,12 @@ def send(
     countdown: float = 0.0,
     parts: int = 0,
     once: int = 0,
+    mixed: int = 0,
 ) -> None:
     """Send jobs `first` to `first` + `count`, `rate` a second (0: as fast as they go), each once.
 
     With `parts` each is a chord of so many. With `once`, every so many is acknowledged before it starts.
+    With `mixed`, of ten jobs one is retried, one is due a second later, one ends a chain, and one is a chord of three.
 
     A job whose ``delay()`` raises may or may not have reached the broker, so it is recorded as refused and not sent
     again, and its traceback printed.
@@ -33,7 +44,9 @@ def send(
             time.sleep(max(0.0, begin + number / rate - time.monotonic()))
         job, at = first + number, time.monotonic()
         try:
-            if parts:
+            if mixed and job % 10 < len(MIXED):
+                MIXED[job % 10](job, seconds)
+            elif parts:
                 chord([part.s(job, one, seconds) for one in range(parts)], body.s(job, parts, seconds)).apply_async()
             else:
                 task = work_once if once and job % once == 0 else work
@@ -55,6 +68,7 @@ def main() -> None:
     parser.add_argument("--countdown", type=float, default=0.0, help="seconds until the jobs are due")
     parser.add_argument("--parts", type=int, default=0, help="how many parts each job has; 0: it is no chord")
     parser.add_argument("--once", type=int, default=0, help="every so many is acknowledged before it starts; 0: none")
+    parser.add_argument("--mixed", type=int, default=0, help="1: with retries, countdowns, chains and chords")
     send(**vars(parser.parse_args()))
 
 
