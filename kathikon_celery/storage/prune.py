@@ -119,7 +119,7 @@ def prune(
             with database.write() if has_history else database.once() as connection:
                 taken = database.dialect.pick_and_delete(connection, pick, columns, values)
                 if has_history and taken.rows:
-                    acts.forget(connection, [row.id for row in taken.rows])
+                    acts.forget(connection, [job for _, job in taken.rows])
             pruned += taken.number
             if pruned < limit and front is None:
                 break

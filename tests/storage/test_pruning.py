@@ -10,7 +10,8 @@ import pytest
 
 from kathikon_celery.job import TERMINAL, State
 from kathikon_celery.settings import Settings
-from kathikon_celery.storage import Storage, prune
+from kathikon_celery.storage import Storage, acts, prune
+from kathikon_celery.storage.names import key
 from tests.storage.actors import Worker, new_job, the_job
 from tests.support.statements import counted
 
@@ -102,6 +103,17 @@ def test_what_update_ended_is_pruned(storage: Storage) -> None:
     job.state = State.CANCELLED
     storage.update(job)
     assert prune.prune(storage.database, {State.CANCELLED: -1.0}) == 1
+
+
+def test_the_history_of_pruned_jobs_goes_with_them(storage: Storage, set_row: Callable[..., None]) -> None:
+    for number in range(5):
+        ended(storage, set_row, str(number), State.COMPLETED, AGE + 100 - number)
+    with storage.database.write() as connection:
+        acts.note(connection, [key("1"), key("4")], "rescued", None)
+    assert prune.prune(storage.database, {State.COMPLETED: AGE}, 3, {}) == 3
+    with storage.database.read() as connection:
+        assert acts.history_of(connection, "1") == []
+        assert [event.event for event in acts.history_of(connection, "4")] == ["rescued"]
 
 
 def test_prunable_ids_may_be_deleted_whatever_their_length(storage: Storage, set_row: Callable[..., None]) -> None:
