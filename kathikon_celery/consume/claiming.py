@@ -21,8 +21,8 @@ from kathikon_celery.storage.errors import is_lost
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.scan_start import cooldown
 
-#: Seconds after which pauses are read again although no node was called.
-PAUSES_CHECKED = 30.0
+#: Seconds after which pauses are read again although no node was called, and where no node can be called.
+PAUSES_CHECKED, PAUSES_POLLED = 30.0, 1.0
 #: From up to so many queues the intake claims without a look at which of them have jobs.
 FEW = 16
 
@@ -53,7 +53,8 @@ class Claiming:
         except BaseException:
             idle.are_pauses_due = True
             raise
-        self._read_pauses_at = now + (PAUSES_CHECKED if left is None else min(left, PAUSES_CHECKED))
+        latest = PAUSES_POLLED if self._database.dialect.shares_sessions else PAUSES_CHECKED
+        self._read_pauses_at = now + (latest if left is None else min(left, latest))
         if paused != self._subscriptions.paused:
             self._subscriptions.paused = paused
             self._subscriptions.forget_fronts()
@@ -77,20 +78,18 @@ class Claiming:
 
     def _look(self, names: list[str], with_messages: bool) -> bool:
         """Whether there is work. The statement also renews the lease, or asks what the services would ask soon."""
-        soon, paused = 2 * self._poll_interval, self._subscriptions.paused.tasks
+        soon = 2 * self._poll_interval
         if self._own_node.is_due(min(soon, self._own_node.lease / 8)):
-            return bool(
-                self._own_node.renew_by(partial(idle_query.renew, self._database, names, with_messages, paused=paused))
-            )
+            return bool(self._own_node.renew_by(partial(idle_query.renew, self._database, names, with_messages)))
         asked = [(one, questions) for one in self._subscriptions.pool.askers if (questions := one.asks(soon))]
         with self._database.read() as connection:
             try:
-                return idle_query.look(self._database, connection, names, with_messages, asked, paused)
+                return idle_query.look(self._database, connection, names, with_messages, asked)
             except Exception as error:
                 if not asked or is_lost(error):
                     raise
                 # A question failed. Its service will ask by itself, and log the error; look without questions.
-                return idle_query.look(self._database, connection, names, with_messages, paused=paused)
+                return idle_query.look(self._database, connection, names, with_messages)
 
     def take_messages(self, connection: Connection, filled: list[str]) -> Claimed:
         """Take messages (not jobs) from the queues *filled* (keys), in which some wait."""
@@ -171,21 +170,20 @@ class Claiming:
     ) -> list[Job]:
         """Claim jobs of one queue by one statement: the job *seq* of which the node was notified, or up to *limit*."""
         backend, name, node = self._backend, key(subscription.queue), self._own_node.id
-        paused = self._subscriptions.paused.tasks
         if done:
             holds = [one.hold for one in done]
             completed, jobs = backend.complete_and_claim(
-                connection, holds, name, limit, node, subscription.front, waiting, paused
+                connection, holds, name, limit, node, subscription.front, waiting
             )
             if completed != len(done):
                 self._recovery.complain(connection, list(done))
             return jobs
         # With one slot `claim_jobs` is better: it also takes the jobs behind this one.
         if waiting and waiting.room > 1 and seq is not None:
-            jobs = backend.claim_told(connection, name, seq, node, waiting, paused)
+            jobs = backend.claim_told(connection, name, seq, node, waiting)
             if jobs:
                 return jobs
-        return backend.claim_jobs(connection, name, limit, node, subscription.front, waiting, paused)
+        return backend.claim_jobs(connection, name, limit, node, subscription.front, waiting)
 
     def _announce_or_look_again(
         self, connection: Connection, names: list[str], hungry: bool, claimed: int, slots: int

@@ -95,6 +95,8 @@ class Subscriptions:
 
     def open(self) -> list[str]:
         """The keys of the queues that are not paused."""
+        if self.paused == NOTHING:
+            return self.names()
         return [key(one.queue) for one in self.every() if not self._is_paused(one)]
 
     def _is_paused(self, subscription: Subscription) -> bool:

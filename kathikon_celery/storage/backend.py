@@ -24,7 +24,7 @@ from sqlalchemy import Connection
 from kathikon_celery.job import Cause, Hold, Job, State
 from kathikon_celery.storage.acts import Act
 from kathikon_celery.storage.by_hand import ByHand, Skips
-from kathikon_celery.storage.claim import Tasks, Waiting
+from kathikon_celery.storage.claim import Waiting
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.pauses import Kind
 from kathikon_celery.storage.scan_start import ScanStart
@@ -75,20 +75,11 @@ class StorageBackend(ABC):
         node_id: int,
         front: ScanStart | None = None,
         waiting: Waiting | None = None,
-        paused: Tasks = (),
     ) -> list[Job]:
         """Claim up to *limit* ready jobs of the queue with the key *queue*: see `kathikon_celery.storage.claim`."""
 
     @abstractmethod
-    def claim_told(
-        self,
-        connection: Connection,
-        queue: str,
-        seq: int,
-        node_id: int,
-        waiting: Waiting,
-        paused: Tasks = (),
-    ) -> list[Job]:
+    def claim_told(self, connection: Connection, queue: str, seq: int, node_id: int, waiting: Waiting) -> list[Job]:
         """Claim the job with the number *seq*, if it is still ready."""
 
     @abstractmethod
@@ -101,7 +92,6 @@ class StorageBackend(ABC):
         node_id: int,
         front: ScanStart | None = None,
         waiting: Waiting | None = None,
-        paused: Tasks = (),
     ) -> tuple[int, list[Job]]:
         """Do what `completed` and `claim_jobs` do, at once; return the results of both."""
 

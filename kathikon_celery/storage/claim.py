@@ -33,7 +33,7 @@ from kathikon_celery.storage.dialects.parameters import Claim, Pick
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.finish import COMPLETED, completed
-from kathikon_celery.storage.pauses import may_start, of_patterns
+from kathikon_celery.storage.pauses import MAY_START, is_open
 from kathikon_celery.storage.scan_start import ScanStart
 from kathikon_celery.storage.tables import READY, jobs, nodes, ready_in
 from kathikon_celery.storage.transitions import claimed
@@ -46,15 +46,12 @@ _DELIVERY = [
 _NAMES = [column.name for column in _DELIVERY]
 _SEQ, _PRIORITY, _SINCE_WHEN = _NAMES.index("seq"), _NAMES.index("priority"), len(_NAMES)
 _SINCE = type_coerce(jobs.c.available_at, NullType()).label("since")
+_FROM = bindparam("from_queue", type_=jobs.c.queue.type)
 # A node that other nodes took for dead gets no jobs, even if it does not know that yet.
 _IS_ALIVE = or_(
     bindparam("by_node", type_=BigInteger()).is_(None),
     exists().where(nodes.c.id == bindparam("by_node", type_=BigInteger())),
 )
-
-
-#: Patterns of tasks.
-Tasks = tuple[str, ...]
 
 
 class Waiting(NamedTuple):
@@ -81,12 +78,12 @@ def _parts(marks: int) -> list[list[ColumnElement[bool]]]:
     return [*parts, below]
 
 
-@lru_cache(maxsize=64)
-def _claim(marks: int, patterns: int) -> Claim:
-    """Return the claim from a queue; *marks*: number of its `ScanStart.marks`; *patterns*: of paused tasks."""
+@lru_cache(maxsize=16)
+def _claim(marks: int) -> Claim:
+    """Return the claim from a queue; *marks*: number of its `ScanStart.marks`."""
     ready = (
         select(jobs.c.seq)
-        .where(ready_in(bindparam("from_queue", type_=jobs.c.queue.type)), _IS_ALIVE, *may_start(patterns))
+        .where(ready_in(_FROM), _IS_ALIVE, is_open(_FROM), MAY_START)
         .order_by(desc(jobs.c.priority), jobs.c.available_at, jobs.c.seq)
         .limit(bindparam("at_most", type_=Integer()))
     )
@@ -100,17 +97,14 @@ def is_anything_there(with_messages: bool, patterns: int = 0) -> ColumnElement[b
     *patterns*: number of those of paused tasks, the parameters of `pauses.of_patterns`.
     """
     queues = rows_of("queues")
-    found = [
-        _first(queues.c.value).where(*may_start(patterns)),
-        *([messages.first(queues.c.value)] if with_messages else []),
-    ]
+    found = [_first(queues.c.value), *([messages.first(queues.c.value)] if with_messages else [])]
     is_there = or_(*(one.limit(1).correlate(queues).scalar_subquery().is_not(None) for one in found))
     return select(literal_column("1")).select_from(queues).where(is_there).limit(1).scalar_subquery().is_not(None)
 
 
 def _first(queue: Any) -> Select[Any]:
     # In the order of the index: see `messages.first`.
-    ready = select(jobs.c.seq).where(ready_in(queue))
+    ready = select(jobs.c.seq).where(ready_in(queue), is_open(queue), MAY_START)
     return ready.order_by(desc(jobs.c.priority), jobs.c.available_at, jobs.c.seq)
 
 
@@ -133,18 +127,16 @@ def claim(
     node_id: int | None,
     front: ScanStart | None = None,
     waiting: Waiting | None = None,
-    paused: Tasks = (),
 ) -> list[Job]:
     """Claim up to *limit* ready jobs of *queue* (a key): those of higher priority first, then those ready for longer.
 
     Arguments:
         front: where to start in this queue, known from earlier claims.
         waiting: what to note if this claim finds few jobs.
-        paused: patterns of tasks whose jobs are left where they are.
     """
-    look = _Look(database, front, paused)
+    look = _Look(database, front)
     values = look.parameters(queue, limit, node_id)
-    rows = database.dialect.claim(connection, _claim(len(look.marks), len(paused)), values, waiting)
+    rows = database.dialect.claim(connection, _claim(len(look.marks)), values, waiting)
     found = look.found(rows, node_id)
     database.events.entered(connection, found, State.CLAIMED)
     return found
@@ -152,11 +144,7 @@ def claim(
 
 # The queue is an expression: otherwise PostgreSQL, while it has no statistics, reads all ready jobs of the queue.
 _IS_TOLD = (jobs.c.seq == bindparam("told"), jobs.c.queue.concat("") == bindparam("from_queue"))
-
-
-@lru_cache(maxsize=32)
-def _claim_told(patterns: int) -> Claim:
-    return Claim(claimed(*_IS_TOLD, READY, _IS_ALIVE, *may_start(patterns)), tuple(_DELIVERY))
+_CLAIM_TOLD = Claim(claimed(*_IS_TOLD, READY, _IS_ALIVE, is_open(_FROM), MAY_START), tuple(_DELIVERY))
 
 
 def claim_told(
@@ -166,11 +154,10 @@ def claim_told(
     seq: int,
     node_id: int,
     waiting: Waiting,
-    paused: Tasks = (),
 ) -> list[Job]:
     """Claim the job *seq*, for which the node was woken, if it is still ready. Takes half the time of `claim`."""
-    values = {"from_queue": queue, "told": seq, "by_node": node_id, **of_patterns(paused)}
-    rows = database.dialect.claim(connection, _claim_told(len(paused)), values, waiting)
+    values = {"from_queue": queue, "told": seq, "by_node": node_id}
+    rows = database.dialect.claim(connection, _CLAIM_TOLD, values, waiting)
     found = [_job(row, node_id) for row in rows]
     database.events.entered(connection, found, State.CLAIMED)
     return found
@@ -189,11 +176,10 @@ def _job(row: Sequence[Any], node_id: int | None) -> Job:
 class _Look:
     """One claim: where it starts, and which jobs it finds."""
 
-    def __init__(self, database: Database, front: ScanStart | None, paused: Tasks = ()) -> None:
-        # Paused jobs are passed over like old rows: the next claim begins behind them.
-        self._front = front if database.dialect.keeps_old_rows or paused else None
+    def __init__(self, database: Database, front: ScanStart | None) -> None:
+        self._front = front if database.dialect.keeps_old_rows else None
         self.marks = self._front.marks() if self._front is not None else []
-        self.values: dict[str, Any] = dict(of_patterns(paused))
+        self.values: dict[str, Any] = {}
         for number, (priority, since) in enumerate(self.marks):
             self.values |= {f"priority_{number}": priority, f"since_{number}": since}
         self._started = monotonic()
@@ -225,15 +211,14 @@ def complete_and_claim(
     node_id: int,
     front: ScanStart | None = None,
     waiting: Waiting | None = None,
-    paused: Tasks = (),
 ) -> tuple[int, list[Job]]:
     """Run `finish.completed` and `claim` at once, see `Dialect.completes_and_claims`; return the results of both."""
     if database.events:  # the listeners need the completed jobs, not only their number
         with database.dialect.atomic(connection):
             number = completed(database, connection, holds)
-            return number, claim(database, connection, queue, limit, node_id, front, waiting, paused)
-    look = _Look(database, front, paused)
-    values, claims = look.parameters(queue, limit, node_id), _claim(len(look.marks), len(paused))
+            return number, claim(database, connection, queue, limit, node_id, front, waiting)
+    look = _Look(database, front)
+    values, claims = look.parameters(queue, limit, node_id), _claim(len(look.marks))
     number, rows = database.dialect.complete_and_claim(connection, COMPLETED, holds, claims, values, waiting)
     return number, look.found(rows, node_id)
 
@@ -241,7 +226,7 @@ def complete_and_claim(
 def preparations(database: Database) -> Iterator[Callable[[Connection], None]]:
     """Yield steps, called with a connection, that compile and prepare statements before the first jobs need them."""
     dialect = database.dialect
-    claims = [_claim(marks, 0) for marks in range(1 + dialect.keeps_old_rows)]
+    claims = [_claim(marks) for marks in range(1 + dialect.keeps_old_rows)]
     steps = dialect.preparations(COMPLETED, claims)
     yield from islice(steps, 1)
     if dialect.wakes_by_name:

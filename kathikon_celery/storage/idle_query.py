@@ -13,7 +13,6 @@ from kathikon_celery.storage import claim, finish, nodes, promote, prune, topolo
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
-from kathikon_celery.storage.pauses import of_patterns
 
 #: Name of a question -> values of its parameters.
 Questions = Mapping[str, Mapping[str, Any]]
@@ -56,14 +55,14 @@ _QUESTIONS = {
 
 
 @lru_cache(maxsize=64)
-def _look(dialect: Dialect, with_messages: bool, patterns: int, questions: tuple[str, ...]) -> Any:
+def _look(dialect: Dialect, with_messages: bool, questions: tuple[str, ...]) -> Any:
     answers = [_QUESTIONS[name](dialect).label(name) for name in questions]
-    return select(claim.is_anything_there(with_messages, patterns), *answers)
+    return select(claim.is_anything_there(with_messages), *answers)
 
 
-@lru_cache(maxsize=32)
-def _there(with_messages: bool, patterns: int) -> tuple[ColumnElement[bool]]:
-    return (claim.is_anything_there(with_messages, patterns),)
+@lru_cache(maxsize=2)
+def _there(with_messages: bool) -> tuple[ColumnElement[bool]]:
+    return (claim.is_anything_there(with_messages),)
 
 
 def look(
@@ -72,17 +71,13 @@ def look(
     queues: Sequence[str],
     with_messages: bool = True,
     asked: Sequence[tuple[Asker, Questions]] = (),
-    paused: claim.Tasks = (),
 ) -> bool:
-    """Whether a job or a message is ready in one of *queues* (keys); the askers in *asked* get their answers.
-
-    *paused*: patterns of tasks whose jobs do not count.
-    """
+    """Whether a job or a message is ready in one of *queues* (keys); the askers in *asked* get their answers."""
     parameters = {name: values for _, questions in asked for name, values in questions.items()}
-    values: dict[str, Any] = {"queues": list(queues), **of_patterns(paused)}
+    values: dict[str, Any] = {"queues": list(queues)}
     for one in parameters.values():
         values |= one
-    statement = _look(database.dialect, with_messages, len(paused), tuple(parameters))
+    statement = _look(database.dialect, with_messages, tuple(parameters))
     # The text of a question may depend on its parameters.
     (row,) = connection.execute(statement, values) if asked else prepared.rows(connection, statement, values)
     answers = dict(zip(parameters, row[1:], strict=True))
@@ -92,15 +87,10 @@ def look(
 
 
 def renew(
-    database: Database,
-    queues: Sequence[str],
-    with_messages: bool,
-    node: nodes.Registered,
-    lease: float,
-    paused: claim.Tasks = (),
+    database: Database, queues: Sequence[str], with_messages: bool, node: nodes.Registered, lease: float
 ) -> bool | None:
     """`look` and renew the node's lease to *lease* seconds, in one statement; `None` if the node was taken for dead."""
-    values = {"queues": list(queues), **of_patterns(paused), **nodes.of_renewal(node, lease)}
+    values = {"queues": list(queues), **nodes.of_renewal(node, lease)}
     with database.once() as connection:
-        found = database.dialect.change_and_read(connection, nodes.RENEW, _there(with_messages, len(paused)), values)
+        found = database.dialect.change_and_read(connection, nodes.RENEW, _there(with_messages), values)
     return bool(found[0]) if found is not None else None

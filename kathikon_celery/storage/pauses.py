@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Text, bindparam, delete, or_, select
+from sqlalchemy import Connection, Text, and_, bindparam, delete, exists, literal_column, or_, select
 from sqlalchemy.sql.expression import ColumnElement
 
 from kathikon_celery.storage.acts import Act, begin, is_known
@@ -62,7 +62,7 @@ class Pause:
 
 
 class Paused(NamedTuple):
-    """What a claim leaves out: all, queues (keys), and tasks (patterns)."""
+    """What is paused: all, queues (keys), and tasks (patterns)."""
 
     everything: bool = False
     queues: frozenset[str] = frozenset()
@@ -142,11 +142,18 @@ def paused(connection: Connection) -> tuple[Paused, float | None]:
     return Paused(bool(names[Kind.ALL]), queues, tasks), min(ends, default=None)
 
 
-def may_start(patterns: int) -> list[ColumnElement[bool]]:
-    """Return the conditions that a job's task is not paused, by the parameters of `of_patterns`."""
-    return [~fits(jobs.c.task, bindparam(f"paused_{number}", type_=Text())) for number in range(patterns)]
+# Claims ask the table itself: a pause holds at once. What a worker has read of it only spares it claims in vain.
 
 
-def of_patterns(patterns: tuple[str, ...]) -> dict[str, str]:
-    """Return the parameters of `may_start`."""
-    return {f"paused_{number}": pattern for number, pattern in enumerate(patterns)}
+def is_open(queue: ColumnElement[Any]) -> ColumnElement[bool]:
+    """Return the condition that neither *queue* (a key) nor everything is paused."""
+    of_queue = and_(pauses.c.kind == _word(Kind.QUEUE), pauses.c.name == queue)
+    return ~exists().where(or_(of_queue, pauses.c.kind == _word(Kind.ALL)), _HOLD)
+
+
+def _word(kind: Kind) -> ColumnElement[str]:
+    return literal_column(f"'{kind.value}'")
+
+
+#: The condition that a job's task is not paused.
+MAY_START = ~exists().where(pauses.c.kind == _word(Kind.TASK), fits(jobs.c.task, pauses.c.label), _HOLD)

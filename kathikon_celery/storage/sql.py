@@ -28,7 +28,7 @@ from kathikon_celery.storage import (
 from kathikon_celery.storage.acts import Act
 from kathikon_celery.storage.backend import StorageBackend
 from kathikon_celery.storage.by_hand import ByHand, Skips
-from kathikon_celery.storage.claim import Tasks, Waiting
+from kathikon_celery.storage.claim import Waiting
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.pauses import Kind
@@ -90,20 +90,11 @@ class SQLBackend(StorageBackend):
         node_id: int,
         front: ScanStart | None = None,
         waiting: Waiting | None = None,
-        paused: Tasks = (),
     ) -> list[Job]:
-        return claim.claim(self.database, connection, queue, limit, node_id, front, waiting, paused)
+        return claim.claim(self.database, connection, queue, limit, node_id, front, waiting)
 
-    def claim_told(
-        self,
-        connection: Connection,
-        queue: str,
-        seq: int,
-        node_id: int,
-        waiting: Waiting,
-        paused: Tasks = (),
-    ) -> list[Job]:
-        return claim.claim_told(self.database, connection, queue, seq, node_id, waiting, paused)
+    def claim_told(self, connection: Connection, queue: str, seq: int, node_id: int, waiting: Waiting) -> list[Job]:
+        return claim.claim_told(self.database, connection, queue, seq, node_id, waiting)
 
     def complete_and_claim(
         self,
@@ -114,9 +105,8 @@ class SQLBackend(StorageBackend):
         node_id: int,
         front: ScanStart | None = None,
         waiting: Waiting | None = None,
-        paused: Tasks = (),
     ) -> tuple[int, list[Job]]:
-        return claim.complete_and_claim(self.database, connection, holds, queue, limit, node_id, front, waiting, paused)
+        return claim.complete_and_claim(self.database, connection, holds, queue, limit, node_id, front, waiting)
 
     def claim_again(self, connection: Connection, holds: Sequence[Hold], node_id: int) -> int:
         return claim.claim_again(self.database, connection, holds, node_id)

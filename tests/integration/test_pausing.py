@@ -75,6 +75,21 @@ def test_a_paused_task_is_passed_over(operator: Kathikon, jobs: Jobs, workers: W
     assert [one.get(timeout=60) for one in held] == [[[number], {}] for number in range(4)]
 
 
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_worker_that_polls_obeys(operator: Kathikon, jobs: Jobs, workers: Workers) -> None:
+    """As behind a pooler, where nobody can call a worker."""
+    worker = workers(conf={"kathikon_wake": "poll"})
+    assert apps.add.delay(1, 1).get(timeout=60) == 2
+    operator.pause_queue("default")
+    inspect = operator.result("x").app.control.inspect([worker.hostname], timeout=60)
+    wait_until(lambda: inspect.stats()[worker.hostname]["paused"]["queues"] == ["default"], what="the worker knows")
+    held = apps.add.delay(1, 2)
+    assert inspect.ping()
+    assert jobs.of(held).state is State.AVAILABLE
+    operator.resume_queue("default")
+    assert held.get(timeout=60) == 3
+
+
 def test_a_pause_ends_by_itself(operator: Kathikon, workers: Workers) -> None:
     workers()
     operator.pause_queue("default", until=timedelta(seconds=1.5))

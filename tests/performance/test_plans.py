@@ -122,18 +122,6 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
         ),
         {READY: "queue", BY_SEQ: ""},
     ),
-    "claim beside paused tasks": (
-        writing(
-            lambda plans, conn: claim.claim(
-                plans.database, conn, "queue-1", 10, plans.worker.id, None, None, ("proj.a", "proj.b*")
-            )
-        ),
-        {READY: "queue", BY_SEQ: ""},
-    ),
-    "look beside paused tasks": (
-        reading(lambda plans, conn: idle_query.look(plans.database, conn, ["queue-1"], paused=("proj.a",))),
-        {READY: "queue", MESSAGES_READY: "queue"},
-    ),
     "claim what was told": (
         writing(
             lambda plans, conn: claim.claim_told(
@@ -242,8 +230,6 @@ IN_ORDER = {
     "look for all that an idle worker asks",
     "look and renew",
     "claim",
-    "claim beside paused tasks",
-    "look beside paused tasks",
     "completed and claim",
     "promote",
     "next due",

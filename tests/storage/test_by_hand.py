@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from sqlalchemy import Connection
 
 from kathikon_celery.job import State
 from kathikon_celery.operate.kathikon import Kathikon, NotAllowed
-from kathikon_celery.storage import Storage, acts, pauses
+from kathikon_celery.storage import Storage, acts, idle_query, pauses
 from kathikon_celery.storage.errors import Unavailable
 from kathikon_celery.storage.pauses import Kind, Paused, matches
 from tests.storage.actors import Worker, new_job
@@ -140,9 +141,7 @@ def test_claims_and_python_agree_on_patterns(
     with storage.database.read() as connection:
         paused, left = pauses.paused(connection)
     assert (paused, left) == (Paused(tasks=(pattern,)), None)
-    with storage.database.write() as connection:
-        claimed = storage.backend.claim_jobs(connection, "default", 10, worker.id, paused=paused.tasks)
-    assert bool(claimed) is not fits
+    assert bool(worker.claim()) is not fits
 
 
 def test_what_claims_leave_out(storage: Storage, operator: Kathikon) -> None:
@@ -161,9 +160,43 @@ def test_what_claims_leave_out(storage: Storage, operator: Kathikon) -> None:
 
 def test_paused_jobs_keep_their_places(storage: Storage, worker: Worker, operator: Kathikon) -> None:
     storage.insert_many([new_job(str(number), task=f"proj.{number % 2}") for number in range(6)])
-    with storage.database.write() as connection:
-        claimed = storage.backend.claim_jobs(connection, "default", 10, worker.id, paused=("proj.1",))
-    assert [job.id for job in claimed] == ["0", "2", "4"]
-    with storage.database.write() as connection:
-        claimed = storage.backend.claim_jobs(connection, "default", 10, worker.id)
-    assert [job.id for job in claimed] == ["1", "3", "5"]
+    operator.pause_task("proj.1")
+    assert [job.id for job in worker.claim(10)] == ["0", "2", "4"]
+    assert not is_anything_there(storage)
+    operator.resume_task("proj.1")
+    assert is_anything_there(storage)
+    assert [job.id for job in worker.claim(10)] == ["1", "3", "5"]
+
+
+@pytest.mark.parametrize("what", ["queue", "everything"])
+def test_a_pause_holds_at_once_for_each_kind_of_claim(
+    storage: Storage, worker: Worker, operator: Kathikon, what: str
+) -> None:
+    """A worker that has not heard of the pause yet claims nothing either."""
+    storage.insert_many([new_job("1"), new_job("2", queue="other")])
+    job = storage.fetch("1")
+    assert job is not None
+    if what == "queue":
+        operator.pause_queue("default")
+    else:
+        operator.pause_all()
+    assert worker.claim() == []
+    assert worker.claim_told(job) == []
+    assert not is_anything_there(storage)
+    assert len(worker.claim(queue="other")) == (what == "queue")
+    operator.resume_queue("default")
+    operator.resume_all()
+    assert [job.id for job in worker.claim_told(job)] == ["1"]
+
+
+def test_a_pause_that_has_ended_holds_no_more(storage: Storage, worker: Worker, operator: Kathikon) -> None:
+    storage.insert(new_job())
+    for pause in (operator.pause_queue, operator.pause_task):
+        pause("*" if pause == operator.pause_task else "default", until=timedelta(seconds=-1))
+    operator.pause_all(until=timedelta(seconds=-1))
+    assert len(worker.claim()) == 1
+
+
+def is_anything_there(storage: Storage) -> bool:
+    with storage.database.read() as connection:
+        return idle_query.look(storage.database, connection, ["default"])
