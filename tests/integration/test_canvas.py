@@ -19,7 +19,7 @@ from sqlalchemy import func, select
 from kathikon_celery.job import TERMINAL, State
 from kathikon_celery.results.backend import KathikonBackend
 from kathikon_celery.storage.selecting import Filter
-from kathikon_celery.storage.tables import chord_parts
+from kathikon_celery.storage.tables import chord_parts, chords
 from tests.integration.conftest import Jobs, Journal, Workers
 from tests.support import apps
 from tests.support.apps import (
@@ -450,4 +450,6 @@ def test_nothing_is_left_over(app: Celery, jobs: Jobs) -> None:
     for shape, (make, value) in SHAPES.items():
         assert in_order(shape, make().apply_async().get(timeout=60)) == value
     with jobs.storage.database.read() as connection:
-        assert connection.execute(select(func.count()).select_from(chord_parts)).scalar() == 0
+        failed = select(chords.c.id).where(chords.c.failed)  # of other tests: their parts may be retried
+        left = select(func.count()).select_from(chord_parts).where(chord_parts.c.chord.not_in(failed))
+        assert connection.execute(left).scalar() == 0
