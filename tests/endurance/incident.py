@@ -71,6 +71,7 @@ def incident(run: Run, *, jobs: int = 10_000, waiting: int = 500, workflows: int
     run.expect("all jobs are dead", lambda: _count(shift, *dead) == jobs)
     shift.says("jobs", *dead, "--error", "*bad deploy*", "--limit", "3")
     shift.says("pause", "--queue", "default", "--reason", "bad deploy", "--by", "ada")
+    run.journal.read()
     before = len(run.journal.attempts)
     shift.python(SEND, waiting, 0, mended)
     shift.says("queues")
