@@ -46,6 +46,7 @@ class Cause(str, Enum):
     EXPIRED = "expired"  # the job waited longer than its `expires`
     REFUSED = "refused"  # the database cannot store how the task ended
     GIVEN_UP = "given_up"  # discarded by hand
+    CHILDREN = "children"  # a job that replaced the task has not succeeded
     REVOKED = "revoked"  # revoked before the task ran, or terminated while the task ran
 
     def __str__(self) -> str:

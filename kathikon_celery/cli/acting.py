@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kathikon_celery.cli.group import AS_JSON, complete_ids, kathikon, print_json, storage_of
-from kathikon_celery.cli.jobs import print_jobs, selecting
+from kathikon_celery.cli.jobs import chosen, print_jobs, selecting
 from kathikon_celery.operate.kathikon import Kathikon, NotAllowed
+from kathikon_celery.operate.selection import pace
 from kathikon_celery.storage.errors import NotFound
 
 if TYPE_CHECKING:
@@ -27,6 +28,20 @@ DRY_RUN = click.option("--dry-run", is_flag=True, help="Only say how many jobs t
 IDS = click.argument("ids", nargs=-1, shell_complete=complete_ids)
 
 
+class Rate(click.ParamType):  # type: ignore[type-arg]
+    """How many jobs in a time, such as ``50/s``."""
+
+    name = "RATE"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        """Return the rate, which is one."""
+        try:
+            pace(value)
+        except ValueError as error:
+            self.fail(str(error))
+        return str(value)
+
+
 def changing(command: F) -> F:
     """Add what all commands have that change jobs."""
     for option in (
@@ -34,14 +49,15 @@ def changing(command: F) -> F:
         REASON,
         click.option("--yes", is_flag=True, help=f"Do not ask, also for more than {ASKS_ABOVE} jobs."),
         DRY_RUN,
-        click.option("--rate", help="At most so many, as in 50/s or 600/m."),
+        click.option("--rate", type=Rate(), help="At most so many, as in 50/s or 600/m."),
         AS_JSON,
     ):
         command = option(command)
-    return IDS(selecting(command))
+    return selecting(command)
 
 
 @kathikon.command()
+@IDS
 @changing
 @click.option("--terminate", is_flag=True, help="Also end the tasks that run.")
 @click.pass_obj
@@ -52,14 +68,19 @@ def cancel(context: CLIContext, /, ids: Sequence[str], terminate: bool, **option
 
 
 @kathikon.command()
+@IDS
 @changing
 @click.pass_obj
 def retry(context: CLIContext, /, ids: Sequence[str], **options: Any) -> None:
-    """Run jobs again that have ended without success, in place: IDS, or all that fit the options."""
+    """Run jobs again that have ended without success, in place: IDS, or all that fit the options.
+
+    Without --state, only dead jobs are chosen: not those that somebody has cancelled or discarded.
+    """
     _change(storage_of(context), "retry", ids, {}, options)
 
 
 @kathikon.command()
+@IDS
 @changing
 @click.pass_obj
 def discard(context: CLIContext, /, ids: Sequence[str], **options: Any) -> None:
@@ -70,11 +91,9 @@ def discard(context: CLIContext, /, ids: Sequence[str], **options: Any) -> None:
 @kathikon.command()
 @changing
 @click.pass_obj
-def delete(context: CLIContext, /, ids: Sequence[str], **options: Any) -> None:
+def delete(context: CLIContext, /, **options: Any) -> None:
     """Delete jobs that have ended, with their results and their history: all that fit the options."""
-    if ids:
-        raise click.UsageError("Say which jobs to delete by options such as --state and --until.")
-    _change(storage_of(context), "delete", ids, {}, options)
+    _change(storage_of(context), "delete", (), {}, options)
 
 
 @kathikon.command()
@@ -102,7 +121,7 @@ def _change(place: Any, verb: str, ids: Sequence[str], how: dict[str, Any], opti
         _change_each(operator, verb, ids, how, is_dry, as_json)
         return
     try:
-        selection = operator.jobs(**options).able(verb)
+        selection = chosen(operator, options).able(verb)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     number = selection.count()
@@ -116,7 +135,7 @@ def _change(place: Any, verb: str, ids: Sequence[str], how: dict[str, Any], opti
             print_jobs(first)
         return
     if number > ASKS_ABOVE and not is_sure:
-        click.confirm(f"{verb.capitalize()} {_jobs(number)}?", abort=True, err=True)
+        _confirm(f"{verb.capitalize()} {_jobs(number)}?")
     act: Callable[..., int] = getattr(selection, verb)
     with click.progressbar(length=number, label=verb, file=sys.stderr) as bar:
         done = act(rate=rate, progress=lambda so_far: bar.update(so_far - bar.pos), **how)
@@ -124,6 +143,14 @@ def _change(place: Any, verb: str, ids: Sequence[str], how: dict[str, Any], opti
         print_json({"verb": verb, "changed": done})
     else:
         click.echo(f"{PAST[verb]} {_jobs(done)}.")
+
+
+def _confirm(question: str) -> None:
+    try:
+        click.confirm(question, abort=True, err=True)
+    except click.Abort:
+        click.echo("Nothing was done. Say --yes to do it without this question.", err=True)
+        raise
 
 
 def _change_each(

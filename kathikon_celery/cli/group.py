@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
+from celery.app.utils import find_app
 
 import kathikon_celery.hook  # noqa: F401 (adds our parts to a worker that imports this module)
 from kathikon_celery.operate.kathikon import Kathikon
@@ -50,8 +52,9 @@ def print_json(value: Any) -> None:
 def _completing(ctx: Any) -> Kathikon | None:
     """Return the app's jobs for a completion; `None` if there is no such app or database."""
     with suppress(Exception):
-        app = (ctx.find_root().params or {}).get("app")
+        app = (ctx.find_root().params or {}).get("app") or os.environ.get("CELERY_APP")
         if app is not None:
+            app = find_app(app) if isinstance(app, str) else app
             storage = Storage.for_app(app, setup=False)
             storage.database.connect_timeout = 1.0
             return Kathikon(storage)

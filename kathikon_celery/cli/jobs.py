@@ -23,6 +23,8 @@ from kathikon_celery.cli.group import (
 )
 from kathikon_celery.job import Cause, Job, State
 from kathikon_celery.operate.kathikon import Kathikon
+from kathikon_celery.operate.selection import Selection
+from kathikon_celery.storage.errors import NotFound
 
 if TYPE_CHECKING:
     from celery.bin.base import CLIContext
@@ -47,7 +49,10 @@ class Moment(click.ParamType):  # type: ignore[type-arg]
         if isinstance(value, datetime):
             return value
         if self._is_past and (age := re.fullmatch(r"(\d+)([smhdw])", value)):
-            return datetime.now(timezone.utc) - timedelta(**{UNITS[age[2]]: int(age[1])})
+            try:
+                return datetime.now(timezone.utc) - timedelta(**{UNITS[age[2]]: int(age[1])})
+            except OverflowError:
+                self.fail(f"{value!r} is too long ago")
         try:
             moment = datetime.fromisoformat(value.replace("Z", "+00:00"))
         except ValueError:
@@ -69,12 +74,22 @@ SELECTING = [
     click.option("--task", metavar="PATTERN", help="The task's name; * and ? stand for any characters, or for one."),
     click.option("--error", metavar="PATTERN", help="The reason of a job's end, as in 'Timeout*'."),
     click.option("--cause", type=click.Choice(CAUSES), help="Why a job has ended."),
-    click.option("--argument", metavar="TEXT", help="A text in the arguments as JSON, as in '\"user_id\": 42'."),
+    click.option("--argument", metavar="PATTERN", help="In the arguments as JSON, as in '\"user_id\": 42'."),
     click.option("--root", metavar="ID", help="The workflow that began with this job."),
     click.option("--group", metavar="ID", help="The group."),
     click.option("--since", type=Moment(), help="Published then or later: an age such as 12h, or a moment in UTC."),
     click.option("--until", type=Moment(), help="Published before."),
+    click.option("--ended-since", type=Moment(), help="Ended then or later."),
+    click.option("--ended-until", type=Moment(), help="Ended before."),
 ]
+
+
+def chosen(operator: Kathikon, fields: dict[str, Any]) -> Selection:
+    """Return the selection that the options say."""
+    try:
+        return operator.jobs(**fields)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
 
 
 def selecting(command: F) -> F:
@@ -86,7 +101,7 @@ def selecting(command: F) -> F:
 
 @kathikon.command(name="jobs")
 @selecting
-@click.option("--limit", default=20, show_default=True, type=click.IntRange(1), help="How many jobs at most.")
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 10_000), help="How many jobs at most.")
 @click.option("--after", metavar="ID", help="Go on behind this job, the last one of the page before.")
 @click.option("--count", "only_count", is_flag=True, help=f"Print only the number of jobs, up to {MOST:,}+.")
 @click.option("--exact", is_flag=True, help="With --count: count them all, however many there are.")
@@ -104,7 +119,9 @@ def jobs_command(
 ) -> None:
     """List jobs, without a state the newest first."""
     operator = Kathikon(storage_of(context))
-    selection = operator.jobs(**fields)
+    if exact and not only_count:
+        raise click.UsageError("--exact goes with --count.")
+    selection = chosen(operator, fields)
     if only_count:
         number = selection.count(None if exact else MOST + 1)
         if as_json:
@@ -128,11 +145,11 @@ def jobs_command(
 def show(context: CLIContext, /, ids: Sequence[str], as_json: bool) -> None:
     """Show all that the table says of jobs."""
     operator = Kathikon(storage_of(context))
-    found = [_as_dict(operator.job(job_id), is_whole=True) for job_id in ids]
+    jobs, errors = _each(ids, operator.job)
+    found = [_as_dict(job, is_whole=True) for job in jobs]
     if as_json:
         print_json(found)
-        return
-    for job in found:
+    for job in () if as_json else found:
         width = max(map(len, job))
         for name, value in job.items():
             if value not in (None, [], ""):
@@ -140,6 +157,20 @@ def show(context: CLIContext, /, ids: Sequence[str], as_json: bool) -> None:
                 lines = [legible(line) for line in text.splitlines()] or [""]
                 click.echo(f"{name:<{width}}  " + f"\n{'':<{width}}  ".join(lines))
         click.echo()
+    if errors:
+        raise SystemExit(1)
+
+
+def _each(ids: Sequence[str], read: Callable[[str], Any]) -> tuple[list[Any], int]:
+    """Return what *read* returns for each of the jobs that exist, and how many do not; say which."""
+    found, errors = [], 0
+    for job_id in ids:
+        try:
+            found.append(read(job_id))
+        except NotFound as error:
+            click.echo(f"Error: {error}", err=True)
+            errors += 1
+    return found, errors
 
 
 @kathikon.command()
@@ -149,12 +180,13 @@ def show(context: CLIContext, /, ids: Sequence[str], as_json: bool) -> None:
 def explain(context: CLIContext, /, ids: Sequence[str], as_json: bool) -> None:
     """Say why jobs do not run, or how they ended."""
     operator = Kathikon(storage_of(context))
-    found = [operator.explain(job_id) for job_id in ids]
+    found, errors = _each(ids, operator.explain)
     if as_json:
         print_json([{"id": one.job.id, "state": one.job.state, "why": one.why, "text": one.text} for one in found])
-        return
-    for one in found:
+    for one in () if as_json else found:
         click.echo(f"{legible(one.job.id)}: {legible(one.text)}")
+    if errors:
+        raise SystemExit(1)
 
 
 @kathikon.command()

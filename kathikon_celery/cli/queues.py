@@ -47,7 +47,10 @@ class Age(click.ParamType):  # type: ignore[type-arg]
         found = re.fullmatch(r"(\d+)([smhdw])", value)
         if found is None:
             self.fail(f"{value!r} is no time such as 90s, 10m, 2h or 3d")
-        return timedelta(**{UNITS[found[2]]: int(found[1])})
+        try:
+            return timedelta(**{UNITS[found[2]]: int(found[1])})
+        except OverflowError:
+            self.fail(f"{value!r} is too long a time")
 
 
 # --- what there is
@@ -174,11 +177,14 @@ def pause(
     context: CLIContext, /, age: timedelta | None, until: datetime | None, reason: str | None, **options: Any
 ) -> None:
     """Keep all workers from starting jobs of queues or tasks. What runs goes on; what waits keeps its place."""
-    if age and until:
+    if age is not None and until is not None:
         raise click.UsageError("Say either --for or --until.")
     operator = Kathikon(storage_of(context), options.pop("operator"))
     for verb, name in _chosen("pause", **options):
-        getattr(operator, f"pause_{verb}")(*name, until=age or until, reason=reason)
+        try:
+            getattr(operator, f"pause_{verb}")(*name, until=until if age is None else age, reason=reason)
+        except (ValueError, OverflowError) as error:
+            raise click.UsageError(str(error)) from None
     _show_pauses(operator.pauses())
 
 
@@ -266,6 +272,7 @@ def health(
     if as_json:
         print_json(asdict(report))
     else:
-        click.echo(legible(str(report)))
+        for line in str(report).split("\n"):
+            click.echo(legible(line))
     if report.problems:
         raise SystemExit(1)

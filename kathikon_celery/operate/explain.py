@@ -43,11 +43,10 @@ def _explained(connection: Connection, job: Job) -> tuple[str, str]:
     if job.state in (State.CLAIMED, State.RUNNING):
         holder = nodes.name_of(connection, job.node_id)
         by = f"node {job.node_id} ({holder})" if holder else f"node {job.node_id}, which is gone: a worker will free it"
-        if job.revoked_at is not None:
-            by += f", was revoked at {_at(job.revoked_at)} and will not run again"
+        marked = f"; it was revoked at {_at(job.revoked_at)}, and will not run again" if job.revoked_at else ""
         if job.state is State.RUNNING:
-            return "running", f"it is running on {by} since {_at(job.started_at)}"
-        return "claimed", f"it is held by {by} since {_at(job.claimed_at)}, and waits for a free slot there"
+            return "running", f"it is running on {by} since {_at(job.started_at)}{marked}"
+        return "claimed", f"it is held by {by} since {_at(job.claimed_at)}, and waits for a free slot there{marked}"
     if job.state is State.WAITING_FOR_CHILDREN:
         return "children", "its task was replaced by others: it ends when the last of them ends"
     present = reading.present(connection)
@@ -64,6 +63,8 @@ def _explained(connection: Connection, job: Job) -> tuple[str, str]:
     if job.queue is None or nodes.without_consumer([job.queue], nodes.consumed(connection)):
         return "no_consumer", f"it waits: no live worker consumes its queue {job.queue!r}"
     before = reading.ready_before(connection, job)
+    if not before:
+        return "in_line", f"it is the next one of its queue {job.queue!r}, whose workers have no free slot"
     return "in_line", f"it waits in its queue {job.queue!r}: {before} jobs are before it"
 
 

@@ -49,9 +49,12 @@ def check(
     try:
         with storage.database.read() as connection:
             health.version = schema.current(connection)
-            if health.version != schema.HEAD:
-                there = f"version {health.version}" if health.version else "no tables"
-                health.problems.append(f"the schema of {health.database} has {there}, this code {schema.HEAD}")
+            if health.version is None:
+                health.problems.append(f"{health.database} has no tables yet")
+            elif health.version != schema.HEAD:
+                health.problems.append(
+                    f"the tables of {health.database} have version {health.version}, this code has {schema.HEAD}"
+                )
             if health.version is None or health.version < schema.HEAD:
                 return health
             found = status.status(connection)

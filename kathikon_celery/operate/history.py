@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 from kathikon_celery.job import TERMINAL, Job
@@ -16,14 +17,12 @@ def history(storage: Storage, job: Job) -> list[Event]:
         noted = acts.history_of(connection, job.id)
     events = [*_of_row(job), *noted]
     ends = [event.at for event in events if event.event in TERMINAL]
-
-    def order(event: Event) -> tuple[datetime, bool]:
-        """A failure is written just after the end that it leads to, in the same transaction."""
-        is_failure = event.event == "failed"
-        end = next((end for end in ends if is_failure and end <= event.at <= end + _TRANSACTION), event.at)
-        return end, not is_failure
-
-    return sorted(events, key=order)
+    for number, event in enumerate(events):
+        # A failure is written just after the end that it leads to, in the same transaction.
+        end = next((end for end in ends if end <= event.at <= end + _TRANSACTION), None)
+        if event.event == "failed" and end is not None:
+            events[number] = replace(event, at=end)
+    return sorted(events, key=lambda event: (event.at, event.event != "failed"))
 
 
 _TRANSACTION = timedelta(seconds=1)

@@ -47,6 +47,8 @@ class Kathikon:
     """
 
     def __init__(self, app: Celery | Storage, operator: str | None = None) -> None:
+        if not (isinstance(app, Storage) or hasattr(app, "conf")):
+            raise TypeError(f"{app!r} is neither a Celery app nor a Storage")
         self.storage = app if isinstance(app, Storage) else Storage.for_app(app)
         self.operator = operator or _somebody()
         self._app = None if isinstance(app, Storage) else app
@@ -164,18 +166,26 @@ class Kathikon:
         group: str | None = None,
         since: datetime | None = None,
         until: datetime | None = None,
+        ended_since: datetime | None = None,
+        ended_until: datetime | None = None,
     ) -> Selection:
         """Return the jobs that fit all that is given: see `Filter`. Nothing is read yet.
 
         Raises `ValueError` for a state or a cause that does not exist, and for a moment without a time zone.
         """
         chosen = [states] if isinstance(states, str) else states
-        for name, moment in (("since", since), ("until", until)):
+        moments: dict[str, Any] = {
+            "since": since,
+            "until": until,
+            "ended_since": ended_since,
+            "ended_until": ended_until,
+        }
+        for name, moment in moments.items():
             _check_aware(name, moment)
         fields = Filter(
             states=frozenset(_member(State, "state", state) for state in chosen),
             cause=None if cause is None else _member(Cause, "cause", cause),
-            queue=queue, task=task, error=error, argument=argument, root=root, group=group, since=since, until=until,
+            queue=queue, task=task, error=error, argument=argument, root=root, group=group, **moments,
         )  # fmt: skip
         return Selection(self, fields)
 
@@ -216,10 +226,16 @@ class Kathikon:
     def _pause(self, kind: Kind, name: str, until: datetime | timedelta | None, reason: str | None) -> None:
         if not name and kind is not Kind.ALL:
             raise ValueError(f"the {kind} to pause has no name; pause_all() pauses everything")
-        if isinstance(until, timedelta):
+        if until is not None:
+            if not isinstance(until, datetime | timedelta):
+                raise TypeError(f"until = {until!r} is neither a moment nor a time: give a datetime or a timedelta")
             with self.storage.database.read() as connection:
-                until = reading.present(connection) + until
-        _check_aware("until", until)
+                present = reading.present(connection)
+            end = present + until if isinstance(until, timedelta) else until
+            _check_aware("until", end)
+            if end <= present:
+                raise ValueError(f"until = {until} is not in the future: such a pause would be over at once")
+            until = end
         self.storage.backend.pause(kind, name, until, self._act("pause", _target(kind, name), reason))
 
     def _resume(self, kind: Kind, name: str, reason: str | None) -> bool:
@@ -257,7 +273,9 @@ def _target(kind: Kind, name: str) -> str:
     return "everything" if kind is Kind.ALL else f"{kind} {name}"
 
 
-def _check_aware(name: str, moment: datetime | None) -> None:
+def _check_aware(name: str, moment: Any) -> None:
+    if not isinstance(moment, datetime | None):
+        raise TypeError(f"{name} = {moment!r} is no datetime")
     if moment is not None and moment.tzinfo is None:
         raise ValueError(f"{name} = {moment} has no time zone; use an aware datetime")
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from celery.utils.time import rate as per_second
 
-from kathikon_celery.job import HELD, Job, State
+from kathikon_celery.job import HELD, Job
 from kathikon_celery.operate import verbs
-from kathikon_celery.operate.verbs import MAY, Change, NotAllowed
+from kathikon_celery.operate.verbs import BY_DEFAULT, MAY, Change, NotAllowed
 from kathikon_celery.storage.acts import Act
 from kathikon_celery.storage.errors import NotFound
 from kathikon_celery.storage.selecting import Filter
@@ -109,15 +109,21 @@ class Selection:
         return number
 
     def able(self, verb: str) -> Selection:
-        """Return those of the jobs whose state allows *verb*. Raises `ValueError` if none that is asked for does."""
-        asked = frozenset(self.filter.states or State)
+        """Return those of the jobs that allow *verb*. Raises `ValueError` if no state that is asked for does.
+
+        Without a state, ``retry`` is for dead jobs only: not for those that somebody has cancelled or discarded, and
+        not for those that wait for their time.
+        """
+        asked = frozenset(self.filter.states or BY_DEFAULT[verb])
         states = MAY[verb] & asked
         if not states:  # an empty filter would mean every state
             raise ValueError(
                 f"{verb} is for jobs that are {', '.join(sorted(MAY[verb]))}, and not for those that are"
                 f" {', '.join(sorted(asked))}"
             )
-        return replace(self, filter=replace(self.filter, states=states))
+        is_run = verb != "delete"
+        chosen = replace(self.filter, states=states, with_message=is_run, without_replaced=verb == "retry")
+        return replace(self, filter=chosen)
 
     def _changed(
         self, verb: str, change: Change | None, rate: str | None, reason: str | None
@@ -129,7 +135,7 @@ class Selection:
         backend = self.kathikon.storage.backend
         by_hand = verbs.checked(verb, change or verbs.unchanged)
         able = self.able(verb)
-        a_second = per_second(rate) if rate else 0.0
+        a_second = pace(rate)
         size = max(1, min(CHUNK, int(a_second / STEPS))) if a_second else CHUNK
         act = Act(verb=verb, target=str(self.filter), operator=self.kathikon.operator, reason=reason)
         backend.begin(act)
@@ -145,6 +151,19 @@ class Selection:
                 next_at = max(next_at, monotonic() - 1.0) + len(done) / a_second
             yield page, len(done)
         backend.end(act)
+
+
+def pace(rate: str | float | None) -> float:
+    """Return how many jobs a second *rate* means; 0: no limit. Raises `ValueError`."""
+    if rate is None:
+        return 0.0
+    try:
+        found = float(per_second(rate))
+    except (ValueError, TypeError, KeyError, OverflowError):
+        found = -1.0
+    if not 0 < found < 1e9:
+        raise ValueError(f"rate = {rate!r} is no rate above 0, such as 50/s, 600/m or 1000/h")
+    return found
 
 
 def _told(number: int, progress: Progress | None) -> int:

@@ -16,6 +16,8 @@ MAY = {
     "discard": frozenset(State) - HELD - {State.COMPLETED, State.CANCELLED, State.DISCARDED},
     "delete": TERMINAL,
 }
+#: The states that a bulk verb is for if none is asked for.
+BY_DEFAULT = {**MAY, "retry": frozenset({State.DEAD})}
 #: The reason on the job's row if the operator gives none.
 BY_HAND = {"cancel": "cancelled by hand", "discard": "discarded by hand"}
 #: What a verb does to a job that allows the verb.
@@ -28,7 +30,7 @@ class NotAllowed(ValueError):
     def __init__(self, verb: str, job: Job, why: str | None = None) -> None:
         self.job = job
         allowed = ", ".join(state for state in State if state in MAY[verb])
-        what = f"is {job.state}" if job.queue is not None else "is only a result, without a message,"
+        what = f"is {job.state}" if job.queue is not None else "is only a result, without a message"
         said = why or f"{what}; nothing was done: {verb} is for jobs that are {allowed}"
         super().__init__(f"job {job.id!r} {said}")
 
@@ -37,6 +39,10 @@ def check(verb: str, job: Job) -> None:
     """Raise `NotAllowed` unless *verb* is allowed for *job*."""
     if job.state not in MAY[verb] or (job.queue is None and verb != "delete"):
         raise NotAllowed(verb, job)
+    if verb == "retry" and job.cause is Cause.CHILDREN:
+        raise NotAllowed(
+            verb, job, "was replaced by others, one of which has not succeeded; nothing was done: retry that one"
+        )
 
 
 def checked(verb: str, change: Change) -> Change:

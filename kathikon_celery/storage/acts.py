@@ -8,12 +8,12 @@ from datetime import datetime
 from random import getrandbits
 from typing import Any
 
-from sqlalchemy import Connection, Select, bindparam, delete, insert, select, tuple_, update
+from sqlalchemy import Connection, Select, bindparam, delete, exists, insert, select, tuple_, update
 
 from kathikon_celery.job import TERMINAL, Job
 from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.names import key, printable
-from kathikon_celery.storage.tables import acts, history
+from kathikon_celery.storage.tables import acts, history, jobs
 
 
 @dataclass(kw_only=True)
@@ -126,6 +126,19 @@ def history_of(connection: Connection, job_id: str) -> list[Event]:
         text = row.text or (act.reason if act else None)
         events.append(Event(row.at, row.event, text, act.operator if act else None, row.traceback))
     return events
+
+
+_RETRIED = (
+    select(history.c.seq)
+    .where(history.c.job == bindparam("of_job"), history.c.event == "retry")
+    .where(exists().where(jobs.c.id == bindparam("of_job"), jobs.c.revoked_at.is_(None)))
+    .limit(1)
+)
+
+
+def was_retried(connection: Connection, job_id: str) -> bool:
+    """Whether an operator has retried the job, and it was not revoked since."""
+    return connection.execute(_RETRIED, {"of_job": key(job_id)}).first() is not None
 
 
 _DONE_BY = select(history.c.job).where(

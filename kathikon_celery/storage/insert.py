@@ -39,7 +39,7 @@ _OWN = (
 _REVOKED = transitions.ended(
     State.CANCELLED,
     jobs.c.seq == bindparam("number"),
-    status=null(),
+    **dict.fromkeys(transitions.WRITTEN, null()),
     reason=transitions.REVOKED,
     cause=Cause.REVOKED.value,
 ).of()

@@ -13,7 +13,7 @@ from sqlalchemy.sql.expression import ColumnElement, TextClause
 
 from kathikon_celery.job import HELD as HELD_STATES
 from kathikon_celery.job import TERMINAL, WAITING, Cause, Job, State
-from kathikon_celery.storage.names import key
+from kathikon_celery.storage.names import key, printable
 from kathikon_celery.storage.reading import jobs_of
 from kathikon_celery.storage.tables import DUE, ENDED, HELD, READY, fits, jobs, state_in
 
@@ -30,8 +30,13 @@ class Filter:
         queue, root, group: the name or id itself. A root has no ``root_id``: *root* fits its ``id`` as well.
         task, error: patterns, see `tables.fits`. *error* is for the reason of the job's end.
         cause: why the job has ended.
-        argument: a text within the arguments as they are written in JSON, such as ``"user_id": 42``.
+        argument: a pattern within the arguments as they are written in JSON, such as ``"user_id": 42``.
         since, until: published at that moment or later, and before that moment.
+        ended_since, ended_until: ended at that moment or later, and before that moment.
+        with_message: no rows that are only a result, such as that of a chord's body that never ran.
+        without_replaced: no jobs that were replaced by others, which have not succeeded.
+
+    Raises `TypeError` for a pattern that is no text, `ValueError` for an empty text.
     """
 
     states: Collection[State] = ()
@@ -44,10 +49,22 @@ class Filter:
     group: str | None = None
     since: datetime | None = None
     until: datetime | None = None
+    ended_since: datetime | None = None
+    ended_until: datetime | None = None
+    with_message: bool = False
+    without_replaced: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("queue", "task", "error", "argument", "root", "group"):
+            value = getattr(self, name)
+            if not isinstance(value, str | None):
+                raise TypeError(f"{name} = {value!r} is no text")
+            if value == "":
+                raise ValueError(f"{name} is an empty text, which no job has; leave it out, or name one")
 
     def __str__(self) -> str:
-        """Return the fields that are given, as JSON."""
-        given = {one.name: getattr(self, one.name) for one in fields(self)}
+        """Return the fields that are given, as JSON; without those that a verb adds."""
+        given = {one.name: getattr(self, one.name) for one in fields(self) if not one.name.startswith("with")}
         given["states"] = sorted(self.states)
         return json.dumps({name: value for name, value in given.items() if value not in (None, [])}, default=str)
 
@@ -58,11 +75,13 @@ class Filter:
         for column, pattern in ((jobs.c.task, self.task), (jobs.c.reason, self.error)):
             if pattern is not None:
                 is_pattern = "*" in pattern or "?" in pattern
-                yield fits(column, literal(pattern, Text())) if is_pattern else column == pattern
+                text = printable(pattern)
+                yield fits(column, literal(text, Text())) if is_pattern else column == text
         if self.cause is not None:
             yield jobs.c.cause == self.cause.value
         if self.argument is not None:
-            yield jobs.c.body.contains(self.argument, autoescape=True)
+            written = "".join(one if one.isascii() else json.dumps(one)[1:-1] for one in self.argument)
+            yield fits(jobs.c.body, literal(f"*{printable(written)}*", Text()))
         if self.root is not None:
             yield or_(jobs.c.root_id == key(self.root), jobs.c.id == key(self.root))
         if self.group is not None:
@@ -71,6 +90,14 @@ class Filter:
             yield jobs.c.inserted_at >= self.since
         if self.until is not None:
             yield jobs.c.inserted_at < self.until
+        if self.ended_since is not None:
+            yield jobs.c.ended_at >= self.ended_since
+        if self.ended_until is not None:
+            yield jobs.c.ended_at < self.ended_until
+        if self.with_message:
+            yield jobs.c.queue.is_not(None)
+        if self.without_replaced:
+            yield func.coalesce(jobs.c.cause, "") != Cause.CHILDREN.value
 
 
 #: A column, and whether its highest value comes first.

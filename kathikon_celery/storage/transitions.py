@@ -234,8 +234,8 @@ def expired() -> Change:
 
 def revoked(*where: Condition) -> Change:
     """Open rows *where* are cancelled; those that a worker holds get ``revoked_at``, and do not run again."""
-    new = {"state": State.CANCELLED.value, "status": null(), "ended_at": now(), "reason": REVOKED}
-    new |= {"cause": Cause.REVOKED.value}
+    new = {"state": State.CANCELLED.value, "ended_at": now(), "reason": REVOKED, "cause": Cause.REVOKED.value}
+    new |= dict.fromkeys(WRITTEN, null())
     values = {name: case((IS_HELD, jobs.c[name]), else_=value) for name, value in new.items()}
     values["revoked_at"] = case((IS_HELD, now()), else_=jobs.c.revoked_at)
     return Change(jobs, values, (*where, may_become(State.CANCELLED)))
@@ -268,6 +268,9 @@ def ended_from_afar(ended: State | None) -> Upsert:
             changed["ended_at"] = case((IS_HELD, null()), (stays, jobs.c.ended_at), else_=now())
             changed["reason"] = case((stays, jobs.c.reason), else_=reason)
             changed["cause"] = case((stays, jobs.c.cause), else_=cause)
+        if ended is State.DEAD:
+            was_replaced = jobs.c.state == State.WAITING_FOR_CHILDREN.value
+            changed["cause"] = case((was_replaced, Cause.CHILDREN.value), else_=changed["cause"])
         if ended is State.CANCELLED:  # by another process: leave status NULL, so that the lifeline runs errbacks
             changed["status"] = case((or_(IS_HELD, jobs.c.queue.is_(None)), WRITTEN["status"]), else_=null())
             changed["revoked_at"] = case((IS_HELD, now()), else_=jobs.c.revoked_at)
@@ -287,7 +290,7 @@ def put_back(job: Job, old: State) -> dict[str, Any]:
     """Return new values by column for a row that `update` changes from the state *old* to the state of *job*."""
     if job.state in BRINGS:
         # Such as RETRY: NULL, so that the lifeline runs the errbacks of a job that did not succeed.
-        progress = {"status": null()} if old not in TERMINAL and job.status not in _ENDS else {}
+        progress = dict.fromkeys(WRITTEN, null()) if old not in TERMINAL and job.status not in _ENDS else {}
         return {"state": job.state.value, **BRINGS[job.state], **progress}
     due = job.scheduled_at if job.state in WAITING and job.scheduled_at else now()
     waits: dict[str, Any] = {"available_at": due, "acked": false(), "fence": next_fence(jobs)}

@@ -40,6 +40,7 @@ from kathikon_celery.consume.delivery import (
 from kathikon_celery.job import Cause, State, in_brief
 from kathikon_celery.publish import outbox
 from kathikon_celery.results.carrier import Carried
+from kathikon_celery.storage import acts
 from kathikon_celery.storage.errors import is_lost
 from kathikon_celery.transport.channel import Delivered
 from kathikon_celery.worker.shutdown import KILLED, NOT_BEGUN, InProcessPool
@@ -260,6 +261,26 @@ class Request(CeleryRequest):
         self._set_outcome(_ended(State.DEAD, Cause.TIME_LIMIT, f"hard time limit ({timeout} s) exceeded"))
         with outbox.within(is_reported=self._has_failed):  # by billiard: Celery's report is the second
             super().on_timeout(False, timeout)
+
+    def revoked(self) -> bool:
+        """Whether the job was revoked, and no operator has retried it since.
+
+        A worker remembers for hours what was revoked; that an operator has retried the job is in the table.
+        """
+        is_remembered = self.id in worker_state.revoked or (self.stamped_headers and worker_state.revoked_stamps)
+        if not is_remembered or not self._was_retried():
+            return bool(super().revoked())
+        worker_state.revoked.discard(self.id)
+        return bool(self._already_revoked)
+
+    def _was_retried(self) -> bool:
+        try:
+            with self._message.channel.storage.database.read() as connection:
+                return acts.was_retried(connection, self.id)
+        except Exception as error:
+            if not is_lost(error):
+                raise
+            return False
 
     @_settles
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:

@@ -137,7 +137,8 @@ def test_a_bulk_verb_changes_what_fits(operator: Kathikon, jobs: Jobs, call: Cal
     assert {jobs.of(one).state for one in mail} == {State.AVAILABLE}
     assert operator.jobs("available", queue="mail").cancel(rate="50/s", progress=seen.append) == 15
     assert seen == [5, 10, 15]
-    retried = call("retry", "--queue", "mail", "--yes")
+    assert call("retry", "--queue", "mail", "--yes").stdout == "Retried 0 jobs.\n"  # without a state: the dead ones
+    retried = call("retry", "--queue", "mail", "--state", "cancelled", "--yes")
     assert retried.exception is None, retried.exception
     assert (retried.exit_code, retried.stdout) == (0, "Retried 15 jobs.\n")
     assert {jobs.of(one).state for one in mail} == {State.AVAILABLE}

@@ -107,8 +107,12 @@ def test_what_is_refused(operator: Kathikon) -> None:
     with pytest.raises(ValueError, match="has no name"):
         operator.pause_queue("")
     assert operator.pauses() == []
-    operator.pause_queue("mail", until=datetime(2000, 1, 1, tzinfo=timezone.utc))
-    assert operator.pauses() == []
+    for past in (datetime(2000, 1, 1, tzinfo=timezone.utc), timedelta(0), timedelta(seconds=-5)):
+        with pytest.raises(ValueError, match="is not in the future"):
+            operator.pause_queue("mail", until=past)
+    with pytest.raises(TypeError, match="until = '30m' is neither a moment nor a time"):
+        operator.pause_queue("mail", until="30m")  # type: ignore[arg-type]
+    assert (operator.pauses(), operator.acts()) == ([], [])
 
 
 def test_a_second_pause_replaces_the_first(operator: Kathikon) -> None:

@@ -148,3 +148,44 @@ def test_an_abortable_task_sees_that_its_job_was_cancelled(
     with pytest.raises(TaskRevokedError):
         result.get(timeout=60)
     assert jobs.of(result).state is State.CANCELLED
+
+
+@pytest.mark.parametrize("how", ["revoked", "cancelled", "stamped"])
+def test_an_operators_retry_holds_in_a_worker_that_remembers_the_revocation(
+    client: Celery, jobs: Jobs, journal: Journal, workers: Workers, how: str
+) -> None:
+    operator, worker = Kathikon(client), workers(concurrency=1)
+    signature = apps.append.s(journal.path, "ran")
+    signature.stamp(customer="7")
+    result = signature.apply_async(countdown=3600)
+    if how == "stamped":
+        client.control.revoke_by_stamped_headers({"customer": "7"}, reply=True, timeout=60, limit=1)
+    elif how == "revoked":
+        client.control.revoke(result.id, reply=True, timeout=60, limit=1)
+    else:
+        operator.cancel(result.id)
+        client.control.revoke(result.id, reply=True, timeout=60, limit=1)
+    assert worker.running
+    assert jobs.wait(result, State.CANCELLED).attempts == 0
+    operator.retry(result.id)
+    assert operator.result(result.id).get(timeout=60) == "ran"
+    result.revoke()
+    assert jobs.of(result).state is State.COMPLETED
+
+
+def test_a_second_revocation_after_a_retry_holds(
+    client: Celery, jobs: Jobs, journal: Journal, workers: Workers, tmp_path: Path
+) -> None:
+    operator = Kathikon(client)
+    workers(concurrency=1)
+    gate = tmp_path / "gate"
+    result = apps.append.apply_async((journal.path, "ran"), countdown=3600)
+    client.control.revoke(result.id, reply=True, timeout=60, limit=1)
+    blocking = apps.wait_for_file.delay(str(gate), journal.path, "blocks")
+    journal.wait(1)
+    operator.retry(result.id)
+    client.control.revoke(result.id, reply=True, timeout=60, limit=1)
+    gate.touch()
+    assert blocking.get(timeout=60) == "done"
+    assert jobs.wait(result, State.CANCELLED).cause is Cause.REVOKED
+    assert journal.lines == ["blocks"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -191,9 +191,9 @@ def test_a_pause_holds_at_once_for_each_kind_of_claim(
 
 def test_a_pause_that_has_ended_holds_no_more(storage: Storage, worker: Worker, operator: Kathikon) -> None:
     storage.insert(new_job())
-    for pause in (operator.pause_queue, operator.pause_task):
-        pause("*" if pause == operator.pause_task else "default", until=timedelta(seconds=-1))
-    operator.pause_all(until=timedelta(seconds=-1))
+    past = datetime.now(timezone.utc) - timedelta(seconds=1)
+    for kind, name in ((Kind.QUEUE, "default"), (Kind.TASK, "*"), (Kind.ALL, "")):
+        storage.backend.pause(kind, name, past, _act("pause"))
     assert len(worker.claim()) == 1
 
 

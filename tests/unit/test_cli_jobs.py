@@ -75,7 +75,17 @@ def test_a_job_as_text(app: Celery) -> None:
         (("retry",), "Say which jobs to retry: either their ids, or options such as --state and --task."),
         (("cancel", "1", "--queue", "mail"), "Say which jobs to cancel: either their ids, or options"),
         (("retry", "--state", "completed", "--yes"), "retry is for jobs that are cancelled, dead, discarded, "),
-        (("jobs", "--limit", "0"), "0 is not in the range x>=1"),
+        (("jobs", "--limit", "0"), "0 is not in the range 1<=x<=10000"),
+        (("jobs", "--exact"), "--exact goes with --count."),
+        (("jobs", "--since", "99999999999999d"), "'99999999999999d' is too long ago"),
+        (("jobs", "--queue", ""), "queue is an empty text, which no job has; leave it out, or name one"),
+        (("cancel", "--yes", "--argument", ""), "argument is an empty text, which no job has"),
+        (("retry", "--state", "dead", "--rate", "x"), "rate = 'x' is no rate above 0, such as 50/s, 600/m or 1000/h"),
+        (("retry", "--state", "dead", "--rate", "0/s", "--dry-run"), "rate = '0/s' is no rate above 0"),
+        (("retry", "--state", "dead", "--rate", "inf/s"), "rate = 'inf/s' is no rate above 0"),
+        (("pause", "--all", "--for", "0s"), "until = 0:00:00 is not in the future"),
+        (("pause", "--all", "--until", "2020-01-01"), "is not in the future: such a pause would be over at once"),
+        (("pause", "--all", "--for", "99999999999999d"), "'99999999999999d' is too long a time"),
     ],
 )
 def test_a_wrong_call(app: Celery, arguments: tuple[str, ...], said: str) -> None:
@@ -100,3 +110,42 @@ def test_a_verb_that_the_state_does_not_allow_changes_nothing(app: Celery) -> No
     assert "job '3' is dead; nothing was done: cancel is for jobs that are scheduled, available, " in result.output
     assert invoke(app, "retry", "3", "--dry-run").output == "Would retry 1 job.\n"
     assert Storage.for_app(app).all() == before
+
+
+def test_one_unknown_id_does_not_hide_the_others(app: Celery) -> None:
+    for command in ("show", "explain"):
+        result = invoke(app, command, "1", "none", "2", "--json")
+        assert result.exit_code == 1
+        assert [one["id"] for one in json.loads(result.stdout)] == ["1", "2"]
+        assert result.stderr == "Error: there is no job 'none'\n"
+
+
+def test_a_question_that_nobody_answers_says_how_to_go_on(app: Celery) -> None:
+    Storage.for_app(app).insert_many([Job(id=f"m{number}", queue="many") for number in range(11)])
+    result = invoke(app, "cancel", "--queue", "many")
+    assert result.exit_code == 1
+    assert "Nothing was done. Say --yes to do it without this question." in result.stderr
+
+
+def test_results_without_a_message_are_not_counted(app: Celery) -> None:
+    """Such as that of a chord's body that never ran."""
+    Storage.for_app(app).backend.store_alone(
+        "ghost", State.DEAD, status="FAILURE", result=None, traceback=None, meta=None
+    )
+    found = json.loads(invoke(app, "retry", "--state", "dead", "--dry-run", "--json").output)
+    assert (found["count"], found["first"]) == (1, ["3"])
+    assert "is only a result, without a message; nothing was done" in invoke(app, "retry", "ghost").stderr
+
+
+def test_completion_finds_ids_and_queues(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+    import click
+
+    from kathikon_celery.cli import group
+
+    root = click.Context(click.Command("celery"))
+    root.params = {"app": "proj"}
+    monkeypatch.setattr(group, "find_app", lambda name: {"proj": app}[name])
+    assert group.complete_queues(root, None, "m") == ["mail"]
+    assert set(group.complete_ids(root, None, "")) == {"1", "2", "3"}
+    root.params = {"app": "unknown"}
+    assert group.complete_ids(root, None, "") == []
