@@ -111,6 +111,24 @@ def test_a_cancelled_part_that_is_retried(operator: Kathikon, jobs: Jobs, worker
     assert operator.result(result.id).get(timeout=60) == 6
 
 
+def test_a_task_that_replaced_itself_is_not_retried_but_its_part(
+    operator: Kathikon, jobs: Jobs, journal: Journal, gate: Path, workers: Workers
+) -> None:
+    """Otherwise the parts would run twice."""
+    workers()
+    part = apps.fail_unless.s(str(gate), 5)
+    result = apps.hand_over.delay(chord([part, apps.add.s(1, 1)], apps.total.s()))
+    dead = jobs.wait(result, State.DEAD)
+    assert dead.cause is Cause.CHILDREN
+    with pytest.raises(NotAllowed, match="was replaced by others, one of which has not succeeded; nothing was done"):
+        operator.retry(result)
+    gate.touch()
+    assert operator.jobs("dead").able("retry").count() == 1
+    assert operator.jobs("dead").retry() == 1
+    jobs.wait(result, State.COMPLETED)
+    assert operator.result(result.id).get(timeout=60) == 7
+
+
 # --- copies
 
 
