@@ -13,7 +13,7 @@ from kathikon_celery.consume.idle_state import IdleState
 from kathikon_celery.consume.ledger import Claimed
 from kathikon_celery.consume.pace import BUSY, RUSH
 from kathikon_celery.consume.recovery import Recovery
-from kathikon_celery.consume.subscriptions import UNLIMITED, Subscription, Subscriptions
+from kathikon_celery.consume.subscriptions import NOTHING, UNLIMITED, Subscription, Subscriptions
 from kathikon_celery.job import Job
 from kathikon_celery.nodes.own import OwnNode
 from kathikon_celery.storage import Storage, claim, idle_query, messages, nodes, pauses
@@ -55,6 +55,7 @@ class Claiming:
             raise
         latest = PAUSES_POLLED if self._database.dialect.shares_sessions else PAUSES_CHECKED
         self._read_pauses_at = now + (latest if left is None else min(left, latest))
+        self._database.knows_pauses = paused != NOTHING
         if paused != self._subscriptions.paused:
             self._subscriptions.paused = paused
             self._subscriptions.forget_fronts()

@@ -33,7 +33,7 @@ from kathikon_celery.storage.dialects.parameters import Claim, Pick
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.finish import COMPLETED, completed
-from kathikon_celery.storage.pauses import MAY_START, is_open
+from kathikon_celery.storage.pauses import MAY_START, NOTHING_PAUSED, is_open
 from kathikon_celery.storage.scan_start import ScanStart
 from kathikon_celery.storage.tables import READY, jobs, nodes, ready_in
 from kathikon_celery.storage.transitions import claimed
@@ -78,39 +78,44 @@ def _parts(marks: int) -> list[list[ColumnElement[bool]]]:
     return [*parts, below]
 
 
-@lru_cache(maxsize=16)
-def _claim(marks: int) -> Claim:
-    """Return the claim from a queue; *marks*: number of its `ScanStart.marks`."""
+@lru_cache(maxsize=32)
+def _claim(marks: int, knows_pauses: bool) -> Claim:
+    """Return the claim from a queue; *marks*: number of its `ScanStart.marks`; see `Database.knows_pauses`."""
     ready = (
         select(jobs.c.seq)
-        .where(ready_in(_FROM), _IS_ALIVE, is_open(_FROM), MAY_START)
+        .where(ready_in(_FROM), _IS_ALIVE, *_unless_paused(_FROM, knows_pauses))
         .order_by(desc(jobs.c.priority), jobs.c.available_at, jobs.c.seq)
         .limit(bindparam("at_most", type_=Integer()))
     )
     rows = tuple(ready.where(*part) for part in _parts(marks)) if marks else (ready,)
-    return Claim(claimed(), (*_DELIVERY, _SINCE), Pick(jobs, rows, "kathikon_jobs_ready"))
+    change = claimed() if knows_pauses else claimed(NOTHING_PAUSED)
+    return Claim(change, (*_DELIVERY, _SINCE), Pick(jobs, rows, "kathikon_jobs_ready"))
 
 
-def is_anything_there(with_messages: bool, patterns: int = 0) -> ColumnElement[bool]:
+def _unless_paused(queue: ColumnElement[Any], knows_pauses: bool) -> list[ColumnElement[bool]]:
+    return [is_open(queue), MAY_START] if knows_pauses else []
+
+
+def is_anything_there(with_messages: bool, knows_pauses: bool) -> ColumnElement[bool]:
     """Return the condition that a job or a message is ready in one of the ``queues``, a list of keys.
 
-    *patterns*: number of those of paused tasks, the parameters of `pauses.of_patterns`.
+    *knows_pauses*: see `Database.knows_pauses`.
     """
     queues = rows_of("queues")
-    found = [_first(queues.c.value), *([messages.first(queues.c.value)] if with_messages else [])]
+    found = [_first(queues.c.value, knows_pauses), *([messages.first(queues.c.value)] if with_messages else [])]
     is_there = or_(*(one.limit(1).correlate(queues).scalar_subquery().is_not(None) for one in found))
     return select(literal_column("1")).select_from(queues).where(is_there).limit(1).scalar_subquery().is_not(None)
 
 
-def _first(queue: Any) -> Select[Any]:
+def _first(queue: Any, knows_pauses: bool) -> Select[Any]:
     # In the order of the index: see `messages.first`.
-    ready = select(jobs.c.seq).where(ready_in(queue), is_open(queue), MAY_START)
+    ready = select(jobs.c.seq).where(ready_in(queue), *(_unless_paused(queue, knows_pauses) or [NOTHING_PAUSED]))
     return ready.order_by(desc(jobs.c.priority), jobs.c.available_at, jobs.c.seq)
 
 
 _QUEUES = rows_of("queues")
 _FILLED = select(_QUEUES.c.value).where(
-    _first(_QUEUES.c.value).limit(1).correlate(_QUEUES).scalar_subquery().is_not(None)
+    _first(_QUEUES.c.value, True).limit(1).correlate(_QUEUES).scalar_subquery().is_not(None)
 )
 
 
@@ -136,7 +141,7 @@ def claim(
     """
     look = _Look(database, front)
     values = look.parameters(queue, limit, node_id)
-    rows = database.dialect.claim(connection, _claim(len(look.marks)), values, waiting)
+    rows = database.dialect.claim(connection, _claim(len(look.marks), database.knows_pauses), values, waiting)
     found = look.found(rows, node_id)
     database.events.entered(connection, found, State.CLAIMED)
     return found
@@ -144,7 +149,10 @@ def claim(
 
 # The queue is an expression: otherwise PostgreSQL, while it has no statistics, reads all ready jobs of the queue.
 _IS_TOLD = (jobs.c.seq == bindparam("told"), jobs.c.queue.concat("") == bindparam("from_queue"))
-_CLAIM_TOLD = Claim(claimed(*_IS_TOLD, READY, _IS_ALIVE, is_open(_FROM), MAY_START), tuple(_DELIVERY))
+_CLAIM_TOLD = {
+    True: Claim(claimed(*_IS_TOLD, READY, _IS_ALIVE, is_open(_FROM), MAY_START), tuple(_DELIVERY)),
+    False: Claim(claimed(*_IS_TOLD, READY, _IS_ALIVE, NOTHING_PAUSED), tuple(_DELIVERY)),
+}
 
 
 def claim_told(
@@ -157,7 +165,7 @@ def claim_told(
 ) -> list[Job]:
     """Claim the job *seq*, for which the node was woken, if it is still ready. Takes half the time of `claim`."""
     values = {"from_queue": queue, "told": seq, "by_node": node_id}
-    rows = database.dialect.claim(connection, _CLAIM_TOLD, values, waiting)
+    rows = database.dialect.claim(connection, _CLAIM_TOLD[database.knows_pauses], values, waiting)
     found = [_job(row, node_id) for row in rows]
     database.events.entered(connection, found, State.CLAIMED)
     return found
@@ -218,7 +226,7 @@ def complete_and_claim(
             number = completed(database, connection, holds)
             return number, claim(database, connection, queue, limit, node_id, front, waiting)
     look = _Look(database, front)
-    values, claims = look.parameters(queue, limit, node_id), _claim(len(look.marks))
+    values, claims = look.parameters(queue, limit, node_id), _claim(len(look.marks), database.knows_pauses)
     number, rows = database.dialect.complete_and_claim(connection, COMPLETED, holds, claims, values, waiting)
     return number, look.found(rows, node_id)
 
@@ -226,7 +234,7 @@ def complete_and_claim(
 def preparations(database: Database) -> Iterator[Callable[[Connection], None]]:
     """Yield steps, called with a connection, that compile and prepare statements before the first jobs need them."""
     dialect = database.dialect
-    claims = [_claim(marks) for marks in range(1 + dialect.keeps_old_rows)]
+    claims = [_claim(marks, database.knows_pauses) for marks in range(1 + dialect.keeps_old_rows)]
     steps = dialect.preparations(COMPLETED, claims)
     yield from islice(steps, 1)
     if dialect.wakes_by_name:

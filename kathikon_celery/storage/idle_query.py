@@ -55,14 +55,14 @@ _QUESTIONS = {
 
 
 @lru_cache(maxsize=64)
-def _look(dialect: Dialect, with_messages: bool, questions: tuple[str, ...]) -> Any:
+def _look(dialect: Dialect, with_messages: bool, knows_pauses: bool, questions: tuple[str, ...]) -> Any:
     answers = [_QUESTIONS[name](dialect).label(name) for name in questions]
-    return select(claim.is_anything_there(with_messages), *answers)
+    return select(claim.is_anything_there(with_messages, knows_pauses), *answers)
 
 
-@lru_cache(maxsize=2)
-def _there(with_messages: bool) -> tuple[ColumnElement[bool]]:
-    return (claim.is_anything_there(with_messages),)
+@lru_cache(maxsize=4)
+def _there(with_messages: bool, knows_pauses: bool) -> tuple[ColumnElement[bool]]:
+    return (claim.is_anything_there(with_messages, knows_pauses),)
 
 
 def look(
@@ -77,7 +77,7 @@ def look(
     values: dict[str, Any] = {"queues": list(queues)}
     for one in parameters.values():
         values |= one
-    statement = _look(database.dialect, with_messages, tuple(parameters))
+    statement = _look(database.dialect, with_messages, database.knows_pauses, tuple(parameters))
     # The text of a question may depend on its parameters.
     (row,) = connection.execute(statement, values) if asked else prepared.rows(connection, statement, values)
     answers = dict(zip(parameters, row[1:], strict=True))
@@ -92,5 +92,6 @@ def renew(
     """`look` and renew the node's lease to *lease* seconds, in one statement; `None` if the node was taken for dead."""
     values = {"queues": list(queues), **nodes.of_renewal(node, lease)}
     with database.once() as connection:
-        found = database.dialect.change_and_read(connection, nodes.RENEW, _there(with_messages), values)
+        there = _there(with_messages, database.knows_pauses)
+        found = database.dialect.change_and_read(connection, nodes.RENEW, there, values)
     return bool(found[0]) if found is not None else None

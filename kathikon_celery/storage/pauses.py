@@ -142,7 +142,11 @@ def paused(connection: Connection) -> tuple[Paused, float | None]:
     return Paused(bool(names[Kind.ALL]), queues, tasks), min(ends, default=None)
 
 
-# Claims ask the table itself: a pause holds at once. What a worker has read of it only spares it claims in vain.
+# Claims ask the table itself: a pause holds at once, also in a worker that has not heard of it yet.
+
+#: The condition that nothing is paused at all. A worker that knows of no pause claims by that: it costs least. It finds
+#: nothing then until it has heard of a new pause, and claims by the conditions below.
+NOTHING_PAUSED = ~exists().where(or_(pauses.c.until.is_(None), pauses.c.until > now()))
 
 
 def is_open(queue: ColumnElement[Any]) -> ColumnElement[bool]:

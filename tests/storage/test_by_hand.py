@@ -200,3 +200,23 @@ def test_a_pause_that_has_ended_holds_no_more(storage: Storage, worker: Worker, 
 def is_anything_there(storage: Storage) -> bool:
     with storage.database.read() as connection:
         return idle_query.look(storage.database, connection, ["default"])
+
+
+def test_a_worker_that_has_not_heard_of_a_pause_claims_nothing(
+    storage: Storage, worker: Worker, operator: Kathikon
+) -> None:
+    """It knows that nothing was paused when it last read; what it has done is written all the same."""
+    storage.insert_many([new_job("1"), new_job("2"), new_job("3", queue="other")])
+    storage.database.knows_pauses = False
+    (held,) = worker.claim(1)
+    second = storage.fetch("2")
+    assert second is not None
+    operator.pause_task("of nobody")
+    assert worker.claim() == worker.claim(queue="other") == worker.claim_told(second) == []
+    assert not is_anything_there(storage)
+    with storage.database.write() as connection:
+        done, claimed = storage.backend.complete_and_claim(connection, [held.hold], "default", 5, worker.id)
+    assert (done, claimed) == (1, [])
+    storage.database.knows_pauses = True  # it has read
+    assert is_anything_there(storage)
+    assert [job.id for job in worker.claim()] == ["2"]

@@ -134,6 +134,8 @@ class Database:
         self.connect_timeout, self.silence = connect_timeout, silence
         #: Seconds for which `patiently` tries again when the database is away: 0 for producers, more for workers.
         self.patience = 0.0
+        #: Whether claims have to know what is paused. False in a worker that has read that nothing is: see `pauses`.
+        self.knows_pauses = True
         #: Number of connections made so far; it grows after a loss.
         self.opened = 0
         #: Called before the connections are closed: by objects that have connections of their own.
