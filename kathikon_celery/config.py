@@ -10,6 +10,7 @@ from kathikon_celery.routing import ConfiguredQueues, Router, TransportOptions
 from kathikon_celery.settings import Settings
 
 __all__ = [
+    "beat_scheduler",
     "broker_connection_max_retries",
     "broker_connection_retry_on_startup",
     "broker_transport_options",
@@ -41,6 +42,9 @@ task_reject_on_worker_lost = True
 
 # A task with ignore_result that raises for good is a dead job too, and its row has the error.
 task_store_errors_even_if_ignored = True
+
+# The workers send what beat_schedule says, each tick once; a beat beside them does nothing.
+beat_scheduler = "kathikon_celery.beat:Scheduler"
 
 task_default_queue = "default"  # Kathikon's default; Celery's is "celery"
 task_queues = ConfiguredQueues()

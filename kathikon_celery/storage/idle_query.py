@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from sqlalchemy import Connection, or_, select
 from sqlalchemy.sql.expression import ColumnElement
 
-from kathikon_celery.storage import claim, finish, nodes, promote, prune, topology
+from kathikon_celery.storage import claim, finish, nodes, promote, prune, schedules, topology
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
@@ -42,6 +42,10 @@ def _renewals(dialect: Dialect) -> Any:
     return nodes.RENEWALS
 
 
+def _next_tick(dialect: Dialect) -> Any:
+    return schedules.NEXT_TICK.scalar_subquery()
+
+
 def _is_anything_old(dialect: Dialect) -> Any:
     return prune.IS_ANYTHING_OLD
 
@@ -51,6 +55,7 @@ _QUESTIONS = {
     "is_amiss": _is_amiss,
     "renewals": _renewals,
     "is_anything_old": _is_anything_old,
+    "next_tick": _next_tick,
 }
 
 

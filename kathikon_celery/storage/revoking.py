@@ -46,9 +46,15 @@ def _revoke(database: Database, keys: Sequence[str]) -> int:
     for start in range(0, len(keys), CHUNK):
         chunk = keys[start : start + CHUNK]
         with database.write(durable=True) as connection:
-            waiting = list(connection.execute(_WAITING, {"keys": chunk}).scalars()) if database.events else []
-            number += connection.execute(_REVOKED, {"keys": chunk}).rowcount
-            database.events.changed(connection, ids=waiting)
+            number += revoke_in(database, connection, chunk)
+    return number
+
+
+def revoke_in(database: Database, connection: Connection, keys: Sequence[str]) -> int:
+    """Revoke the jobs with these keys as a part of a transaction; return how many have not ended."""
+    waiting = list(connection.execute(_WAITING, {"keys": keys}).scalars()) if database.events else []
+    number = connection.execute(_REVOKED, {"keys": keys}).rowcount
+    database.events.changed(connection, ids=waiting)
     return number
 
 

@@ -369,3 +369,44 @@ history = Table(
     Column("act", BigInteger),
 )
 Index("kathikon_history_job", history.c.job)
+
+schedules = Table(
+    "kathikon_schedules",
+    metadata,
+    Column("name", Name, primary_key=True),
+    Column("label", Long, nullable=False),
+    #: Who has made the entry: "code" (``beat_schedule``) or "table" (an operator, a program).
+    Column("source", String(10), nullable=False),
+    Column("task", Long, nullable=False),
+    #: JSON; NULL in `timing` is not possible: "code" stands for a schedule that only its code can compute.
+    Column("args", Long, nullable=False),
+    Column("kwargs", Long, nullable=False),
+    Column("options", Long, nullable=False),
+    Column("timing", Long, nullable=False),
+    Column("zone", Long, nullable=False),
+    Column("missed", String(10), nullable=False),
+    Column("grace", Double, nullable=False),
+    Column("overlap", String(10), nullable=False),
+    Column("jitter", Double, nullable=False),
+    Column("starts_at", Instant),
+    Column("ends_at", Instant),
+    Column("max_runs", Integer),
+    Column("runs", Integer, nullable=False),
+    Column("paused", Boolean(create_constraint=False), nullable=False),
+    #: When a worker acts next: `tick_at`, the moment of the timetable, plus the jitter. NULL: never.
+    Column("next_at", Instant),
+    Column("tick_at", Instant),
+    #: The last tick that was sent, when it was sent, and as which job.
+    Column("last_tick", Instant),
+    Column("last_sent", Instant),
+    Column("last_job", Name),
+    #: How many ticks were not sent: missed, or because the job before had not ended.
+    Column("skipped", Integer, nullable=False),
+    #: Why the last attempt to send failed.
+    Column("problem", Long),
+    #: Of the code's entry: its digest, those that it has had before, and whether an operator has changed the row since.
+    Column("digest", String(40)),
+    Column("past", Long, nullable=False),
+    Column("is_changed", Boolean(create_constraint=False), nullable=False),
+)
+Index("kathikon_schedules_next", schedules.c.next_at)

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from celery import bootsteps
 
+from kathikon_celery import beat
 from kathikon_celery.results.unattended import tell
 from kathikon_celery.storage import Storage
 from kathikon_celery.worker.services.lifeline import Lifeline
 from kathikon_celery.worker.services.promoter import Promoter
 from kathikon_celery.worker.services.pruner import Pruner
+from kathikon_celery.worker.services.scheduler import Scheduler
 from kathikon_celery.worker.services.service import Service
 
 if TYPE_CHECKING:
@@ -31,12 +33,19 @@ class Entry:
     name: str
     #: Makes the service for one worker.
     make: Callable[[Celery, Storage], Service]
+    #: Whether the workers of an app run it.
+    is_wanted: Callable[[Celery], bool] = lambda app: True
 
 
 #: All services.
 SERVICES = (
     Entry("promoter", lambda app, storage: Promoter(storage=storage, interval=storage.settings.scheduler_interval)),
     Entry("pruner", lambda app, storage: Pruner(storage=storage, interval=storage.settings.prune_interval)),
+    Entry(
+        "scheduler",
+        lambda app, storage: Scheduler(app=app, storage=storage),
+        lambda app: app.conf.beat_scheduler == beat.NAME,
+    ),
     Entry("lifeline", lambda app, storage: Lifeline(storage=storage, tell=partial(tell, app, storage))),
 )
 
@@ -47,6 +56,9 @@ class ServiceStep(bootsteps.StartStopStep):
     abstract = True
     requires = ("celery.worker.components:Pool",)
     entry: Entry
+
+    def include_if(self, parent: Any) -> bool:
+        return self.entry.is_wanted(parent.app)
 
     def create(self, parent: Any) -> Service:
         service = self.entry.make(parent.app, Storage.for_app(parent.app, setup=False))

@@ -1,0 +1,76 @@
+"""Which ticks of a schedule are sent now, and when the next one is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from random import uniform
+
+from kathikon_celery.schedules.timetable import Following
+from kathikon_celery.storage.schedules import Schedule
+
+#: What is sent of missed ticks.
+MISSED = ("once", "skip", "all")
+#: What happens at a tick whose job before has not ended.
+OVERLAP = ("allow", "skip", "queue", "cancel")
+#: Seconds by which a tick may be late and is not missed.
+LATE = 10.0
+#: Ticks that one step sends at most of one schedule.
+MOST = 100
+#: Missed ticks that are looked at; beyond, the timetable goes on from now.
+MOST_MISSED = 100_000
+
+
+@dataclass(frozen=True)
+class Ticks:
+    """What to do now.
+
+    Arguments:
+        send: the ticks to send.
+        skipped: how many due ticks are not sent.
+        tick_at: the next tick; `None`: there is none.
+    """
+
+    send: list[datetime]
+    skipped: int
+    tick_at: datetime | None
+
+
+def decide(schedule: Schedule, following: Following, now: datetime) -> Ticks:
+    """Return which of the due ticks of *schedule* are sent at *now*, and the next one."""
+    due: list[datetime] = []
+    tick = schedule.tick_at
+    while tick is not None and tick <= now and len(due) < MOST_MISSED:
+        due.append(tick)
+        if schedule.missed == "all" and len(due) == MOST:
+            tick = following(tick)
+            break
+        tick = following(tick)
+    if tick is not None and tick <= now and len(due) == MOST_MISSED:
+        tick = following(now)
+    limit = LATE if schedule.missed == "skip" else max(schedule.grace, LATE)
+    send = [one for one in due if (now - one).total_seconds() <= limit]
+    if schedule.missed != "all":
+        send = send[-1:]
+    if schedule.max_runs is not None:
+        send = send[: max(0, schedule.max_runs - schedule.runs)]
+        if schedule.runs + len(send) >= schedule.max_runs:
+            tick = None
+    if schedule.ends_at is not None:
+        send = [one for one in send if one <= schedule.ends_at]
+        if tick is not None and tick > schedule.ends_at:
+            tick = None
+    return Ticks(send, len(due) - len(send), tick)
+
+
+def first(schedule: Schedule, following: Following, now: datetime) -> datetime | None:
+    """Return the first tick of a schedule that is new, changed or resumed: none that has passed."""
+    after = max(now, schedule.starts_at - timedelta(microseconds=1)) if schedule.starts_at else now
+    tick = following(after)
+    is_over = tick is None or (schedule.ends_at is not None and tick > schedule.ends_at)
+    return None if is_over or (schedule.max_runs is not None and schedule.runs >= schedule.max_runs) else tick
+
+
+def with_jitter(schedule: Schedule, tick: datetime | None) -> datetime | None:
+    """Return when *tick* is sent."""
+    return None if tick is None else tick + timedelta(seconds=uniform(0.0, schedule.jitter))

@@ -1,0 +1,122 @@
+"""Timetables: when a schedule's ticks are, from Celery's schedule objects and as text in a row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone, tzinfo
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from celery.schedules import BaseSchedule, crontab, maybe_schedule, schedule, solar
+
+from kathikon_celery.schedules.wall_clock import Fields
+from kathikon_celery.schedules.wall_clock import following as by_wall_clock
+
+#: Returns the first tick after a moment; `None`: there is none.
+Following = Callable[[datetime], datetime | None]
+#: What a custom schedule class is called in a row: only workers whose code has the entry can compute its ticks.
+CODE = "code"
+
+
+def of(thing: Any, zone: tzinfo) -> tuple[str, Following]:
+    """Return the text of a schedule for its row, and the function of its ticks.
+
+    Arguments:
+        thing: as in ``beat_schedule``: seconds, a timedelta, or one of Celery's schedule objects.
+        zone: the time zone of crontabs.
+    """
+    one = maybe_schedule(thing)
+    if type(one) is crontab:
+        return json.dumps({"crontab": _words(one)}), _crontab(one, zone)
+    if type(one) is schedule:
+        every = one.run_every.total_seconds()
+        return json.dumps({"every": every, "relative": bool(one.relative)}), _every(every, bool(one.relative), zone)
+    if type(one) is solar:
+        where = {"event": one.event, "lat": one.lat, "lon": one.lon}
+        return json.dumps({"solar": where}), _of_code(one)
+    if isinstance(one, BaseSchedule):
+        return CODE, _of_code(one)
+    raise TypeError(
+        f"{thing!r} is no schedule; allowed are seconds, a timedelta, crontab(…), solar(…), and other schedule classes"
+    )
+
+
+def read(text: str, zone: tzinfo) -> Following | None:
+    """Return the function of the ticks of a row's schedule; `None` for one that only its code can compute.
+
+    Raises `ValueError` for a text that is no schedule.
+    """
+    if text == CODE:
+        return None
+    try:
+        spec = json.loads(text)
+        ((kind, given),) = [(name, spec[name]) for name in ("crontab", "every", "solar") if name in spec]
+        if kind == "every":
+            return _every(float(given), bool(spec.get("relative")), zone)
+        return _crontab(crontab(**given), zone) if kind == "crontab" else _of_code(solar(**given))
+    except Exception as error:
+        raise ValueError(f"{text!r} is no schedule: {error}") from error
+
+
+def _words(one: crontab) -> dict[str, str]:
+    names = ("minute", "hour", "day_of_week", "day_of_month", "month_of_year")
+    return {name: str(getattr(one, f"_orig_{name}")) for name in names}
+
+
+def _crontab(one: crontab, zone: tzinfo) -> Following:
+    fields = Fields(
+        tuple(sorted(one.minute)),
+        tuple(sorted(one.hour)),
+        frozenset(one.day_of_week),
+        frozenset(one.day_of_month),
+        frozenset(one.month_of_year),
+    )
+    return lambda after: by_wall_clock(fields, zone, after)
+
+
+def _every(seconds: float, is_relative: bool, zone: tzinfo) -> Following:
+    if not seconds > 0:
+        raise ValueError(f"a schedule each {seconds:g} seconds has no ticks; it must be above 0")
+
+    def following(after: datetime) -> datetime:
+        tick = after + timedelta(seconds=seconds)
+        return _rounded(tick, timedelta(seconds=seconds), zone) if is_relative else tick
+
+    return following
+
+
+def _rounded(tick: datetime, every: timedelta, zone: tzinfo) -> datetime:
+    """Return *tick* rounded down to a whole day, hour or minute of *zone*, as Celery's ``relative=True`` does."""
+    local = tick.astimezone(zone)
+    if every.days > 0:
+        local = local.replace(hour=0, minute=0, second=0, microsecond=0)
+    elif every.total_seconds() >= 3600:
+        local = local.replace(minute=0, second=0, microsecond=0)
+    elif every.total_seconds() >= 60:
+        local = local.replace(second=0, microsecond=0)
+    else:
+        local = local.replace(microsecond=0)
+    return local.astimezone(timezone.utc)
+
+
+def _of_code(one: Any) -> Following:
+    """Return the ticks of a schedule of any class, by Celery's own questions to it."""
+
+    def following(after: datetime) -> datetime | None:
+        before, one.nowfun = one.nowfun, lambda: after
+        try:
+            _, seconds = one.is_due(after)
+        finally:
+            one.nowfun = before
+        return after + timedelta(seconds=float(seconds)) if seconds is not None else None
+
+    return following
+
+
+def zone_of(name: str) -> tzinfo:
+    """Return the time zone *name*, such as ``Europe/Berlin``. Raises `ValueError`."""
+    try:
+        return ZoneInfo(name)
+    except Exception as error:
+        raise ValueError(f"there is no time zone {name!r}; give a name such as 'Europe/Berlin'") from error

@@ -1,0 +1,142 @@
+"""Schedules as rows: which are due, what they were last, and the change of one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, bindparam, delete, insert, or_, select, update
+from sqlalchemy.sql.expression import ColumnElement
+
+from kathikon_celery.storage.clock import now, seconds_until
+from kathikon_celery.storage.column_types import rows_of
+from kathikon_celery.storage.names import key, label, name_of
+from kathikon_celery.storage.tables import schedules
+
+#: Seconds for which a missed tick is still sent.
+GRACE = 3600.0
+
+
+@dataclass(kw_only=True)
+class Schedule:
+    """When a task is sent again and again.
+
+    Arguments:
+        timing: when, as `kathikon_celery.schedules.timetable` writes it.
+        zone: the time zone of crontabs.
+        args, kwargs, options: of the task, as JSON.
+        missed: what is sent of ticks that were missed: "once" (one job for all of them), "skip" or "all".
+        grace: seconds for which a missed tick is still sent.
+        overlap: what happens at a tick whose job before has not ended: "allow", "skip", "queue" or "cancel".
+        jitter: seconds; each tick is sent up to so much later.
+        max_runs: how many ticks are sent in all.
+        source: who has made the entry: "code" (``beat_schedule``), or "table" (an operator, a program).
+        next_at: when a worker acts next; `None`: never.
+        tick_at: the moment of the timetable for that.
+        last_tick, last_sent, last_job: the last tick, when it was sent, and the id of its job.
+        skipped: how many ticks were not sent.
+        problem: why the last attempt to send failed.
+    """
+
+    name: str
+    task: str
+    timing: str
+    zone: str = "UTC"
+    args: str = "[]"
+    kwargs: str = "{}"
+    options: str = "{}"
+    missed: str = "once"
+    grace: float = GRACE
+    overlap: str = "allow"
+    jitter: float = 0.0
+    starts_at: datetime | None = None
+    ends_at: datetime | None = None
+    max_runs: int | None = None
+    source: str = "table"
+    paused: bool = False
+    runs: int = 0
+    next_at: datetime | None = None
+    tick_at: datetime | None = None
+    last_tick: datetime | None = None
+    last_sent: datetime | None = None
+    last_job: str | None = None
+    skipped: int = 0
+    problem: str | None = None
+    digest: str | None = None
+    past: str = "[]"
+    is_changed: bool = False
+
+
+_FIELDS = [one.name for one in fields(Schedule) if one.name != "name"]
+
+
+def _of(row: Any) -> Schedule:
+    return Schedule(name=name_of(row.label), **{name: getattr(row, name) for name in _FIELDS})
+
+
+def _is_ours() -> ColumnElement[bool]:
+    """The condition that this process may send a row's ticks: it is in the table, or in the code of the process."""
+    names = rows_of("own_schedules")
+    return or_(schedules.c.source == "table", schedules.c.name.in_(select(names.c.value)))
+
+
+#: Seconds until a worker has to act, for the schedules of `of_own`.
+NEXT_TICK = (
+    select(seconds_until(schedules.c.next_at))
+    .where(schedules.c.next_at.is_not(None), _is_ours())
+    .order_by(schedules.c.next_at)
+    .limit(1)
+)
+_DUE = (
+    select(schedules)
+    .where(schedules.c.next_at <= now(), _is_ours())
+    .order_by(schedules.c.next_at)
+    .limit(bindparam("at_most"))
+    .with_for_update(skip_locked=True)
+)
+
+
+def of_own(names: Iterable[str]) -> dict[str, Any]:
+    """Return the parameters of `NEXT_TICK`: *names* of the entries of this process's code."""
+    return {"own_schedules": [key(name) for name in names]}
+
+
+def next_tick(connection: Connection, names: Iterable[str]) -> float | None:
+    """Return the seconds until the next tick (negative: overdue), or `None`."""
+    found = connection.execute(NEXT_TICK, of_own(names)).first()
+    return None if found is None else float(found[0])
+
+
+def due(connection: Connection, names: Iterable[str], limit: int) -> list[Schedule]:
+    """Return up to *limit* schedules with a tick to send, without those that others have locked; lock their rows."""
+    return [_of(row) for row in connection.execute(_DUE, {**of_own(names), "at_most": limit})]
+
+
+def every(connection: Connection) -> list[Schedule]:
+    """Return all schedules by name."""
+    return [_of(row) for row in connection.execute(select(schedules).order_by(schedules.c.name))]
+
+
+def fetch(connection: Connection, name: str, lock: bool = False) -> Schedule | None:
+    """Return the schedule, or `None`. *lock*: lock its row until the transaction ends."""
+    query = select(schedules).where(schedules.c.name == key(name))
+    row = connection.execute(query.with_for_update() if lock else query).first()
+    return None if row is None else _of(row)
+
+
+def add(connection: Connection, schedule: Schedule) -> None:
+    """Insert a row."""
+    values = {name: getattr(schedule, name) for name in _FIELDS}
+    connection.execute(insert(schedules).values(name=key(schedule.name), label=label(schedule.name), **values))
+
+
+def change(connection: Connection, name: str, values: Mapping[str, Any]) -> None:
+    """Write *values* by column."""
+    connection.execute(update(schedules).where(schedules.c.name == key(name)).values(**values))
+
+
+def remove(connection: Connection, name: str) -> int:
+    """Delete the row; return how many there were."""
+    return connection.execute(delete(schedules).where(schedules.c.name == key(name))).rowcount

@@ -1,0 +1,154 @@
+"""The scheduler sends each tick of each schedule once: the row is advanced in the transaction that inserts the job."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import NAMESPACE_URL, uuid5
+
+from celery.beat import _evaluate_entry_args, _evaluate_entry_kwargs
+from kombu.utils import json as kombu_json
+
+from kathikon_celery.job import TERMINAL
+from kathikon_celery.publish.enqueue_in import enqueue_in
+from kathikon_celery.schedules import entries, ticking, timetable
+from kathikon_celery.schedules.entries import Entry
+from kathikon_celery.schedules.timetable import Following
+from kathikon_celery.storage import reading, revoking, schedules
+from kathikon_celery.storage.idle_query import Questions
+from kathikon_celery.storage.schedules import Schedule
+from kathikon_celery.worker.services.service import Service
+
+if TYPE_CHECKING:
+    from celery import Celery
+    from sqlalchemy import Connection
+
+logger = logging.getLogger(__name__)
+
+#: Schedules that one transaction handles.
+CHUNK = 50
+#: Seconds after which a schedule that could not be sent, or that waits for its job before, is looked at again.
+AGAIN = 1.0
+#: The longest pause between two looks: an idle worker asks with its idle query, and is called when a schedule changes.
+LONGEST = 5.0
+
+
+class Scheduler(Service):
+    """Sleeps until the next tick. Every worker has one; a tick is sent by whichever comes first."""
+
+    heeds_calls = True
+
+    def __init__(self, *, app: Celery, storage: Any, interval: float = LONGEST) -> None:
+        super().__init__(storage=storage, interval=interval)
+        self._app = app
+        self._entries: dict[str, Entry] | None = None
+
+    def questions(self) -> Questions:
+        return {"next_tick": schedules.of_own(self._entries)} if self._entries is not None else {}
+
+    def spare(self, answers: Mapping[str, Any]) -> float:
+        due: float | None = answers["next_tick"]
+        return self.interval if due is None else min(self.interval, due)
+
+    def step(self) -> float:
+        if self._entries is None:
+            self._entries = entries.of(self._app)
+            self._reconcile()
+        with self.storage.database.read() as connection:
+            left = schedules.next_tick(connection, self._entries)
+        while left is not None and left <= 0 and not self._stopping:
+            left = self._send(self._entries)
+        return self.interval if left is None else min(self.interval, max(left, 0.001))
+
+    def _reconcile(self) -> None:
+        assert self._entries is not None
+        if not self._entries:
+            return
+        database, own = self.storage.database, self._entries
+
+        def write(again: bool) -> None:
+            with database.write(durable=True) as connection:
+                entries.reconcile(connection, own, reading.present(connection))
+                database.dialect.ring(connection)
+
+        database.patiently(write, patient=False)
+
+    def _send(self, own: Mapping[str, Entry]) -> float | None:
+        """Send what is due; return the seconds until the next tick."""
+        with self.storage.database.write(durable=True) as connection:
+            due = schedules.due(connection, own, CHUNK)
+            now = reading.present(connection)
+            for one in due:
+                self._send_one(connection, one, own.get(one.name), now)
+            return schedules.next_tick(connection, own) if due else AGAIN / 10
+
+    def _send_one(self, connection: Connection, one: Schedule, entry: Entry | None, now: datetime) -> None:
+        try:
+            following = self._following(one, entry)
+            ticks = ticking.decide(one, following, now)
+            if ticks.send and one.overlap != "allow" and self._is_open(connection, one):
+                if one.overlap == "queue":
+                    schedules.change(connection, one.name, {"next_at": now + timedelta(seconds=AGAIN)})
+                    return
+                if one.overlap == "cancel":
+                    revoking.revoke_in(self.storage.database, connection, [one.last_job or ""])
+                else:
+                    ticks = ticking.Ticks([], ticks.skipped + len(ticks.send), ticks.tick_at)
+            with connection.begin_nested():
+                jobs = [self._publish(connection, one, entry, tick, now) for tick in ticks.send]
+        except Exception as error:
+            logger.exception("Kathikon: schedule %r cannot be sent; trying again in %g s", one.name, 60 * AGAIN)
+            later = {"problem": repr(error)[:1000], "next_at": now + timedelta(seconds=60 * AGAIN)}
+            schedules.change(connection, one.name, later)
+            return
+        values: dict[str, Any] = {
+            "tick_at": ticks.tick_at,
+            "next_at": ticking.with_jitter(one, ticks.tick_at),
+            "skipped": one.skipped + ticks.skipped,
+            "problem": None,
+        }
+        if jobs:
+            values |= {
+                "runs": one.runs + len(jobs),
+                "last_tick": ticks.send[-1],
+                "last_sent": now,
+                "last_job": jobs[-1],
+            }
+        schedules.change(connection, one.name, values)
+
+    def _following(self, one: Schedule, entry: Entry | None) -> Following:
+        if entry is not None and entry.row.timing == one.timing and entry.row.zone == one.zone:
+            return entry.following
+        following = timetable.read(one.timing, timetable.zone_of(one.zone))
+        if following is None:
+            raise ValueError("only the code that made this schedule can compute its ticks")
+        return following
+
+    def _is_open(self, connection: Connection, one: Schedule) -> bool:
+        job = reading.fetch(connection, one.last_job) if one.last_job else None
+        return job is not None and job.state not in TERMINAL
+
+    def _publish(
+        self, connection: Connection, one: Schedule, entry: Entry | None, tick: datetime, now: datetime
+    ) -> str:
+        if entry is not None and entry.row.digest == one.digest and not one.is_changed:
+            args, kwargs, options = entry.args, entry.kwargs, dict(entry.options)
+        else:
+            args, kwargs, options = (kombu_json.loads(text) for text in (one.args, one.kwargs, one.options))
+        if isinstance(expires := options.get("expires"), int | float):
+            options["expires"] = now + timedelta(seconds=expires)  # by the database's clock, not by this machine's
+        if (countdown := options.pop("countdown", None)) is not None:
+            options["eta"] = now + timedelta(seconds=countdown)
+        said = {"celery_beat_task": True, "kathikon_schedule": one.name, "kathikon_tick": tick.isoformat()}
+        options["headers"] = {**(options.get("headers") or {}), **said}
+        options["task_id"] = str(uuid5(NAMESPACE_URL, json.dumps([one.name, tick.isoformat()])))
+        with enqueue_in(connection):
+            task = self._app.tasks.get(one.task)
+            send = task.apply_async if task is not None else self._send_task(one.task)
+            return str(send(_evaluate_entry_args(args), _evaluate_entry_kwargs(kwargs), **options).id)
+
+    def _send_task(self, name: str) -> Any:
+        return lambda args, kwargs, **options: self._app.send_task(name, args, kwargs, **options)
