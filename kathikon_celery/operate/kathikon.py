@@ -12,6 +12,7 @@ from kathikon_celery.job import HELD, Cause, Job, State
 from kathikon_celery.operate import verbs
 from kathikon_celery.operate.explain import Explanation, explain
 from kathikon_celery.operate.history import history
+from kathikon_celery.operate.schedules import Schedules
 from kathikon_celery.operate.selection import Selection
 from kathikon_celery.operate.verbs import NotAllowed
 from kathikon_celery.storage import Storage, acts, pauses, reading, status
@@ -53,6 +54,11 @@ class Kathikon:
         self.operator = operator or _somebody()
         self._app = None if isinstance(app, Storage) else app
         self.storage.setup()
+
+    @property
+    def schedules(self) -> Schedules:
+        """The schedules, to see and to change."""
+        return Schedules(self.storage, self._app, self.operator)
 
     # --- one job
 

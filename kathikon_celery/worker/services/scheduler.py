@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
-from uuid import NAMESPACE_URL, uuid5
-
-from celery.beat import _evaluate_entry_args, _evaluate_entry_kwargs
-from kombu.utils import json as kombu_json
 
 from kathikon_celery.job import TERMINAL
-from kathikon_celery.publish.enqueue_in import enqueue_in
-from kathikon_celery.schedules import entries, ticking, timetable
+from kathikon_celery.schedules import entries, sending, ticking, timetable
 from kathikon_celery.schedules.entries import Entry
 from kathikon_celery.schedules.timetable import Following
 from kathikon_celery.storage import reading, revoking, schedules
@@ -98,7 +92,10 @@ class Scheduler(Service):
                 else:
                     ticks = ticking.Ticks([], ticks.skipped + len(ticks.send), ticks.tick_at)
             with connection.begin_nested():
-                jobs = [self._publish(connection, one, entry, tick, now) for tick in ticks.send]
+                jobs = [
+                    sending.send(self._app, connection, one, entry, tick, now, sending.job_id(one.name, tick))
+                    for tick in ticks.send
+                ]
         except Exception as error:
             logger.exception("Kathikon: schedule %r cannot be sent; trying again in %g s", one.name, 60 * AGAIN)
             later = {"problem": repr(error)[:1000], "next_at": now + timedelta(seconds=60 * AGAIN)}
@@ -130,25 +127,3 @@ class Scheduler(Service):
     def _is_open(self, connection: Connection, one: Schedule) -> bool:
         job = reading.fetch(connection, one.last_job) if one.last_job else None
         return job is not None and job.state not in TERMINAL
-
-    def _publish(
-        self, connection: Connection, one: Schedule, entry: Entry | None, tick: datetime, now: datetime
-    ) -> str:
-        if entry is not None and entry.row.digest == one.digest and not one.is_changed:
-            args, kwargs, options = entry.args, entry.kwargs, dict(entry.options)
-        else:
-            args, kwargs, options = (kombu_json.loads(text) for text in (one.args, one.kwargs, one.options))
-        if isinstance(expires := options.get("expires"), int | float):
-            options["expires"] = now + timedelta(seconds=expires)  # by the database's clock, not by this machine's
-        if (countdown := options.pop("countdown", None)) is not None:
-            options["eta"] = now + timedelta(seconds=countdown)
-        said = {"celery_beat_task": True, "kathikon_schedule": one.name, "kathikon_tick": tick.isoformat()}
-        options["headers"] = {**(options.get("headers") or {}), **said}
-        options["task_id"] = str(uuid5(NAMESPACE_URL, json.dumps([one.name, tick.isoformat()])))
-        with enqueue_in(connection):
-            task = self._app.tasks.get(one.task)
-            send = task.apply_async if task is not None else self._send_task(one.task)
-            return str(send(_evaluate_entry_args(args), _evaluate_entry_kwargs(kwargs), **options).id)
-
-    def _send_task(self, name: str) -> Any:
-        return lambda args, kwargs, **options: self._app.send_task(name, args, kwargs, **options)

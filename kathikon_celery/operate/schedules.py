@@ -1,0 +1,255 @@
+"""Schedules in an operator's hands: added, changed, paused, run now, backfilled, without a worker."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from kombu.utils import json as kombu_json
+
+from kathikon_celery.publish import callers
+from kathikon_celery.schedules import entries, sending, ticking, timetable
+from kathikon_celery.storage import Storage, acts, reading, schedules
+from kathikon_celery.storage.acts import Act
+from kathikon_celery.storage.errors import NotFound
+from kathikon_celery.storage.schedules import Schedule
+
+if TYPE_CHECKING:
+    from celery import Celery
+    from sqlalchemy import Connection
+
+#: Most ticks of one `Schedules.backfill`.
+MOST = 10_000
+
+
+class Schedules:
+    """The schedules of an app. Reached as ``Kathikon(app).schedules``.
+
+    >>> kathikon.schedules.add("report", "proj.report", crontab(hour=6, minute=0), zone="Europe/Berlin")
+    >>> kathikon.schedules.pause("report")
+
+    All verbs write in the caller's open transaction, if there is one, as ``delay()`` does. Workers obey at once.
+    They raise `NotFound` for a name that does not exist, and `ValueError` for a value that is not allowed.
+    """
+
+    def __init__(self, storage: Storage, app: Celery | None, operator: str) -> None:
+        self._storage, self._app, self._operator = storage, app, operator
+
+    def every(self) -> list[Schedule]:
+        """Return all schedules, by name."""
+        with self._storage.database.read() as connection:
+            return schedules.every(connection)
+
+    def get(self, name: str) -> Schedule:
+        """Return one. Raises `NotFound`."""
+        with self._storage.database.read() as connection:
+            return _found(schedules.fetch(connection, name), name)
+
+    def add(
+        self,
+        name: str,
+        task: str,
+        schedule: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
+        *,
+        zone: str | None = None,
+        reason: str | None = None,
+        **policies: Any,
+    ) -> None:
+        """Add a schedule, or replace one that was added so. Raises `ValueError` for the name of a code's entry.
+
+        Arguments:
+            schedule: seconds, a timedelta, or Celery's `crontab` or `solar`.
+            options: of ``apply_async``.
+            zone: the time zone of a crontab; default: the app's.
+            policies: ``missed``, ``grace``, ``overlap``, ``jitter``, ``max_runs``, ``starts_at``, ``ends_at``; see
+                `kathikon_celery.storage.schedules.Schedule`.
+        """
+        zone = zone or (str(self._app.timezone) if self._app is not None else "UTC")
+        text, following = timetable.of(schedule, timetable.zone_of(zone))
+        if text == timetable.CODE:
+            raise ValueError(f"{schedule!r} is of a class of the application's; only beat_schedule can have it")
+        if unknown := policies.keys() - set(entries.POLICIES):
+            raise ValueError(f"{', '.join(sorted(unknown))}: allowed are {', '.join(entries.POLICIES)}")
+        given = {"args": list(args), "kwargs": dict(kwargs or {}), "options": dict(options or {})}
+        texts: dict[str, Any] = {one: kombu_json.dumps(value) for one, value in given.items()}
+        row = Schedule(
+            name=name,
+            task=task,
+            timing=text,
+            zone=zone,
+            **{k: kombu_json.dumps(v) for k, v in texts.items()},
+            **policies,
+        )
+        entries.check(row)
+
+        def write(connection: Connection, old: Schedule | None) -> None:
+            if old is not None and old.source == "code":
+                raise ValueError(f"schedule {name!r} is an entry of the code; change it instead")
+            row.tick_at = ticking.first(row, following, reading.present(connection))
+            row.next_at = ticking.with_jitter(row, row.tick_at)
+            if old is not None:
+                schedules.remove(connection, name)
+            schedules.add(connection, row)
+
+        self._write("schedule", name, reason, write)
+
+    def change(self, name: str, reason: str | None = None, **values: Any) -> None:
+        """Change a schedule: ``schedule``, ``zone``, ``args``, ``kwargs``, ``options`` or a policy, see `add`.
+
+        A changed entry of the code stays so through deployments, until `reset`.
+        """
+        allowed = {"schedule", "zone", "args", "kwargs", "options", *entries.POLICIES}
+        if unknown := values.keys() - allowed:
+            raise ValueError(f"{', '.join(sorted(unknown))}: allowed are {', '.join(sorted(allowed))}")
+
+        def write(connection: Connection, old: Schedule | None) -> None:
+            row = _found(old, name)
+            new: dict[str, Any] = {
+                one: kombu_json.dumps(values[one]) for one in ("args", "kwargs", "options") if one in values
+            }
+            new |= {one: values[one] for one in entries.POLICIES if one in values}
+            zone = values.get("zone", row.zone)
+            if "schedule" in values:
+                new["timing"], _ = timetable.of(values["schedule"], timetable.zone_of(zone))
+            changed = replace(row, zone=zone, **new)
+            entries.check(changed)
+            following = timetable.read(changed.timing, timetable.zone_of(zone))
+            columns = {**new, "zone": zone, "is_changed": row.source == "code"}
+            if following is not None and not row.paused:
+                tick = ticking.first(changed, following, reading.present(connection))
+                columns |= {"tick_at": tick, "next_at": ticking.with_jitter(changed, tick)}
+            schedules.change(connection, name, columns)
+
+        self._write("schedule", name, reason, write)
+
+    def pause(self, name: str, reason: str | None = None) -> None:
+        """Send no ticks until `resume`. Ticks of that time are not made up for."""
+
+        def write(connection: Connection, old: Schedule | None) -> None:
+            _found(old, name)
+            schedules.change(connection, name, {"paused": True, "tick_at": None, "next_at": None})
+
+        self._write("pause", name, reason, write)
+
+    def resume(self, name: str, reason: str | None = None) -> None:
+        """Go on with the first tick from now on."""
+
+        def write(connection: Connection, old: Schedule | None) -> None:
+            row = _found(old, name)
+            tick = ticking.first(row, self._following(row), reading.present(connection))
+            schedules.change(
+                connection, name, {"paused": False, "tick_at": tick, "next_at": ticking.with_jitter(row, tick)}
+            )
+
+        self._write("resume", name, reason, write)
+
+    def remove(self, name: str, reason: str | None = None) -> None:
+        """Delete a schedule. An entry of the code comes back with the next worker that starts: `pause` that instead."""
+
+        def write(connection: Connection, old: Schedule | None) -> None:
+            _found(old, name)
+            schedules.remove(connection, name)
+
+        self._write("delete", name, reason, write)
+
+    def reset(self, name: str, reason: str | None = None) -> None:
+        """Undo an operator's changes of a code's entry: the next worker that starts writes what its code says."""
+
+        def write(connection: Connection, old: Schedule | None) -> None:
+            row = _found(old, name)
+            if row.source != "code":
+                raise ValueError(f"schedule {name!r} is no entry of the code")
+            schedules.change(connection, name, {"is_changed": False, "digest": "", "past": "[]"})
+
+        self._write("reset", name, reason, write)
+
+    def run_now(self, name: str, reason: str | None = None) -> str:
+        """Send the task of a schedule once, beside its ticks; return the job's id."""
+        ids = self._send(name, "run", reason, lambda row, now: [(now, str(uuid4()))])
+        return ids[0]
+
+    def backfill(self, name: str, since: datetime, until: datetime, reason: str | None = None) -> list[str]:
+        """Send the ticks after *since* up to *until*; return the jobs' ids. A tick that was sent is not sent again."""
+        for word, moment in (("since", since), ("until", until)):
+            if moment.tzinfo is None:
+                raise ValueError(f"{word} = {moment} has no time zone; use an aware datetime")
+
+        def ticks(row: Schedule, now: datetime) -> list[tuple[datetime, str]]:
+            found, following, tick = [], self._following(row), since
+            while (one := following(tick)) is not None and one <= until:
+                tick = one
+                found.append((tick, sending.job_id(name, tick)))
+                if len(found) > MOST:
+                    raise ValueError(f"there are more than {MOST:,} ticks between {since} and {until}")
+            return found
+
+        return self._send(name, "backfill", reason, ticks)
+
+    def _send(
+        self,
+        name: str,
+        verb: str,
+        reason: str | None,
+        which: Callable[[Schedule, datetime], list[tuple[datetime, str]]],
+    ) -> list[str]:
+        if self._app is None:
+            raise TypeError("a task is sent by an app: say Kathikon(app), not Kathikon(storage)")
+        app, own, ids = self._app, entries.of(self._app), []
+
+        def write(connection: Connection, old: Schedule | None) -> None:
+            row, now = _found(old, name), reading.present(connection)
+            for tick, job_id in which(row, now):
+                if reading.fetch(connection, job_id) is None:
+                    ids.append(sending.send(app, connection, row, own.get(name), tick, now, job_id))
+
+        self._write(verb, name, reason, write)
+        return ids
+
+    def _following(self, row: Schedule) -> timetable.Following:
+        following = timetable.read(row.timing, timetable.zone_of(row.zone))
+        if following is None and self._app is not None and row.name in (own := entries.of(self._app)):
+            following = own[row.name].following
+        if following is None:
+            raise ValueError(f"only the code that made schedule {row.name!r} can compute its ticks")
+        return following
+
+    def _write(
+        self, verb: str, name: str, reason: str | None, step: Callable[[Connection, Schedule | None], None]
+    ) -> None:
+        act = Act(verb=verb, target=f"schedule {name}", operator=self._operator, reason=reason)
+
+        def write(there: Storage) -> None:
+            with there.database.write(durable=True) as connection:
+                step(connection, schedules.fetch(connection, name, lock=True))
+                acts.begin(connection, act, is_whole=True)
+                there.database.dialect.ring(connection)
+
+        callers.write(self._storage, write)
+
+
+def _found(row: Schedule | None, name: str) -> Schedule:
+    if row is None:
+        raise NotFound(f"there is no schedule {name!r}")
+    return row
+
+
+def as_dict(row: Schedule) -> dict[str, Any]:
+    """Return a schedule by column, for programs."""
+    found: dict[str, Any] = {}
+    for name, value in vars(row).items():
+        if name in ("past", "digest"):
+            continue
+        found[name] = value.isoformat() if isinstance(value, datetime) else value
+    return {**found, **{one: json.loads(found[one]) for one in ("args", "kwargs", "options")}}
+
+
+def lag(row: Schedule) -> timedelta | None:
+    """Return by how much the last tick was sent late."""
+    return row.last_sent - row.last_tick if row.last_sent and row.last_tick else None

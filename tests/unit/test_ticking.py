@@ -1,0 +1,95 @@
+"""Which ticks are sent, and when the next one is."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from celery.schedules import crontab, schedule, solar
+
+from kathikon_celery.schedules import ticking, timetable
+from kathikon_celery.storage.schedules import Schedule
+
+NOON = datetime(2026, 6, 1, 12, tzinfo=timezone.utc)
+BERLIN = timetable.zone_of("Europe/Berlin")
+
+
+def minutely(after: datetime) -> datetime:
+    return after.replace(second=0, microsecond=0) + timedelta(minutes=1)
+
+
+def decided(late: float, **fields: Any) -> tuple[list[int], int, datetime | None]:
+    """The minutes that are sent, how many are skipped, and the next tick, so many seconds after the first due tick."""
+    row = Schedule(name="x", task="t", timing="", tick_at=NOON, **fields)
+    ticks = ticking.decide(row, minutely, NOON + timedelta(seconds=late))
+    return [int((tick - NOON).total_seconds() // 60) for tick in ticks.send], ticks.skipped, ticks.tick_at
+
+
+@pytest.mark.parametrize(
+    ("late", "fields", "sent", "skipped", "then"),
+    [
+        (0, {}, [0], 0, 1),
+        (0.5, {"missed": "skip"}, [0], 0, 1),
+        (30, {"missed": "skip"}, [], 1, 1),
+        (30, {}, [0], 0, 1),
+        (125, {}, [2], 2, 3),
+        (125, {"missed": "all"}, [0, 1, 2], 0, 3),
+        (125, {"missed": "skip"}, [2], 2, 3),
+        (155, {"missed": "skip"}, [], 3, 3),
+        (155, {"grace": 20.0}, [], 3, 3),
+        (155, {"missed": "all", "grace": 100.0}, [1, 2], 1, 3),
+        (125, {"missed": "all", "max_runs": 5, "runs": 3}, [0, 1], 1, None),
+        (125, {"missed": "all", "ends_at": NOON + timedelta(seconds=70)}, [0, 1], 1, None),
+    ],
+)
+def test_what_is_sent(
+    late: float, fields: dict[str, Any], sent: list[int], skipped: int, following: int | None
+) -> None:
+    expected = None if following is None else NOON + timedelta(minutes=following)
+    assert decided(late, **fields) == (sent, skipped, expected)
+
+
+def test_a_long_time_is_made_up_for_in_parts() -> None:
+    sent, skipped, following = decided(86400, missed="all", grace=1e6)
+    assert (sent, skipped) == (list(range(100)), 0)
+    assert following == NOON + timedelta(minutes=100)
+
+
+def test_the_first_tick_has_not_passed() -> None:
+    row = Schedule(name="x", task="t", timing="", starts_at=NOON + timedelta(hours=1))
+    assert ticking.first(row, minutely, NOON) == NOON + timedelta(hours=1)
+    row = Schedule(name="x", task="t", timing="", ends_at=NOON)
+    assert ticking.first(row, minutely, NOON) is None
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        10.0,
+        timedelta(hours=1),
+        crontab(minute="*/5", hour="8-18"),
+        crontab(0, 0, day_of_month="31"),
+        solar("sunset", 52, 13),
+        schedule(3600, relative=True),
+    ],
+)
+def test_a_timetable_is_the_same_after_a_row(given: Any) -> None:
+    text, following = timetable.of(given, BERLIN)
+    again = timetable.read(text, BERLIN)
+    assert again is not None
+    assert again(NOON) == following(NOON)
+    assert following(NOON) > NOON  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("wrong", ["soon", None, -1, 0])
+def test_what_is_no_schedule(wrong: Any) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        timetable.of(wrong, BERLIN)
+
+
+def test_wrong_texts_and_zones() -> None:
+    with pytest.raises(ValueError, match="'nonsense' is no schedule"):
+        timetable.read("nonsense", BERLIN)
+    with pytest.raises(ValueError, match="there is no time zone 'Mars'"):
+        timetable.zone_of("Mars")
