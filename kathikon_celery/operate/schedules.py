@@ -84,7 +84,7 @@ class Schedules:
             task=task,
             timing=text,
             zone=zone,
-            **{k: kombu_json.dumps(v) for k, v in texts.items()},
+            **texts,
             **policies,
         )
         entries.check(row)

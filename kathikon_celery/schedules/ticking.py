@@ -27,7 +27,7 @@ class Ticks:
 
     Arguments:
         send: the ticks to send.
-        skipped: how many due ticks are not sent.
+        skipped: how many due ticks are not sent, without those after the schedule's end.
         tick_at: the next tick; `None`: there is none.
     """
 
@@ -52,6 +52,7 @@ def decide(schedule: Schedule, following: Following, now: datetime) -> Ticks:
     send = [one for one in due if (now - one).total_seconds() <= limit]
     if schedule.missed != "all":
         send = send[-1:]
+    skipped = len(due) - len(send)
     if schedule.max_runs is not None:
         send = send[: max(0, schedule.max_runs - schedule.runs)]
         if schedule.runs + len(send) >= schedule.max_runs:
@@ -60,7 +61,7 @@ def decide(schedule: Schedule, following: Following, now: datetime) -> Ticks:
         send = [one for one in send if one <= schedule.ends_at]
         if tick is not None and tick > schedule.ends_at:
             tick = None
-    return Ticks(send, len(due) - len(send), tick)
+    return Ticks(send, skipped, tick)
 
 
 def first(schedule: Schedule, following: Following, now: datetime) -> datetime | None:

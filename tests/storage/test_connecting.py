@@ -194,6 +194,7 @@ class TestSchema:
             "ALTER TABLE jobs.kathikon_jobs DROP COLUMN cause, DROP COLUMN rerun_of, DROP COLUMN revoked_at",
             "ALTER TABLE jobs.kathikon_chords DROP COLUMN failed",
             "DROP TABLE jobs.kathikon_pauses, jobs.kathikon_acts, jobs.kathikon_history",
+            "DROP TABLE jobs.kathikon_schedules",
             "ALTER TABLE jobs.kathikon_nodes DROP COLUMN consumes",
             "UPDATE jobs.kathikon_version SET version_num = '0001'",
         )

@@ -83,10 +83,9 @@ def test_sql_since_a_version(app: Celery) -> None:
     assert invoke(app, "schema", "--sql", "--since", HEAD).output.strip() == ""
     unknown = invoke(app, "schema", "--sql", "--since", "0000")
     assert unknown.exit_code == 1
-    assert (
-        unknown.output
-        == f"Error: the schema has no version '0000'; known to this code: 0001, 0002, 0003, 0004, {HEAD}\n"
-    )
+    *_, known = unknown.output.strip().partition("; known to this code: ")
+    assert unknown.output.startswith("Error: the schema has no version '0000'; ")
+    assert known.split(", ") == [f"{number:04}" for number in range(1, int(HEAD) + 1)]
 
 
 def test_since_goes_with_sql(app: Celery, path: Path) -> None:

@@ -39,14 +39,12 @@ def decided(late: float, **fields: Any) -> tuple[list[int], int, datetime | None
         (155, {"missed": "skip"}, [], 3, 3),
         (155, {"grace": 20.0}, [], 3, 3),
         (155, {"missed": "all", "grace": 100.0}, [1, 2], 1, 3),
-        (125, {"missed": "all", "max_runs": 5, "runs": 3}, [0, 1], 1, None),
-        (125, {"missed": "all", "ends_at": NOON + timedelta(seconds=70)}, [0, 1], 1, None),
+        (125, {"missed": "all", "max_runs": 5, "runs": 3}, [0, 1], 0, None),
+        (125, {"missed": "all", "ends_at": NOON + timedelta(seconds=70)}, [0, 1], 0, None),
     ],
 )
-def test_what_is_sent(
-    late: float, fields: dict[str, Any], sent: list[int], skipped: int, following: int | None
-) -> None:
-    expected = None if following is None else NOON + timedelta(minutes=following)
+def test_what_is_sent(late: float, fields: dict[str, Any], sent: list[int], skipped: int, then: int | None) -> None:
+    expected = None if then is None else NOON + timedelta(minutes=then)
     assert decided(late, **fields) == (sent, skipped, expected)
 
 
