@@ -26,7 +26,7 @@ def of(thing: Any, zone: tzinfo) -> tuple[str, Following]:
         thing: as in ``beat_schedule``: seconds, a timedelta, or one of Celery's schedule objects.
         zone: the time zone of crontabs.
     """
-    one = maybe_schedule(thing) if isinstance(thing, int | float | timedelta | BaseSchedule) else None
+    one: Any = maybe_schedule(thing) if isinstance(thing, int | float | timedelta | BaseSchedule) else None
     if type(one) is crontab:
         return json.dumps({"crontab": _words(one)}), _crontab(one, zone)
     if type(one) is schedule:
