@@ -99,7 +99,7 @@ class Kathikon:
     def cancel(self, job_id: str | AsyncResult, terminate: bool = False, reason: str | None = None) -> Job:
         """Cancel a job that has not ended: no worker runs it any more, and what a running task returns is not kept.
 
-        Chains and chords learn of it as of a revoked task. A worker that holds the job is told as well, if there is an
+        A chord learns of it as of a revoked task, and fails; the rest of a chain is never sent. A worker that holds the job is told as well, if there is an
         app: it drops a job that has not begun. *terminate*: it also ends a task that runs, as Celery's ``revoke`` does.
         A running `AbortableTask` sees that it ``is_aborted()``.
         """
