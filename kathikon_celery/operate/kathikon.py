@@ -99,9 +99,9 @@ class Kathikon:
     def cancel(self, job_id: str | AsyncResult, terminate: bool = False, reason: str | None = None) -> Job:
         """Cancel a job that has not ended: no worker runs it any more, and what a running task returns is not kept.
 
-        A chord learns of it as of a revoked task, and fails; the rest of a chain is never sent. A worker that holds the job is told as well, if there is an
-        app: it drops a job that has not begun. *terminate*: it also ends a task that runs, as Celery's ``revoke`` does.
-        A running `AbortableTask` sees that it ``is_aborted()``.
+        A chord learns of it as of a revoked task, and fails; the rest of a chain is never sent. A worker that holds the
+        job is told as well, if there is an app: it drops a job that has not begun. *terminate*: it also ends a task
+        that runs, as Celery's ``revoke`` does. A running `AbortableTask` sees that it ``is_aborted()``.
         """
         was_held = False
         change = verbs.cancelled(reason or verbs.BY_HAND["cancel"])
