@@ -183,9 +183,8 @@ def test_the_history_of_a_job_that_fails_is_retried_and_rescued(
     jobs.wait(result, State.DEAD)
     second.stop()
     events = operator.history(result.id)
-    assert [event.event for event in events] == [
-        "published", "failed", "dead", "retry", "claimed", "started", "failed", "dead"
-    ] or [event.event for event in events if event.event != "started"] == [
+    # The start of a task that ends at once is not written.
+    assert [event.event for event in events if event.event != "started"] == [
         "published", "failed", "dead", "retry", "claimed", "failed", "dead"
     ]  # fmt: skip
     retry = next(event for event in events if event.event == "retry")

@@ -10,7 +10,7 @@ import pytest
 from celery import Celery
 
 from kathikon_celery.job import Job, State
-from kathikon_celery.storage import Storage, schema, status
+from kathikon_celery.storage import Storage, schema
 from tests.unit.test_cli import invoke, make_app
 
 
@@ -45,9 +45,7 @@ def test_queues(app: Celery) -> None:
     assert found[0]["oldest"] >= 0
 
 
-def test_no_number_goes_beyond_the_limit(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status, "MOST", 3)
-    assert status.QueueStatus("x").ready == 0
+def test_a_count_ends_at_a_limit(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = invoke(app, "jobs", "--count", "--queue", "mail")
     assert counted.output == "5\n"
     monkeypatch.setattr("kathikon_celery.cli.jobs.MOST", 3)
