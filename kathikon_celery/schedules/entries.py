@@ -39,8 +39,11 @@ class Entry:
     options: dict[str, Any]
 
 
-def of(app: Celery) -> dict[str, Entry]:
-    """Return the entries of the app's code by name, with those that Celery's beat adds. Raises `ValueError`."""
+def of(app: Celery, bad: dict[str, str] | None = None) -> dict[str, Entry]:
+    """Return the entries of the app's code by name, with those that Celery's beat adds.
+
+    *bad*: gets the names of entries that cannot be used, and why; without it, the first one raises `ValueError`.
+    """
     given: dict[str, Any] = {}
     if app.conf.result_expires and not app.backend.supports_autoexpire:
         cleanup = {"task": "celery.backend_cleanup", "schedule": crontab("0", "4", "*"), "options": {"expires": 43200}}
@@ -51,7 +54,10 @@ def of(app: Celery) -> dict[str, Entry]:
         try:
             found[str(name)] = _entry(str(name), one, app.timezone)
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"beat_schedule[{name!r}] cannot be used: {error}") from error
+            why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            if bad is None:
+                raise ValueError(f"beat_schedule[{name!r}] cannot be used: {why}") from error
+            bad[str(name)] = why
     return found
 
 

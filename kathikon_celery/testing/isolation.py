@@ -33,7 +33,8 @@ def isolated(app: Celery, url: str) -> Iterator[Celery]:
     ...     add.delay(2, 2)
 
     Inside it *app* is the current app, so that shared tasks are its own. Afterwards its configuration is restored, also
-    where the block has changed it, and the connections to *url* are closed. Publishing does not wait for the disk.
+    where the block has changed it, and the connections to *url* are closed. Publishing does not wait for the disk, and no
+    worker sends what `beat_schedule` says.
 
     Raises `RuntimeError` when an environment variable would lead the app to another broker or backend.
     """
@@ -46,6 +47,7 @@ def isolated(app: Celery, url: str) -> Iterator[Celery]:
         "result_backend": "kathikon",
         "kathikon_copies": "disc",  # this very database, also in Django's tests
         "kathikon_publish_durability": "server",
+        "beat_scheduler": "celery.beat:PersistentScheduler",  # which nobody runs: workers send no schedules
     }
     # Up to Celery 5.6, a name with the namespace, wherever it is set, comes before the name without it.
     prefix: str = app.conf.prefix or ""

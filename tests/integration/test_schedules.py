@@ -220,3 +220,12 @@ def test_what_is_refused(operator: Kathikon, wrong: dict[str, Any], said: str) -
     with pytest.raises((ValueError, TypeError), match=said):
         operator.schedules.add("x", "proj.x", given.pop("schedule"), **given)
     assert (operator.schedules.every(), operator.acts()) == ([], [])
+
+
+def test_a_wrong_entry_of_the_code_is_logged_and_holds_no_other_back(
+    operator: Kathikon, journal: Journal, workers: Workers
+) -> None:
+    code = entries(good=1, bad=0) | {"JOURNAL": journal.path}
+    worker = workers(app=SCHEDULED, env=code, concurrency=1)
+    wait_until(lambda: len(ticks(journal, "good")) >= 2, what="two ticks")
+    assert worker.log.count("Kathikon: beat_schedule['bad'] is not sent: a schedule each 0 seconds has no ticks") == 1

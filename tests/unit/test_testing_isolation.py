@@ -125,3 +125,14 @@ def test_a_broker_in_the_environment_is_refused(
         pass
     assert "secret" not in str(raised.value)
     assert dict(app.conf.changes) == before
+
+
+def test_workers_send_no_schedules_meanwhile(urls: list[str]) -> None:
+    from kathikon_celery.worker.services.registry import SERVICES
+
+    (scheduler,) = [entry for entry in SERVICES if entry.name == "scheduler"]
+    app = make_app()
+    assert scheduler.is_wanted(app)
+    with isolated(app, urls[0]):
+        assert not scheduler.is_wanted(app)
+    assert scheduler.is_wanted(app)

@@ -11,6 +11,7 @@ from celery import bootsteps
 
 from kathikon_celery import beat
 from kathikon_celery.results.unattended import tell
+from kathikon_celery.settings import Settings
 from kathikon_celery.storage import Storage
 from kathikon_celery.worker.services.lifeline import Lifeline
 from kathikon_celery.worker.services.promoter import Promoter
@@ -44,7 +45,7 @@ SERVICES = (
     Entry(
         "scheduler",
         lambda app, storage: Scheduler(app=app, storage=storage),
-        lambda app: app.conf.beat_scheduler == beat.NAME,
+        lambda app: app.conf.beat_scheduler == beat.NAME and not Settings.load(app.conf).in_tests,
     ),
     Entry("lifeline", lambda app, storage: Lifeline(storage=storage, tell=partial(tell, app, storage))),
 )

@@ -49,7 +49,10 @@ class Scheduler(Service):
 
     def step(self) -> float:
         if self._entries is None:
-            self._entries = entries.of(self._app)
+            bad: dict[str, str] = {}
+            self._entries = entries.of(self._app, bad)
+            for name, why in bad.items():
+                logger.error("Kathikon: beat_schedule[%r] is not sent: %s", name, why)
             self._reconcile()
         with self.storage.database.read() as connection:
             left = schedules.next_tick(connection, self._entries)
