@@ -33,8 +33,8 @@ def isolated(app: Celery, url: str) -> Iterator[Celery]:
     ...     add.delay(2, 2)
 
     Inside it *app* is the current app, so that shared tasks are its own. Afterwards its configuration is restored, also
-    where the block has changed it, and the connections to *url* are closed. Publishing does not wait for the disk, and no
-    worker sends what `beat_schedule` says.
+    where the block has changed it, and the connections to *url* are closed. Publishing does not wait for the disk. No
+    worker sends what ``beat_schedule`` says.
 
     Raises `RuntimeError` when an environment variable would lead the app to another broker or backend.
     """
