@@ -17,7 +17,7 @@ from sqlalchemy.sql.expression import ColumnElement
 from kathikon_celery.job import HELD, TERMINAL, State
 from kathikon_celery.storage import Storage
 from kathikon_celery.storage.clock import now
-from kathikon_celery.storage.tables import acts, chords, history, jobs, messages
+from kathikon_celery.storage.tables import acts, chords, history, jobs, messages, schedules
 from tests.storage.actors import Worker
 from tests.support.postgresql import new_database
 from tests.support.statements import heard
@@ -214,6 +214,17 @@ def _fill(storage: Storage) -> None:
             "changed": literal(40),
         }
         connection.execute(insert(acts).from_select(list(columns), select(*columns.values()).where(i < ROWS // 10)))
+        columns = {name: literal("") for name in ("task", "args", "kwargs", "options", "timing", "zone", "past")}
+        columns |= {name: literal("x") for name in ("missed", "overlap")}
+        columns |= {name: literal(False) for name in ("paused", "is_changed")}
+        columns |= {name: literal(0) for name in ("grace", "jitter", "runs", "skipped")}
+        columns |= {
+            "name": _name("schedule-", i),
+            "label": _name("schedule-", i),
+            "source": case((i % 2 == 0, literal("code")), else_=literal("table")),
+            "next_at": now(i * 1.0 - 100),
+        }
+        connection.execute(insert(schedules).from_select(list(columns), select(*columns.values())))
 
 
 @pytest.fixture(

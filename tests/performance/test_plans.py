@@ -23,6 +23,7 @@ from kathikon_celery.storage import (
     prune,
     results,
     revoking,
+    schedules,
     status,
 )
 from kathikon_celery.storage.scan_start import ScanStart
@@ -43,6 +44,7 @@ GROUP = "kathikon_jobs_group"
 CHORDS = "kathikon_chords_inserted"
 EXPIRING = "kathikon_jobs_expiring"
 MESSAGES_HELD = "kathikon_messages_held"
+SCHEDULES = "kathikon_schedules_next"
 MESSAGES_READY = "kathikon_messages_ready"
 
 IN_AN_HOUR = datetime.now(timezone.utc) + timedelta(hours=1)
@@ -75,6 +77,7 @@ QUESTIONS: idle_query.Questions = {
     "next_due": {},
     "is_amiss": {"machine": "elsewhere"},
     "renewals": {},
+    "next_tick": schedules.of_own(["schedule-7"]),
     "is_anything_old": prune.ages(dict.fromkeys(TERMINAL, 600000.0), group=1e6, chord=1e6, wait=1e6),
 }
 
@@ -146,6 +149,7 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
             ENDED: "state",
             EXPIRING: "",
             CHORDS: "",
+            SCHEDULES: "",
         },
     ),
     "look and renew": (
@@ -219,6 +223,14 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
         reading(lambda plans, conn: acts.history_of(conn, "id-4001")),
         {"kathikon_history_job": "job", "kathikon_acts_pkey": "id"},
     ),
+    "next tick": (
+        reading(lambda plans, conn: schedules.next_tick(conn, ["schedule-7", "schedule-8"])),
+        {SCHEDULES: ""},
+    ),
+    "due ticks": (
+        writing(lambda plans, conn: schedules.due(conn, ["schedule-7", "schedule-8"], 10)),
+        {SCHEDULES: "next_at"},
+    ),
     "forget the history": (writing(lambda plans, conn: acts.forget(conn, ["id-1", "id-2"])), {}),
     "size": (reading(lambda plans, conn: messages.size(conn, "queue-1")), {READY: "queue"}),
 }
@@ -233,6 +245,8 @@ IN_ORDER = {
     "completed and claim",
     "promote",
     "next due",
+    "next tick",
+    "due ticks",
     "page",
     "page of what is ready",
     "prunable",
