@@ -262,13 +262,19 @@ def acts(context: CLIContext, limit: int, as_json: bool) -> None:
 @click.option("--min-workers", default=0, show_default=True, type=click.IntRange(0), help="Fewer living workers fail.")
 @click.option("--max-age", type=Age(), help="A job that is ready for longer, and not paused, fails: such as 10m.")
 @click.option("--queue", "names", multiple=True, help="Look at these queues only.", shell_complete=complete_queues)
+@click.option("--max-lag", type=Age(), help="A schedule whose tick is late by more fails: such as 1m.")
 @AS_JSON
 @click.pass_obj
 def health(
-    context: CLIContext, min_workers: int, max_age: timedelta | None, names: tuple[str, ...], as_json: bool
+    context: CLIContext,
+    min_workers: int,
+    max_age: timedelta | None,
+    names: tuple[str, ...],
+    max_lag: timedelta | None,
+    as_json: bool,
 ) -> None:
-    """Check database, schema, workers and the age of ready jobs; exit code 1 if something is wrong. For probes."""
-    report = check(storage_of(context), min_workers, max_age, names)
+    """Check database, schema, workers, the age of ready jobs, and schedules; exit code 1 if something is wrong."""
+    report = check(storage_of(context), min_workers, max_age, names, max_lag)
     if as_json:
         print_json(asdict(report))
     else:

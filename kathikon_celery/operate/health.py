@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from kathikon_celery.settings import shown
-from kathikon_celery.storage import Storage, schema, status
+from kathikon_celery.storage import Storage, schedules, schema, status
 from kathikon_celery.storage.errors import in_words
 
 
@@ -36,7 +36,11 @@ class Health:
 
 
 def check(
-    storage: Storage, min_workers: int = 0, max_age: timedelta | None = None, queues: Collection[str] = ()
+    storage: Storage,
+    min_workers: int = 0,
+    max_age: timedelta | None = None,
+    queues: Collection[str] = (),
+    max_lag: timedelta | None = None,
 ) -> Health:
     """Look at the database, and return what is found. Changes nothing, and makes no tables.
 
@@ -44,6 +48,7 @@ def check(
         min_workers: fewer living workers are a problem.
         max_age: a job that is ready for longer, and not paused, is a problem.
         queues: look at the jobs of these queues only; empty: of all.
+        max_lag: a schedule whose tick is late by more is a problem.
     """
     health = Health(shown(storage.database.url))
     try:
@@ -58,9 +63,13 @@ def check(
             if health.version is None or health.version < schema.HEAD:
                 return health
             found = status.status(connection)
+            late = schedules.overdue(connection, max_lag.total_seconds()) if max_lag is not None else []
     except Exception as error:
         health.problems.append(f"{health.database} cannot be read: {in_words(error)}")
         return health
+    for name, seconds, problem in late:
+        why = f": {problem}" if problem else ""
+        health.problems.append(f"schedule {name!r} is late by {seconds:.1f} s{why}")
     health.workers = found.workers
     if found.workers < min_workers:
         health.problems.append(f"{found.workers} workers are alive, of {min_workers} that should be")

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, delete, insert, or_, select, update
 from sqlalchemy.sql.expression import ColumnElement
 
-from kathikon_celery.storage.clock import now, seconds_until
+from kathikon_celery.storage.clock import now, seconds, seconds_until
 from kathikon_celery.storage.column_types import rows_of
 from kathikon_celery.storage.names import key, label, name_of
 from kathikon_celery.storage.tables import schedules
@@ -112,6 +112,19 @@ def next_tick(connection: Connection, names: Iterable[str]) -> float | None:
 def due(connection: Connection, names: Iterable[str], limit: int) -> list[Schedule]:
     """Return up to *limit* schedules with a tick to send, without those that others have locked; lock their rows."""
     return [_of(row) for row in connection.execute(_DUE, {**of_own(names), "at_most": limit})]
+
+
+_OVERDUE = (
+    select(schedules.c.label, -seconds_until(schedules.c.next_at), schedules.c.problem)
+    .where(schedules.c.next_at < now(seconds("minus_age")))
+    .order_by(schedules.c.next_at)
+    .limit(20)
+)
+
+
+def overdue(connection: Connection, age: float) -> list[tuple[str, float, str | None]]:
+    """Return up to 20 schedules whose tick is late by more than *age* seconds: name, by how many, and its problem."""
+    return [(name_of(row[0]), row[1], row[2]) for row in connection.execute(_OVERDUE, {"minus_age": -age})]
 
 
 def every(connection: Connection) -> list[Schedule]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 from celery import Celery
 
 from kathikon_celery.job import Job, State
-from kathikon_celery.storage import Storage, schema
+from kathikon_celery.storage import Storage, schedules, schema
 from tests.unit.test_cli import invoke, make_app
 
 
@@ -147,3 +148,18 @@ def test_reruns(app: Celery) -> None:
     result = invoke(app, "rerun", "mail-1", "none")
     assert result.exit_code == 1
     assert "cannot run again" in result.stderr
+
+
+def test_health_of_schedules(app: Celery) -> None:
+    assert invoke(app, "schedule", "add", "quick", "proj.send", "--every", "1s").output == "Added quick.\n"
+    assert invoke(app, "health", "--max-lag", "1h").exit_code == 0
+    with Storage.for_app(app).database.write() as connection:
+        past = datetime.now(timezone.utc) - timedelta(minutes=5)
+        schedules.change(connection, "quick", {"next_at": past, "problem": "no broker"})
+    late = invoke(app, "health", "--max-lag", "1m")
+    assert late.exit_code == 1
+    assert late.output.startswith("Problem: schedule 'quick' is late by 300.")
+    assert late.output.endswith(" s: no broker\n")
+    assert invoke(app, "health", "--max-lag", "1h").exit_code == 0
+    invoke(app, "schedule", "pause", "quick")
+    assert invoke(app, "health", "--max-lag", "1m").exit_code == 0
