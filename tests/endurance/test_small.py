@@ -23,6 +23,7 @@ from tests.endurance.many_countdowns import many_countdowns
 from tests.endurance.sqlite_contention import sqlite_contention
 from tests.endurance.stopped_worker import stopped_worker
 from tests.endurance.terminate_backends import terminate_backends
+from tests.endurance.ticks import ticks
 
 ONCE = {"refused": 0, "unfinished": 0, "twice": 0}
 NOT_LOST = {"unfinished": 0, "twice_unexplained": 0}
@@ -150,3 +151,9 @@ def test_an_incident(run: Run) -> None:
         acts=[["retry", 60], ["resume", 0], ["cancel", 1], ["cancel", 1], ["cancel", 1], ["pause", 0]],
     )  # fmt: skip
     assert figures["retried_a_second"] <= 40.0 * 1.5
+
+
+def test_ticks_of_workers_that_are_killed(run: Run) -> None:
+    figures = ticks(run, minutes=0.25, workers=2, every=5.0)
+    assert_figures(figures, sent=figures["expected"], skipped=0, twice=0, problems=[])
+    assert figures["expected"] >= 20
