@@ -290,7 +290,9 @@ def put_back(job: Job, old: State) -> dict[str, Any]:
     """Return new values by column for a row that `update` changes from the state *old* to the state of *job*."""
     if job.state in BRINGS:
         # Such as RETRY: NULL, so that the lifeline runs the errbacks of a job that did not succeed.
-        progress = dict.fromkeys(WRITTEN, null()) if old not in TERMINAL and job.status not in _ENDS else {}
+        is_progress = old not in TERMINAL and job.status not in _ENDS
+        forgotten = WRITTEN if job.state in (State.CANCELLED, State.DISCARDED) else ("status",)
+        progress = dict.fromkeys(forgotten, null()) if is_progress else {}
         return {"state": job.state.value, **BRINGS[job.state], **progress}
     due = job.scheduled_at if job.state in WAITING and job.scheduled_at else now()
     waits: dict[str, Any] = {"available_at": due, "acked": false(), "fence": next_fence(jobs)}

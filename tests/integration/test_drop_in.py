@@ -16,7 +16,7 @@ import pytest
 
 from kathikon_celery.job import Job, State
 from kathikon_celery.settings import Settings
-from kathikon_celery.storage import Storage
+from kathikon_celery.storage import Storage, schedules
 from tests.integration.conftest import Journal
 from tests.support.projects import APP, Project
 from tests.support.waiting import wait_until
@@ -159,7 +159,7 @@ def test_django(project: Project) -> None:
 DJANGO_TESTS = """
     from django.core import mail
     from django.test import TestCase
-    from kathikon_celery.storage import Storage
+    from kathikon_celery.storage import Storage, schedules
     from kathikon_celery.testing.isolation import isolated
     from proj.celery import app
     from proj.tasks import add
@@ -395,27 +395,55 @@ BEAT = """
 """
 
 
-def test_beat(project: Project, tmp_path: Path) -> None:
-    """Beat beside the workers, then within one."""
+def ticks_of(project: Project) -> list[str]:
+    return [job.id for job in rows(file_of(project)) if job.task == "proj.tasks.tick"]
+
+
+def test_the_workers_send_the_schedule_and_beat_beside_them_nothing(project: Project, tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal")
     project.write("proj/celery.py", dedent(APP) + dedent(BEAT).replace("JOURNAL", journal.path))
-    command = [sys.executable, "-m", "celery", "-A", "proj", "beat", "--schedule=beat", "--loglevel=INFO"]
-    with (tmp_path / "beat.log").open("w") as log:
-        beat = subprocess.Popen(
-            command, cwd=tmp_path, env=project.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
-        try:
-            wait_until(lambda: len(rows(file_of(project))) >= 3, 60, "three jobs")
-            assert beat.poll() is None
-        finally:
-            beat.kill()
-            beat.wait()
-    sent = {job.id for job in rows(file_of(project))}
+    with beat(project, tmp_path, "the workers send the schedules; this beat has nothing to do") as beside:
+        with project.worker("-B", pool="prefork", concurrency=1):
+            journal.wait(5)
+        assert beside.poll() is None
+        sent = ticks_of(project)
+        with storage_of(file_of(project)) as storage, storage.database.read() as connection:
+            (row,) = schedules.every(connection)
+        assert row.runs == len(sent) == len(set(sent))
+
+
+def test_a_schedule_that_is_left_to_beat(project: Project, tmp_path: Path) -> None:
+    """Beat beside the workers, then within one."""
+    journal = Journal(tmp_path / "journal")
+    given = dedent(APP) + dedent(BEAT).replace("JOURNAL", journal.path)
+    project.write("proj/celery.py", given + 'app.conf.beat_scheduler = "celery.beat:PersistentScheduler"\n')
+    with beat(project, tmp_path, "beat: Starting...", "--schedule=beat") as beside:
+        wait_until(lambda: len(ticks_of(project)) >= 3, 60, "three jobs")
+        assert beside.poll() is None
+    sent = set(ticks_of(project))
     with project.worker("-B", "--schedule=embedded", pool="prefork", concurrency=1):
         journal.wait(len(sent) + 3)
 
-        def done() -> list[Job]:
+        def done() -> bool:
             found = [job for job in rows(file_of(project)) if job.state is State.COMPLETED]
-            return found if len({job.id for job in found} - sent) >= 2 else []
+            return len({job.id for job in found} - sent) >= 2
 
-        assert {job.task for job in wait_until(done)} == {"proj.tasks.tick"}
+        wait_until(done, 60, "jobs of the embedded beat")
+
+
+@contextmanager
+def beat(project: Project, tmp_path: Path, says: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """``celery beat``, as soon as its log has *says*."""
+    command = [sys.executable, "-m", "celery", "-A", "proj", "beat", "--loglevel=INFO", *options]
+    path = tmp_path / "beat.log"
+    with (
+        path.open("w") as log,
+        subprocess.Popen(
+            command, cwd=tmp_path, env=project.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        ) as process,
+    ):
+        try:
+            wait_until(lambda: says in path.read_text(), 60, "beat says it")
+            yield process
+        finally:
+            process.kill()
