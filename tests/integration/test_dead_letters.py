@@ -17,7 +17,7 @@ from celery.exceptions import ChordError
 from kathikon_celery import Kathikon, bulk
 from kathikon_celery.job import Cause, State
 from kathikon_celery.operate.kathikon import NotAllowed
-from tests.integration.conftest import Jobs, Journal, Workers
+from tests.integration.conftest import Jobs, Journal, Workers, on_one_database
 from tests.support import apps
 from tests.support.waiting import wait_until
 from tests.support.workers import ROOT
@@ -83,6 +83,7 @@ def test_a_retried_link_of_a_chain_in_a_header(operator: Kathikon, jobs: Jobs, g
     assert operator.result(result.id).get(timeout=60) == 17
 
 
+@on_one_database
 def test_a_part_that_is_retried_before_the_others_have_ended(
     operator: Kathikon, jobs: Jobs, gate: Path, tmp_path: Path, workers: Workers
 ) -> None:
@@ -150,6 +151,7 @@ def test_a_copy_runs_alone(operator: Kathikon, jobs: Jobs, journal: Journal, wor
     assert operator.history(copy.id)[0].text == f"rerun of {last.parent.id}"
 
 
+@on_one_database
 def test_a_copy_of_a_chords_part_is_no_part(operator: Kathikon, jobs: Jobs, journal: Journal, workers: Workers) -> None:
     result, parts = chord_of(apps.add.s(1, 1), apps.add.s(2, 2).set(countdown=3600))
     copy = operator.rerun(parts[1])
@@ -160,6 +162,7 @@ def test_a_copy_of_a_chords_part_is_no_part(operator: Kathikon, jobs: Jobs, jour
     assert not result.ready()
 
 
+@on_one_database
 def test_a_message_that_could_run_code_is_not_copied(client: Celery, operator: Kathikon) -> None:
     result = apps.add.apply_async((1, 1), serializer="pickle")
     with pytest.raises(NotAllowed, match="cannot run again: its message, application/x-python-serialize, cannot be"):

@@ -10,7 +10,7 @@ from celery import Celery
 
 from kathikon_celery import Kathikon
 from kathikon_celery.job import State
-from tests.integration.conftest import Jobs, Journal, Workers
+from tests.integration.conftest import Jobs, Journal, Workers, on_one_database
 from tests.support import apps
 from tests.support.waiting import wait_until
 
@@ -101,6 +101,7 @@ def test_a_pause_ends_by_itself(operator: Kathikon, workers: Workers) -> None:
     assert operator.job(held.id).claimed_at >= pause.until  # type: ignore[operator]
 
 
+@on_one_database
 def test_what_is_refused(operator: Kathikon) -> None:
     with pytest.raises(ValueError, match="has no time zone"):
         operator.pause_queue("mail", until=datetime(2030, 1, 1))  # noqa: DTZ001 (that is the mistake)
@@ -115,6 +116,7 @@ def test_what_is_refused(operator: Kathikon) -> None:
     assert (operator.pauses(), operator.acts()) == ([], [])
 
 
+@on_one_database
 def test_a_second_pause_replaces_the_first(operator: Kathikon) -> None:
     operator.pause_queue("mail", reason="one")
     since = operator.pauses()[0].since

@@ -11,7 +11,7 @@ from celery.exceptions import TaskRevokedError
 
 from kathikon_celery import Kathikon
 from kathikon_celery.job import Cause, State
-from tests.integration.conftest import Jobs, Journal, Workers
+from tests.integration.conftest import Jobs, Journal, Workers, on_one_database
 from tests.support import apps, outcomes
 from tests.support.waiting import wait_until
 
@@ -37,6 +37,7 @@ def test_revoked_without_a_worker(client: Celery, jobs: Jobs, journal: Journal, 
     assert client.AsyncResult("of nobody").state == "PENDING"
 
 
+@on_one_database
 def test_an_ended_job_keeps_its_end(client: Celery, jobs: Jobs, workers: Workers) -> None:
     workers()
     result = apps.add.delay(1, 1)
@@ -85,6 +86,7 @@ def test_a_job_that_was_revoked_while_it_ran_is_not_run_again_after_its_worker_i
     assert len(journal.lines) == 1
 
 
+@on_one_database
 def test_a_task_that_runs_goes_on_and_its_result_counts(
     jobs: Jobs, journal: Journal, workers: Workers, tmp_path: Path
 ) -> None:
@@ -130,6 +132,7 @@ def test_revoked_by_stamps(client: Celery, jobs: Jobs, journal: Journal, workers
     assert sorted(journal.lines) == ["other", "plain"]
 
 
+@on_one_database
 def test_a_command_for_one_worker_is_that_workers_alone(client: Celery, jobs: Jobs) -> None:
     result = apps.add.apply_async((1, 1), countdown=3600)
     client.control.revoke(result.id, destination=["nobody@nowhere"])
@@ -173,6 +176,7 @@ def test_an_operators_retry_holds_in_a_worker_that_remembers_the_revocation(
     assert jobs.of(result).state is State.COMPLETED
 
 
+@on_one_database
 def test_a_second_revocation_after_a_retry_holds(
     client: Celery, jobs: Jobs, journal: Journal, workers: Workers, tmp_path: Path
 ) -> None:

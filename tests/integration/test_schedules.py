@@ -16,7 +16,7 @@ from kathikon_celery import Kathikon
 from kathikon_celery.job import State
 from kathikon_celery.operate.schedules import lag
 from kathikon_celery.storage.errors import NotFound
-from tests.integration.conftest import Jobs, Journal, Workers
+from tests.integration.conftest import Jobs, Journal, Workers, on_one_database
 from tests.support import apps
 from tests.support.waiting import wait_until
 
@@ -61,6 +61,7 @@ def test_the_codes_entries_are_sent_once_by_workers_that_die(
         assert steps <= {float(period), 2.0 * period}  # one was missed while nobody lived, at most
 
 
+@on_one_database
 def test_beat_beside_workers_sends_nothing(operator: Kathikon, journal: Journal, workers: Workers) -> None:
     code = entries(one=1) | {"JOURNAL": journal.path}
     workers(app=SCHEDULED, env=code, args=["--beat"], concurrency=1)
@@ -139,6 +140,7 @@ def test_missed_ticks(operator: Kathikon, journal: Journal, workers: Workers) ->
 
 
 @pytest.mark.parametrize("overlap", ["skip", "queue", "cancel"])
+@on_one_database
 def test_overlaps(
     operator: Kathikon, jobs: Jobs, journal: Journal, workers: Workers, tmp_path: Path, overlap: str
 ) -> None:
@@ -178,6 +180,7 @@ def test_backfill_sends_what_was_not_sent(operator: Kathikon, jobs: Jobs, journa
     assert all(jobs.storage.fetch(job.id).state is not State.DEAD for job in operator.jobs())  # type: ignore[union-attr]
 
 
+@on_one_database
 def test_ticks_are_met(operator: Kathikon, workers: Workers, journal: Journal) -> None:
     """How late they are depends on the machine; that each is noted does not."""
     workers(concurrency=1)
@@ -215,6 +218,7 @@ def test_a_schedule_that_cannot_be_sent_holds_no_other_back(
         ({"ends_at": datetime(2030, 1, 1)}, "is no aware datetime"),  # noqa: DTZ001
     ],
 )
+@on_one_database
 def test_what_is_refused(operator: Kathikon, wrong: dict[str, Any], said: str) -> None:
     given = {"schedule": 10, **wrong}
     with pytest.raises((ValueError, TypeError), match=said):
@@ -222,6 +226,7 @@ def test_what_is_refused(operator: Kathikon, wrong: dict[str, Any], said: str) -
     assert (operator.schedules.every(), operator.acts()) == ([], [])
 
 
+@on_one_database
 def test_a_wrong_entry_of_the_code_is_logged_and_holds_no_other_back(
     operator: Kathikon, journal: Journal, workers: Workers
 ) -> None:
