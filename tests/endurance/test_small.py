@@ -154,6 +154,7 @@ def test_an_incident(run: Run) -> None:
     assert figures["retried_a_second"] <= 40.0 * 1.5
 
 
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_ticks_of_workers_that_are_killed(run: Run) -> None:
     figures = ticks(run, minutes=0.25, workers=2, every=5.0)
     assert_figures(figures, sent=figures["expected"], skipped=0, twice=0, problems=[])
