@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from contextlib import ExitStack
@@ -26,9 +25,10 @@ def ticks(run: Run, *, minutes: float = 5.0, workers: int = 4, every: float = 5.
     `expected`: ticks from the first on to the last that was sent; `late`: seconds from a tick to the commit that sent
     its job, p50 and p99; `twice`: jobs that one tick has beyond its first.
     """
-    os.environ["KATHIKON_DATABASE_URL"] = url = run.broker.partition("+")[2]
-    app = Celery("ticks")
+    url = run.broker.partition("+")[2]
+    app = Celery("ticks", set_as_current=False)
     app.config_from_object("kathikon_celery.config")
+    app.conf.broker_url = run.broker
     hands = Kathikon(app).schedules
     for seconds in ENTRIES:
         hands.add(f"every-{seconds:g}", "tests.support.apps.echo", seconds, (seconds,), missed="all")
