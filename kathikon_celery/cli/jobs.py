@@ -36,6 +36,12 @@ MOST = 10_000
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
+def age_of(text: str) -> timedelta | None:
+    """Return a time such as ``90m``; `None` for another text. Raises `OverflowError` for too long a time."""
+    found = re.fullmatch(r"(\d+)([smhdw])", text)
+    return None if found is None else timedelta(**{UNITS[found[2]]: int(found[1])})
+
+
 class Moment(click.ParamType):  # type: ignore[type-arg]
     """A moment in ISO's form, or an age such as ``90m``."""
 
@@ -48,11 +54,11 @@ class Moment(click.ParamType):  # type: ignore[type-arg]
         """Return the moment. An age counts back from now by this machine's clock; without a time zone it is UTC."""
         if isinstance(value, datetime):
             return value
-        if self._is_past and (age := re.fullmatch(r"(\d+)([smhdw])", value)):
-            try:
-                return datetime.now(timezone.utc) - timedelta(**{UNITS[age[2]]: int(age[1])})
-            except OverflowError:
-                self.fail(f"{value!r} is too long ago")
+        try:
+            if self._is_past and (age := age_of(value)) is not None:
+                return datetime.now(timezone.utc) - age
+        except OverflowError:
+            self.fail(f"{value!r} is too long ago")
         try:
             moment = datetime.fromisoformat(value.replace("Z", "+00:00"))
         except ValueError:

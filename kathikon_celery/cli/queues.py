@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from kathikon_celery.cli.group import (
     show_table,
     storage_of,
 )
-from kathikon_celery.cli.jobs import UNITS, Moment
+from kathikon_celery.cli.jobs import Moment, age_of
 from kathikon_celery.job import State
 from kathikon_celery.operate.health import check
 from kathikon_celery.operate.kathikon import Kathikon
@@ -44,13 +43,13 @@ class Age(click.ParamType):  # type: ignore[type-arg]
         """Return the time."""
         if isinstance(value, timedelta):
             return value
-        found = re.fullmatch(r"(\d+)([smhdw])", value)
-        if found is None:
-            self.fail(f"{value!r} is no time such as 90s, 10m, 2h or 3d")
         try:
-            return timedelta(**{UNITS[found[2]]: int(found[1])})
+            age = age_of(value)
         except OverflowError:
             self.fail(f"{value!r} is too long a time")
+        if age is None:
+            self.fail(f"{value!r} is no time such as 90s, 10m, 2h or 3d")
+        return age
 
 
 # --- what there is

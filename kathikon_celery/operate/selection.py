@@ -79,34 +79,25 @@ class Selection:
         reason: str | None = None,
     ) -> int:
         """`Kathikon.cancel` each job; return the number of those that were changed."""
+
+        def tell(page: list[Job]) -> None:
+            self.kathikon.tell_holders([job.id for job in page if job.state in HELD], terminate)
+
         change = verbs.cancelled(reason or verbs.BY_HAND["cancel"])
-        number = 0
-        for before, changed in self._changed("cancel", change, rate, reason):
-            self.kathikon.tell_holders([job.id for job in before if job.state in HELD], terminate)
-            number = _told(number + changed, progress)
-        return number
+        return self._each("cancel", change, rate, progress, reason, tell)
 
     def retry(self, rate: str | None = None, progress: Progress | None = None, reason: str | None = None) -> int:
         """`Kathikon.retry` each job; return the number of those that were changed."""
-        number = 0
-        for _, changed in self._changed("retry", verbs.retried, rate, reason):
-            number = _told(number + changed, progress)
-        return number
+        return self._each("retry", verbs.retried, rate, progress, reason)
 
     def discard(self, rate: str | None = None, progress: Progress | None = None, reason: str | None = None) -> int:
         """`Kathikon.discard` each job; return the number of those that were changed."""
         change = verbs.discarded(reason or verbs.BY_HAND["discard"])
-        number = 0
-        for _, changed in self._changed("discard", change, rate, reason):
-            number = _told(number + changed, progress)
-        return number
+        return self._each("discard", change, rate, progress, reason)
 
     def delete(self, rate: str | None = None, progress: Progress | None = None, reason: str | None = None) -> int:
         """Delete the rows of jobs that have ended, with results and history; return the number of deleted ones."""
-        number = 0
-        for _, changed in self._changed("delete", None, rate, reason):
-            number = _told(number + changed, progress)
-        return number
+        return self._each("delete", None, rate, progress, reason)
 
     def able(self, verb: str) -> Selection:
         """Return those of the jobs that allow *verb*. Raises `ValueError` if no state that is asked for does.
@@ -125,12 +116,20 @@ class Selection:
         chosen = replace(self.filter, states=states, with_message=is_run, without_replaced=verb == "retry")
         return replace(self, filter=chosen)
 
-    def _changed(
-        self, verb: str, change: Change | None, rate: str | None, reason: str | None
-    ) -> Iterator[tuple[list[Job], int]]:
-        """Change the jobs page by page; yield each page as it was, and how many of its jobs were changed.
+    def _each(
+        self,
+        verb: str,
+        change: Change | None,
+        rate: str | None,
+        progress: Progress | None,
+        reason: str | None,
+        after: Callable[[list[Job]], None] = lambda page: None,
+    ) -> int:
+        """Change the jobs page by page; return the number of those that were changed.
 
-        *change*: what *verb* makes of a job; `None`: delete the job.
+        Arguments:
+            change: what *verb* makes of a job; `None`: delete the job.
+            after: called after each transaction with its page, as the jobs were before.
         """
         backend = self.kathikon.storage.backend
         by_hand = verbs.checked(verb, change or verbs.unchanged)
@@ -139,7 +138,7 @@ class Selection:
         size = max(1, min(CHUNK, int(a_second / STEPS))) if a_second else CHUNK
         act = Act(verb=verb, target=str(self.filter), operator=self.kathikon.operator, reason=reason)
         backend.begin(act)
-        next_at = monotonic()
+        number, next_at = 0, monotonic()
         for page in able._pages(size):
             sleep(max(0.0, next_at - monotonic()))
             ids, skips = [job.id for job in page], (NotAllowed, NotFound)
@@ -149,8 +148,12 @@ class Selection:
                 done = backend.change(ids, by_hand, act, False, skips)
             if a_second:  # what was slow is made up for by a second at most
                 next_at = max(next_at, monotonic() - 1.0) + len(done) / a_second
-            yield page, len(done)
+            after(page)
+            number += len(done)
+            if progress is not None:
+                progress(number)
         backend.end(act)
+        return number
 
 
 def pace(rate: str | float | None) -> float:
@@ -164,9 +167,3 @@ def pace(rate: str | float | None) -> float:
     if not 0 < found < 1e9:
         raise ValueError(f"rate = {rate!r} is no rate above 0, such as 50/s, 600/m or 1000/h")
     return found
-
-
-def _told(number: int, progress: Progress | None) -> int:
-    if progress is not None:
-        progress(number)
-    return number

@@ -146,7 +146,7 @@ def paused(connection: Connection) -> tuple[Paused, float | None]:
 
 #: The condition that nothing is paused at all. A worker that knows of no pause claims by that: it costs least. It finds
 #: nothing then until it has heard of a new pause, and claims by the conditions below.
-NOTHING_PAUSED = ~exists().where(or_(pauses.c.until.is_(None), pauses.c.until > now()))
+NOTHING_PAUSED = ~exists().where(_HOLD)
 
 
 def is_open(queue: ColumnElement[Any]) -> ColumnElement[bool]:
