@@ -37,5 +37,4 @@ def _of_row(job: Job) -> Iterator[Event]:
         if at is not None:
             yield Event(at, name)
     if job.state in TERMINAL and job.ended_at is not None:
-        why = ": ".join(text for text in (job.cause and job.cause.value, job.reason) if text)
-        yield Event(job.ended_at, job.state.value, why or None, traceback=job.traceback)
+        yield Event(job.ended_at, job.state.value, acts.why_ended(job), traceback=job.traceback)

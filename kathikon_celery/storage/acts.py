@@ -102,12 +102,16 @@ def note(connection: Connection, job_keys: Iterable[str], event: str, text: str 
         connection.execute(insert(history).values(at=now()), rows)
 
 
+def why_ended(job: Job) -> str | None:
+    """Return cause and reason of the job's end, as one text."""
+    return ": ".join(text for text in (job.cause and job.cause.value, job.reason) if text) or None
+
+
 def note_end(connection: Connection, job: Job) -> None:
     """Keep how *job* has ended, which its row is about to forget."""
     if job.state not in TERMINAL or job.ended_at is None:
         return
-    why = ": ".join(text for text in (job.cause and job.cause.value, job.reason) if text)
-    values = {"job": key(job.id), "at": job.ended_at, "event": job.state.value, "text": printable(why or None)}
+    values = {"job": key(job.id), "at": job.ended_at, "event": job.state.value, "text": printable(why_ended(job))}
     connection.execute(insert(history).values(**values, traceback=printable(job.traceback)))
 
 

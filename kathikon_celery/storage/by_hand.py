@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from sqlalchemy import Connection
 from sqlalchemy import update as update_statement
@@ -64,8 +65,7 @@ def _changed(
         job = locked(connection, job_id)
         if key(job_id) in done:  # by the try whose answer was lost
             return job
-        old = fetch(connection, job_id)
-        assert old is not None
+        old = replace(job)
         verb(job)
     except skips:
         return None
