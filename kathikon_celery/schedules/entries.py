@@ -9,7 +9,6 @@ from datetime import datetime, tzinfo
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-from celery.beat import BeatLazyFunc
 from celery.schedules import crontab
 from kombu.utils import json as kombu_json
 
@@ -108,11 +107,6 @@ def _text(value: Any) -> str:
         return str(kombu_json.dumps(value))
     except Exception:
         return json.dumps(repr(type(value)))
-
-
-def is_plain(value: Any) -> bool:
-    """Whether a value of an entry is the same wherever it is read."""
-    return not isinstance(value, BeatLazyFunc)
 
 
 #: The columns that the code's entry says.
