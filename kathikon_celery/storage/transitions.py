@@ -214,8 +214,9 @@ def replaced(*where: Condition) -> Change:
     open_ = State.WAITING_FOR_CHILDREN
     state = case({word: end.value for word, end in _ENDS.items()}, value=jobs.c.status, else_=open_.value)
     ended_at = case(dict.fromkeys(_ENDS, now()), value=jobs.c.status, else_=null())
+    cause = case({"FAILURE": Cause.CHILDREN.value}, value=jobs.c.status, else_=jobs.c.cause)
     waits = _becomes(open_, *where)
-    return Change(jobs, {**waits.values, "state": state, "ended_at": ended_at}, waits.where)
+    return Change(jobs, {**waits.values, "state": state, "ended_at": ended_at, "cause": cause}, waits.where)
 
 
 # --- ended

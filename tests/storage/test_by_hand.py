@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection
+from sqlalchemy import Connection, update
 
 from kathikon_celery.job import State
+from kathikon_celery.operate.history import history
 from kathikon_celery.operate.kathikon import Kathikon, NotAllowed
-from kathikon_celery.storage import Storage, acts, idle_query, pauses
+from kathikon_celery.storage import Storage, acts, idle_query, pauses, tables
 from kathikon_celery.storage.errors import Unavailable
 from kathikon_celery.storage.pauses import Kind, Paused, matches
 from tests.storage.actors import Worker, new_job
@@ -46,6 +48,20 @@ def lost_answer(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
 def events_of(operator: Kathikon, job_id: str) -> list[str]:
     return [event.event for event in operator.history(job_id)]
+
+
+def test_the_order_of_what_happened_at_one_moment(storage: Storage, operator: Kathikon) -> None:
+    """A moment is a millisecond on SQLite."""
+    moment = datetime(2026, 1, 1, tzinfo=timezone.utc)
+    storage.insert(job := new_job("1"))
+    with storage.database.write() as connection:
+        acts.note(connection, ["1"], "retry", None)
+        connection.execute(update(tables.history).values(at=moment))
+    errors = [{"at": moment.isoformat(), "attempt": 1, "reason": "no"}]
+    ends = replace(job, state=State.DEAD, errors=errors)
+    ends.inserted_at = ends.claimed_at = ends.started_at = ends.ended_at = moment
+    events = [event.event for event in history(storage, ends)]
+    assert events == ["published", "failed", "retry", "claimed", "started", "dead"]
 
 
 @pytest.mark.parametrize("verb", ["cancel", "discard"])

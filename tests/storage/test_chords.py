@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select, update
 
-from kathikon_celery.job import State
+from kathikon_celery.job import Cause, State
 from kathikon_celery.storage import Storage, chords, finish, results
 from kathikon_celery.storage.chords import Part
 from kathikon_celery.storage.settle import Incomplete, JobEnd, TaskEnd, settle
@@ -117,5 +117,6 @@ def test_what_replaces_a_task_may_end_before_the_task(storage: Storage, worker: 
     for word, state in ends.items():
         job = the_job(storage, word)
         assert (job.state, job.status, job.node_id, job.ended_at is None) == (state, word, None, False)
+        assert (job.cause is Cause.CHILDREN) == (word == "FAILURE")
     job = the_job(storage, "not yet")
     assert (job.state, job.status, job.node_id, job.ended_at) == (State.WAITING_FOR_CHILDREN, None, None, None)

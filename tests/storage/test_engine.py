@@ -291,5 +291,7 @@ def test_a_user_who_has_no_inotify_left(
         wakeup = storage.database.wakeup(1)
         storage.insert(new_job())
         assert wakeup.wait(60)
+        wakeup.notify()  # by another thread: ends the sleep, and is no call
+        assert not wakeup.wait(3600)
         wakeup.close()
     assert "fs.inotify.max_user_instances" in caplog.text

@@ -614,13 +614,13 @@ class Bell(Wakeup):
         if self._inotify is not None:
             return super().wait(timeout)
         deadline = monotonic() + timeout
-        while not super().wait(min(LOOK, deadline - monotonic())):
+        while True:
+            is_woken, _ = self._sleep(min(LOOK, deadline - monotonic()))
             last, self._last = self._last, self._stamp()
             if last != self._last:
                 return self.called()
-            if monotonic() >= deadline:
-                break
-        return False
+            if is_woken or monotonic() >= deadline:
+                return False
 
     def close(self) -> None:
         super().close()

@@ -39,15 +39,20 @@ class Wakeup:
 
     def wait(self, timeout: float) -> bool:
         """Sleep for at most *timeout* seconds; return true when another process called."""
+        return self._sleep(timeout)[1]
+
+    def _sleep(self, timeout: float) -> tuple[bool, bool]:
+        """Sleep for at most *timeout* seconds; return whether anything ended the sleep, and whether a call did."""
+        found = self._selector.select(max(timeout, 0))
         called = False
-        for key, _ in self._selector.select(max(timeout, 0)):
+        for key, _ in found:
             if key.fileobj is self._receiver:
                 with suppress(BlockingIOError):
                     self._receiver.recv(4096)
                 self._notified = False
             else:
                 called = self.called() or called
-        return called
+        return bool(found), called
 
     def called(self) -> bool:
         """Read the call that another process made; return false when it was not for us."""
