@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from datetime import datetime
+from typing import TYPE_CHECKING, Protocol
 
 from celery import _state
 from kombu.utils.imports import symbol_by_name
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from kathikon_celery.schedules.following import Kept
+    from kathikon_celery.storage import Storage
+    from kathikon_celery.storage.schedules import Schedule
 
 
 def install() -> None:
@@ -13,12 +23,44 @@ def install() -> None:
     if is_django():
         symbol_by_name("kathikon_celery.django.transactions:install")()
         symbol_by_name("kathikon_celery.django.on_commit:install")()
+        symbol_by_name("kathikon_celery.django.periodic_tasks:install")()
 
 
 def register_tasks() -> None:
     """Register the Celery task that runs the tasks of ``django.tasks``, if the setting TASKS names our backend."""
     if is_django():
         symbol_by_name("kathikon_celery.django.task_backends:all_of_ours")()
+
+
+class Follower(Protocol):
+    """Keeps the schedules of a worker and those of a framework together."""
+
+    def look(self) -> None:
+        """Take over what has changed there."""
+
+    def sent(self, sent: Iterable[tuple[Schedule, int]], now: datetime) -> None:
+        """Note for there how many ticks of which rows were sent at *now*."""
+
+
+def follower(app: Celery, storage: Storage) -> Follower | None:
+    """Return what follows the schedules that the framework has, if any."""
+    if not is_django():
+        return None
+    found: Follower | None = symbol_by_name("kathikon_celery.django.periodic_tasks:follower")(app, storage)
+    return found
+
+
+def periodic_tasks(app: Celery, bad: dict[str, str]) -> Iterable[Kept]:
+    """Return the schedules in the tables of django-celery-beat. *bad*: gets the names of unusable ones, and why.
+
+    Raises `ValueError` if the project does not have the tables.
+    """
+    if is_django():
+        symbol_by_name("django:setup")()
+    if not is_django() or not symbol_by_name("django.apps:apps").is_installed("django_celery_beat"):
+        raise ValueError("there are no tables of django-celery-beat: django_celery_beat is not in INSTALLED_APPS")
+    found: Iterable[Kept] = symbol_by_name("kathikon_celery.django.periodic_tasks:kept")(app, bad)
+    return found
 
 
 def is_django() -> bool:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from celery.schedules import crontab
 
+from kathikon_celery import frameworks
 from kathikon_celery.cli.acting import BY, REASON
 from kathikon_celery.cli.group import AS_JSON, kathikon, legible, print_json, show_table, storage_of
 from kathikon_celery.cli.jobs import Moment
 from kathikon_celery.cli.queues import Age
 from kathikon_celery.operate.kathikon import Kathikon
 from kathikon_celery.operate.schedules import as_dict, lag
+from kathikon_celery.schedules import imports
+from kathikon_celery.schedules.following import Kept
 from kathikon_celery.schedules.ticking import MISSED, OVERLAP
 from kathikon_celery.storage.errors import NotFound
 from kathikon_celery.storage.schedules import Schedule
@@ -119,7 +124,7 @@ def _when(one: Schedule) -> str:
         return f"every {spec['every']:g} s"
     if "crontab" in spec:
         return f"{' '.join(spec['crontab'].get(name, '*') for name in FIELDS)} {one.zone}"
-    return f"solar {spec['solar']['event']}"
+    return f"at {spec['at']}" if "at" in spec else f"solar {spec['solar']['event']}"
 
 
 @kathikon.group()
@@ -217,6 +222,37 @@ def backfill(
     """Send ticks of the past that were not sent."""
     hands = Kathikon(_app(context), operator).schedules
     click.echo(f"Sent {len(_try(lambda: hands.backfill(name, since, until, reason=reason)))} ticks.")
+
+
+@schedule.command(name="import")
+@click.argument("source")
+@click.option("--prefix", default="redbeat:", show_default=True, help="Of RedBeat's keys.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@REASON
+@BY
+@click.pass_obj
+def import_command(
+    context: CLIContext, /, source: str, prefix: str, dry_run: bool, reason: str | None, operator: str | None
+) -> None:
+    """Add the schedules of another scheduler, which is stopped.
+
+    SOURCE is django-celery-beat, the URL of RedBeat's Redis, or the path of a file that Celery's beat has written. Such
+    a file is a pickle: use your own only.
+    """
+    app, bad = _app(context), {}  # type: tuple[Any, dict[str, str]]
+    kept: Iterable[Kept]
+    if source == "django-celery-beat":
+        kept = _try(lambda: frameworks.periodic_tasks(app, bad))
+    elif "://" in source:
+        kept = imports.of_redbeat(source, prefix, app.timezone, bad)
+    else:
+        kept = imports.of_beat_file(Path(source), app.timezone, bad)
+    hands = Kathikon(app, operator).schedules
+    done = _try(lambda: hands.take_over(kept, reason=reason, dry_run=dry_run))
+    rows = [("name", "result"), *sorted(done.items()), *((name, f"left out: {why}") for name, why in bad.items())]
+    show_table([tuple(map(legible, row)) for row in rows])
+    if bad:
+        raise click.exceptions.Exit(1)
 
 
 def _app(context: CLIContext) -> Any:

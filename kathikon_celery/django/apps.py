@@ -11,7 +11,7 @@ from django.db import connections
 from django.db.models.signals import post_migrate
 
 from kathikon_celery import frameworks
-from kathikon_celery.django import transactions
+from kathikon_celery.django import periodic_tasks, transactions
 from kathikon_celery.settings import SettingError, Settings
 from kathikon_celery.settings.brokers import broker_of, is_kathikon
 from kathikon_celery.storage import Storage
@@ -27,7 +27,8 @@ class KathikonConfig(AppConfig):
     verbose_name = "Kathikon"
 
     def ready(self) -> None:
-        """Connect the checks, and what follows a migration."""
+        """Connect the checks, what follows a migration, and what follows changes of periodic tasks."""
+        periodic_tasks.install()
         checks.register(check_settings)
         post_migrate.connect(make_tables, dispatch_uid="kathikon")  # Django sends none for an app without models
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from kombu.utils import json as kombu_json
 
 from kathikon_celery.publish import callers
 from kathikon_celery.schedules import entries, sending, ticking, timetable
+from kathikon_celery.schedules.following import Kept, begin
 from kathikon_celery.storage import Storage, acts, reading, schedules
 from kathikon_celery.storage.acts import Act
 from kathikon_celery.storage.errors import NotFound
@@ -65,7 +66,7 @@ class Schedules:
         """Add a schedule, or replace one that was added so. Raises `ValueError` for the name of a code's entry.
 
         Arguments:
-            schedule: seconds, a timedelta, or Celery's `crontab` or `solar`.
+            schedule: seconds, a timedelta, Celery's `crontab` or `solar`, or an aware datetime: one tick then.
             options: of ``apply_async``.
             zone: the time zone of a crontab; default: the app's.
             policies: ``missed``, ``grace``, ``overlap``, ``jitter``, ``max_runs``, ``starts_at``, ``ends_at``; see
@@ -90,10 +91,12 @@ class Schedules:
         entries.check(row)
 
         def write(connection: Connection, old: Schedule | None) -> None:
-            if old is not None and old.source == "code":
+            if old is not None and _ours(old, name).source == "code":
                 raise ValueError(f"schedule {name!r} is an entry of the code; change it instead")
             row.tick_at = ticking.first(row, following, reading.present(connection))
             row.next_at = ticking.with_jitter(row, row.tick_at)
+            if row.tick_at is None:
+                raise ValueError(f"schedule {name!r} has no tick from now on")
             if old is not None:
                 schedules.remove(connection, name)
             schedules.add(connection, row)
@@ -110,7 +113,7 @@ class Schedules:
             raise ValueError(f"{', '.join(sorted(unknown))}: allowed are {', '.join(sorted(allowed))}")
 
         def write(connection: Connection, old: Schedule | None) -> None:
-            row = _found(old, name)
+            row = _ours(old, name)
             new: dict[str, Any] = {
                 one: kombu_json.dumps(values[one]) for one in ("args", "kwargs", "options") if one in values
             }
@@ -133,7 +136,7 @@ class Schedules:
         """Send no ticks until `resume`. Ticks of that time are not made up for."""
 
         def write(connection: Connection, old: Schedule | None) -> None:
-            _found(old, name)
+            _ours(old, name)
             schedules.change(connection, name, {"paused": True, "tick_at": None, "next_at": None})
 
         self._write("pause", name, reason, write)
@@ -142,7 +145,7 @@ class Schedules:
         """Go on with the first tick from now on."""
 
         def write(connection: Connection, old: Schedule | None) -> None:
-            row = _found(old, name)
+            row = _ours(old, name)
             tick = ticking.first(row, self._following(row), reading.present(connection))
             schedules.change(
                 connection, name, {"paused": False, "tick_at": tick, "next_at": ticking.with_jitter(row, tick)}
@@ -154,7 +157,7 @@ class Schedules:
         """Delete a schedule. An entry of the code comes back with the next worker that starts: `pause` that instead."""
 
         def write(connection: Connection, old: Schedule | None) -> None:
-            _found(old, name)
+            _ours(old, name)
             schedules.remove(connection, name)
 
         self._write("delete", name, reason, write)
@@ -163,12 +166,53 @@ class Schedules:
         """Undo an operator's changes of a code's entry: the next worker that starts writes what its code says."""
 
         def write(connection: Connection, old: Schedule | None) -> None:
-            row = _found(old, name)
+            row = _ours(old, name)
             if row.source != "code":
                 raise ValueError(f"schedule {name!r} is no entry of the code")
             schedules.change(connection, name, {"is_changed": False, "digest": "", "past": "[]"})
 
         self._write("reset", name, reason, write)
+
+    def take_over(self, kept: Iterable[Kept], reason: str | None = None, dry_run: bool = False) -> dict[str, str]:
+        """Add schedules of another scheduler; return by name what was done: "added", "goes on" or "is there".
+
+        "goes on": an entry of the code, whose first tick follows the last run there, if no worker has sent one yet.
+        Stop the other scheduler first. Ticks that were missed since its last run are sent by `Schedule.missed`.
+
+        Arguments:
+            kept: as `kathikon_celery.schedules.imports` reads them.
+            dry_run: change nothing.
+        """
+        own = entries.of(self._app) if self._app is not None else {}
+        done: dict[str, str] = {}
+
+        def write(connection: Connection, old: Schedule | None) -> None:
+            now = reading.present(connection)
+            if not dry_run:
+                self._storage.database.dialect.take_turns(connection)
+                entries.reconcile(connection, own, now)
+            for one in kept:
+                row = schedules.fetch(connection, one.row.name, lock=not dry_run)
+                entry = own.get(one.row.name)
+                done[one.row.name] = word = _to_take_over(row, entry is not None)
+                if dry_run or word == "is there":
+                    continue
+                if row is not None and row.source == "django":
+                    schedules.change(connection, row.name, {"source": "table", "followed": None})
+                elif row is None or entry is None:
+                    begin(one.row, one.since, now)
+                    schedules.add(connection, one.row)
+                elif one.since is not None and not row.paused:
+                    tick = ticking.first(row, entry.following, now, one.since)
+                    values = {"tick_at": tick, "next_at": ticking.with_jitter(row, tick)}
+                    schedules.change(connection, row.name, values)
+
+        if dry_run:
+            with self._storage.database.read() as connection:
+                write(connection, None)
+        else:
+            self._write("import", "", reason, write)
+        return done
 
     def run_now(self, name: str, reason: str | None = None) -> str:
         """Send the task of a schedule once, beside its ticks; return the job's id."""
@@ -223,7 +267,7 @@ class Schedules:
     def _write(
         self, verb: str, name: str, reason: str | None, step: Callable[[Connection, Schedule | None], None]
     ) -> None:
-        act = Act(verb=verb, target=f"schedule {name}", operator=self._operator, reason=reason)
+        act = Act(verb=verb, target=f"schedule {name}" if name else "schedules", operator=self._operator, reason=reason)
 
         def write(there: Storage) -> None:
             with there.database.write(durable=True) as connection:
@@ -240,14 +284,28 @@ def _found(row: Schedule | None, name: str) -> Schedule:
     return row
 
 
+def _ours(row: Schedule | None, name: str) -> Schedule:
+    """Return the schedule, unless its master is elsewhere."""
+    row = _found(row, name)
+    if row.source == "django":
+        raise ValueError(f"schedule {name!r} is a periodic task of django-celery-beat; change it there")
+    return row
+
+
 def as_dict(row: Schedule) -> dict[str, Any]:
     """Return a schedule by column, for programs."""
     found: dict[str, Any] = {}
     for name, value in vars(row).items():
-        if name in ("past", "digest"):
+        if name in ("past", "digest", "followed"):
             continue
         found[name] = value.isoformat() if isinstance(value, datetime) else value
     return {**found, **{one: json.loads(found[one]) for one in ("args", "kwargs", "options")}}
+
+
+def _to_take_over(row: Schedule | None, is_of_code: bool) -> str:
+    if is_of_code:
+        return "goes on" if row is None or (row.source == "code" and not row.runs) else "is there"
+    return "added" if row is None or row.source == "django" else "is there"
 
 
 def lag(row: Schedule) -> timedelta | None:

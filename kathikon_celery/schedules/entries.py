@@ -51,7 +51,7 @@ def of(app: Celery, bad: dict[str, str] | None = None) -> dict[str, Entry]:
     found = {}
     for name, one in given.items():
         try:
-            found[str(name)] = _entry(str(name), one, app.timezone)
+            found[str(name)] = entry_of(str(name), one, app.timezone)
         except (ValueError, TypeError, KeyError) as error:
             why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             if bad is None:
@@ -60,7 +60,8 @@ def of(app: Celery, bad: dict[str, str] | None = None) -> dict[str, Entry]:
     return found
 
 
-def _entry(name: str, given: Mapping[str, Any], zone: tzinfo) -> Entry:
+def entry_of(name: str, given: Mapping[str, Any], zone: tzinfo) -> Entry:
+    """Return an entry as ``beat_schedule`` has them; *zone*: of its crontab, unless the entry says another."""
     options = {**(given.get("options") or {})}
     zone_name = options.pop("kathikon_zone", None) or str(zone)
     if zone_name != str(zone):
@@ -80,7 +81,7 @@ def _entry(name: str, given: Mapping[str, Any], zone: tzinfo) -> Entry:
         **policies,
     )
     check(row)
-    row.digest = _digest(row)
+    row.digest = digest(row)
     return Entry(row, following, args, kwargs, options)
 
 
@@ -113,16 +114,18 @@ def _text(value: Any) -> str:
 DEFINED = ("task", "timing", "zone", "args", "kwargs", "options", *POLICIES)
 
 
-def _digest(row: Schedule) -> str:
+def digest(row: Schedule) -> str:
+    """Return a digest of what *row* says of its ticks and tasks."""
     said = json.dumps([getattr(row, name) for name in DEFINED], default=str)
     return blake2b(said.encode(), digest_size=20).hexdigest()
 
 
 def reconcile(connection: Connection, entries: Mapping[str, Entry], now: datetime) -> None:
-    """Write the code's *entries* to their rows; the caller has locked nothing.
+    """Write the code's *entries* to their rows; the caller has taken its turn.
 
     A definition that another one has replaced does not come back by itself: an older deployment that starts again
-    undoes nothing. What an operator has changed stays until `reset`.
+    undoes nothing. What an operator has changed stays until `reset`. A row of tables that are followed becomes the
+    code's, as django-celery-beat has it, and stays paused.
     """
     for name, entry in entries.items():
         row, new = schedules.fetch(connection, name, lock=True), entry.row
@@ -132,10 +135,11 @@ def reconcile(connection: Connection, entries: Mapping[str, Entry], now: datetim
             schedules.add(connection, new)
             continue
         past = json.loads(row.past)
-        if row.source != "code" or row.digest == new.digest or new.digest in past:
+        was_followed = row.source == "django"
+        if not was_followed and (row.source != "code" or row.digest == new.digest or new.digest in past):
             continue
-        values: dict[str, Any] = {"digest": new.digest}
-        if row.digest:
+        values: dict[str, Any] = {"digest": new.digest, "source": "code"}
+        if row.digest and not was_followed:
             values["past"] = json.dumps([*past, row.digest][-MOST_PAST:])
         if not row.is_changed:
             values |= {column: getattr(new, column) for column in DEFINED}

@@ -64,9 +64,14 @@ def decide(schedule: Schedule, following: Following, now: datetime) -> Ticks:
     return Ticks(send, skipped, tick)
 
 
-def first(schedule: Schedule, following: Following, now: datetime) -> datetime | None:
-    """Return the first tick of a schedule that is new, changed or resumed: none that has passed."""
-    after = max(now, schedule.starts_at - timedelta(microseconds=1)) if schedule.starts_at else now
+def first(schedule: Schedule, following: Following, now: datetime, since: datetime | None = None) -> datetime | None:
+    """Return the first tick of a schedule that is new, changed or resumed: none that has passed.
+
+    *since*: until then another scheduler has sent the ticks; those since then are missed.
+    """
+    after = min(now, since or now)
+    if schedule.starts_at:
+        after = max(after, schedule.starts_at - timedelta(microseconds=1))
     tick = following(after)
     is_over = tick is None or (schedule.ends_at is not None and tick > schedule.ends_at)
     return None if is_over or (schedule.max_runs is not None and schedule.runs >= schedule.max_runs) else tick

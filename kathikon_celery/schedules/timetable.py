@@ -23,9 +23,14 @@ def of(thing: Any, zone: tzinfo) -> tuple[str, Following]:
     """Return the text of a schedule for its row, and the function of its ticks.
 
     Arguments:
-        thing: as in ``beat_schedule``: seconds, a timedelta, or one of Celery's schedule objects.
+        thing: as in ``beat_schedule``: seconds, a timedelta, or one of Celery's schedule objects. An aware datetime has
+            one tick.
         zone: the time zone of crontabs.
     """
+    if isinstance(thing, datetime):
+        if thing.tzinfo is None:
+            raise ValueError(f"the moment {thing} has no time zone; use an aware datetime")
+        return json.dumps({"at": thing.isoformat()}), _at(thing)
     one: Any = maybe_schedule(thing) if isinstance(thing, int | float | timedelta | BaseSchedule) else None
     if type(one) is crontab:
         return json.dumps({"crontab": _words(one)}), _crontab(one, zone)
@@ -38,7 +43,8 @@ def of(thing: Any, zone: tzinfo) -> tuple[str, Following]:
     if isinstance(one, BaseSchedule):
         return CODE, _of_code(one)
     raise TypeError(
-        f"{thing!r} is no schedule; allowed are seconds, a timedelta, crontab(…), solar(…), and other schedule classes"
+        f"{thing!r} is no schedule; allowed are seconds, a timedelta, a datetime, crontab(…), solar(…),"
+        " and other schedule classes"
     )
 
 
@@ -51,12 +57,23 @@ def read(text: str, zone: tzinfo) -> Following | None:
         return None
     try:
         spec = json.loads(text)
-        ((kind, given),) = [(name, spec[name]) for name in ("crontab", "every", "solar") if name in spec]
+        ((kind, given),) = [(name, spec[name]) for name in ("crontab", "every", "solar", "at") if name in spec]
         if kind == "every":
             return _every(float(given), bool(spec.get("relative")), zone)
+        if kind == "at":
+            return _at(datetime.fromisoformat(given))
         return _crontab(crontab(**given), zone) if kind == "crontab" else _of_code(solar(**given))
     except Exception as error:
         raise ValueError(f"{text!r} is no schedule: {error}") from error
+
+
+def _at(moment: datetime) -> Following:
+    return lambda after: moment if moment > after else None
+
+
+def is_moment(text: str) -> bool:
+    """Whether the schedule with this text has one tick only, at a moment."""
+    return text != CODE and "at" in json.loads(text)
 
 
 def _words(one: crontab) -> dict[str, str]:

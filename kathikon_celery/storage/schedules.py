@@ -32,9 +32,10 @@ class Schedule:
         overlap: what happens at a tick whose job before has not ended: "allow", "skip", "queue" or "cancel".
         jitter: seconds; each tick is sent up to so much later.
         max_runs: how many ticks are sent in all.
-        source: who has made the entry: "code" (``beat_schedule``), or "table" (an operator, a program).
+        source: who has made the entry: "code" (``beat_schedule``), "table" (an operator, a program), or "django"
+            (django-celery-beat's tables, which are followed).
         next_at: when a worker acts next; `None`: never.
-        tick_at: the moment of the timetable for that.
+        tick_at: the moment of the timetable for that; `None`: the worker that acts computes it.
         last_tick, last_sent, last_job: the last tick, when it was sent, and the id of its job.
         skipped: how many ticks were not sent.
         problem: why the last attempt to send failed.
@@ -67,6 +68,7 @@ class Schedule:
     digest: str | None = None
     past: str = "[]"
     is_changed: bool = False
+    followed: str | None = None
 
 
 _FIELDS = [one.name for one in fields(Schedule) if one.name != "name"]
@@ -77,9 +79,9 @@ def _of(row: Any) -> Schedule:
 
 
 def _is_ours() -> ColumnElement[bool]:
-    """The condition that this process may send a row's ticks: it is in the table, or in the code of the process."""
+    """The condition that this process may send a row's ticks: any may, but for those of other code."""
     names = rows_of("own_schedules")
-    return or_(schedules.c.source == "table", schedules.c.name.in_(select(names.c.value)))
+    return or_(schedules.c.source != "code", schedules.c.name.in_(select(names.c.value)))
 
 
 #: Seconds until a worker has to act, for the schedules of `of_own`.

@@ -375,7 +375,8 @@ schedules = Table(
     metadata,
     Column("name", Name, primary_key=True),
     Column("label", Long, nullable=False),
-    #: Who has made the entry: "code" (``beat_schedule``) or "table" (an operator, a program).
+    #: Who has made the entry: "code" (``beat_schedule``), "table" (an operator, a program), or "django" (the tables of
+    #: django-celery-beat).
     Column("source", String(10), nullable=False),
     Column("task", Long, nullable=False),
     #: JSON; NULL in `timing` is not possible: "code" stands for a schedule that only its code can compute.
@@ -408,5 +409,7 @@ schedules = Table(
     Column("digest", String(40)),
     Column("past", Long, nullable=False),
     Column("is_changed", Boolean(create_constraint=False), nullable=False),
+    #: The digest of what the tables of django-celery-beat said when they were last followed.
+    Column("followed", String(40)),
 )
 Index("kathikon_schedules_next", schedules.c.next_at)

@@ -6,9 +6,8 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
-from sqlalchemy import make_url
 
-from tests.support.projects import Project
+from tests.support.projects import MANAGE, Project, django_database
 
 pytest.importorskip("django")
 
@@ -117,14 +116,7 @@ SETUP = "import django; django.setup(); from proj.tasks import *; from proj.api 
 def project(tmp_path: Path, database_url: str) -> Project:
     import django
 
-    url = make_url(database_url)
-    parts = {
-        "ENGINE": f"django.db.backends.{url.get_backend_name().replace('sqlite', 'sqlite3')}",
-        "NAME": url.database,
-        "USER": url.username or "",
-        "HOST": str(url.query.get("host", url.host or "")),
-        "PORT": str(url.port or ""),
-    }
+    parts = django_database(database_url)
     project = Project(tmp_path)
     project.environment["DJANGO_SETTINGS_MODULE"] = "proj.settings"
     api = '"django_tasks", ' if django.VERSION < (6,) else ""
@@ -134,7 +126,7 @@ def project(tmp_path: Path, database_url: str) -> Project:
         "migrations/__init__": "", "migrations/0001_initial": MIGRATION,
     }.items():  # fmt: skip
         project.write(f"proj/{name}.py", text)
-    project.write("manage.py", "from django.core.management import execute_from_command_line as run; import sys; run()")
+    project.write("manage.py", MANAGE)
     return project
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+from sqlalchemy import make_url
+
 from tests.support.workers import WorkerProcess
 
 #: Tasks as in any project, without Kathikon.
@@ -55,6 +57,22 @@ APP = """
     app.config_from_object("kathikon_celery.config")
     app.autodiscover_tasks(["proj", "proj.mail"])
 """
+
+
+def django_database(url: str) -> dict[str, str]:
+    """Django's setting for the database at *url*."""
+    parts = make_url(url)
+    return {
+        "ENGINE": f"django.db.backends.{parts.get_backend_name().replace('sqlite', 'sqlite3')}",
+        "NAME": parts.database or "",
+        "USER": parts.username or "",
+        "HOST": str(parts.query.get("host", parts.host or "")),
+        "PORT": str(parts.port or ""),
+    }
+
+
+#: Text of a Django project's ``manage.py``.
+MANAGE = "from django.core.management import execute_from_command_line as run; import sys; run()"
 
 
 class Project:

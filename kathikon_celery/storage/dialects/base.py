@@ -205,6 +205,9 @@ class Dialect(ABC):
         """Return the statements that a printed migration begins with."""
         return ()
 
+    def take_turns(self, connection: Connection) -> None:
+        """Wait for other transactions that have called this. Unneeded where only one transaction writes."""
+
     # --- publishing
 
     @abstractmethod

@@ -71,6 +71,8 @@ CHANNEL = "kathikon"
 RESULTS_CHANNEL = CHANNEL + "_r_"
 #: First key of Kathikon's advisory locks; the second is a node's id modulo 2^31, or 0 for the schema.
 LOCK_SPACE = 0x6B61
+#: The lock of those that take turns: its key is one number, as of no other of our locks.
+_TAKE_TURNS = select(func.pg_advisory_xact_lock(LOCK_SPACE))
 #: Longest payload of a NOTIFY, in bytes: PostgreSQL takes less than 8,000.
 LONGEST_CALL = 7900
 #: SQLSTATE: the role lacks a privilege.
@@ -588,6 +590,9 @@ class PostgreSQL(ReturningDialect):
 
     def is_lock_free(self, connection: Connection, node_id: int) -> bool | None:
         return connection.execute(select(self.has_free_lock(literal(node_id, BigInteger)))).scalar()
+
+    def take_turns(self, connection: Connection) -> None:
+        connection.execute(_TAKE_TURNS)
 
     @contextmanager
     def migrating(self, connection: Connection) -> Iterator[None]:

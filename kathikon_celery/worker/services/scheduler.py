@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from kathikon_celery import frameworks
 from kathikon_celery.job import TERMINAL
 from kathikon_celery.schedules import entries, sending, ticking, timetable
 from kathikon_celery.schedules.entries import Entry
@@ -39,9 +40,12 @@ class Scheduler(Service):
         super().__init__(storage=storage, interval=interval)
         self._app = app
         self._entries: dict[str, Entry] | None = None
+        self._follower = frameworks.follower(app, storage)
 
     def questions(self) -> Questions:
-        return {"next_tick": schedules.of_own(self._entries)} if self._entries is not None else {}
+        if self._entries is None or self._follower is not None:  # which is to look at each step
+            return {}
+        return {"next_tick": schedules.of_own(self._entries)}
 
     def spare(self, answers: Mapping[str, Any]) -> float:
         due: float | None = answers["next_tick"]
@@ -54,6 +58,8 @@ class Scheduler(Service):
             for name, why in bad.items():
                 logger.error("Kathikon: beat_schedule[%r] is not sent: %s", name, why)
             self._reconcile()
+        if self._follower is not None:
+            self._follower.look()
         with self.storage.database.read() as connection:
             left = schedules.next_tick(connection, self._entries)
         while left is not None and left <= 0 and not self._stopping:
@@ -68,6 +74,7 @@ class Scheduler(Service):
 
         def write(again: bool) -> None:
             with database.write(durable=True) as connection:
+                database.dialect.take_turns(connection)
                 entries.reconcile(connection, own, reading.present(connection))
                 database.dialect.ring(connection)
 
@@ -78,18 +85,25 @@ class Scheduler(Service):
         with self.storage.database.write(durable=True) as connection:
             due = schedules.due(connection, own, CHUNK)
             now = reading.present(connection)
-            for one in due:
-                self._send_one(connection, one, own.get(one.name), now)
-            return schedules.next_tick(connection, own) if due else AGAIN / 10
+            sent = [self._send_one(connection, one, own.get(one.name), now) for one in due]
+            left = schedules.next_tick(connection, own) if due else AGAIN / 10
+        if self._follower is not None:
+            self._follower.sent(zip(due, sent, strict=True), now)
+        return left
 
-    def _send_one(self, connection: Connection, one: Schedule, entry: Entry | None, now: datetime) -> None:
+    def _send_one(self, connection: Connection, one: Schedule, entry: Entry | None, now: datetime) -> int:
+        """Send the due ticks of *one*; return how many were sent."""
         try:
             following = self._following(one, entry)
+            if one.tick_at is None:
+                tick = ticking.first(one, following, now)
+                schedules.change(connection, one.name, {"tick_at": tick, "next_at": ticking.with_jitter(one, tick)})
+                return 0
             ticks = ticking.decide(one, following, now)
             if ticks.send and one.overlap != "allow" and self._is_open(connection, one):
                 if one.overlap == "queue":
                     schedules.change(connection, one.name, {"next_at": now + timedelta(seconds=AGAIN)})
-                    return
+                    return 0
                 if one.overlap == "cancel":
                     revoking.revoke_in(self.storage.database, connection, [one.last_job or ""])
                 else:
@@ -103,7 +117,7 @@ class Scheduler(Service):
             logger.exception("Kathikon: schedule %r cannot be sent; trying again in %g s", one.name, 60 * AGAIN)
             later = {"problem": repr(error)[:1000], "next_at": now + timedelta(seconds=60 * AGAIN)}
             schedules.change(connection, one.name, later)
-            return
+            return 0
         values: dict[str, Any] = {
             "tick_at": ticks.tick_at,
             "next_at": ticking.with_jitter(one, ticks.tick_at),
@@ -118,6 +132,7 @@ class Scheduler(Service):
                 "last_job": jobs[-1],
             }
         schedules.change(connection, one.name, values)
+        return len(jobs)
 
     def _following(self, one: Schedule, entry: Entry | None) -> Following:
         if entry is not None and entry.row.timing == one.timing and entry.row.zone == one.zone:

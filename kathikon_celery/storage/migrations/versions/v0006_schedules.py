@@ -42,5 +42,6 @@ def upgrade() -> None:
         sa.Column("digest", sa.String(40)),
         sa.Column("past", Long, nullable=False),
         sa.Column("is_changed", sa.Boolean, nullable=False),
+        sa.Column("followed", sa.String(40)),
     )
     op.create_index("kathikon_schedules_next", "kathikon_schedules", ["next_at"])
