@@ -200,6 +200,7 @@ class Schedules:
                 if row is not None and row.source == "django":
                     schedules.change(connection, row.name, {"source": "table", "followed": None})
                 elif row is None or entry is None:
+                    one.row.source = "table"
                     begin(one.row, one.since, now)
                     schedules.add(connection, one.row)
                 elif one.since is not None and not row.paused:

@@ -98,9 +98,8 @@ def _kept(
     try:
         entry = entries.entry_of(name, given, zone)
         if entry.row.timing == timetable.CODE:
-            raise ValueError(
-                f"{given['schedule']!r} is of a class of the application's; only beat_schedule can have it"
-            )
+            kind = type(given["schedule"]).__name__
+            raise ValueError(f"its schedule is of the class {kind}; only code can have it")
         kombu_json.dumps([entry.args, entry.kwargs, entry.options])
     except (ValueError, TypeError, KeyError) as error:
         bad[name] = f"it has no {error}" if isinstance(error, KeyError) else str(error)

@@ -10,17 +10,26 @@ from statistics import quantiles
 from typing import Any
 
 from celery import Celery
+from sqlalchemy.exc import OperationalError
 
 from kathikon_celery import Kathikon
+from kathikon_celery.storage.errors import StorageError
+from kathikon_celery.storage.schedules import Schedule
 from tests.endurance.harness import Figures, Run, main
 from tests.support.workers import WorkerProcess
+from tests.support.wrong_clock import clock_ahead
 
 #: Seconds between the ticks of each entry.
 ENTRIES = (1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0, 30.0, 60.0)
 
 
-def ticks(run: Run, *, minutes: float = 5.0, workers: int = 4, every: float = 5.0) -> Figures:
+def ticks(
+    run: Run, *, minutes: float = 5.0, workers: int = 4, every: float = 5.0, wrong: int = 0, restarts: int = 0
+) -> Figures:
     """Ten schedules of one to sixty seconds; `kill -9` one of the workers `every` so often, and start another at once.
+
+    `wrong` of the workers have a clock that is an hour ahead or behind, which takes a C compiler; a database in a file
+    has no clock but theirs. The database is restarted `restarts` times, which takes {database} in the broker.
 
     `expected`: ticks from the first on to the last that was sent; `late`: seconds from a tick to the commit that sent
     its job, p50 and p99; `twice`: jobs that one tick has beyond its first.
@@ -35,24 +44,38 @@ def ticks(run: Run, *, minutes: float = 5.0, workers: int = 4, every: float = 5.
     begun = {row.name: row.tick_at for row in hands.every()}
     late: dict[tuple[str, Any], float] = {}
 
+    def known() -> list[Schedule]:
+        """The rows; none while the database is away."""
+        try:
+            return hands.every()
+        except (StorageError, OperationalError):
+            return []
+
     def look() -> None:
-        for row in hands.every():
+        for row in known():
             if row.last_tick is not None and row.last_sent is not None:
                 late[row.name, row.last_tick] = (row.last_sent - row.last_tick).total_seconds()
 
     with ExitStack() as stack:
 
-        def start(number: int) -> WorkerProcess:
-            worker = WorkerProcess(url, directory=run.directory, name=f"worker{number}", concurrency=1)
+        def start(number: int, ahead: int) -> WorkerProcess:
+            env = clock_ahead(run.directory, ahead) if ahead else {}
+            worker = WorkerProcess(url, directory=run.directory, name=f"worker{number}", concurrency=1, env=env)
             return stack.enter_context(worker)
 
-        alive = [start(number) for number in range(workers)]
+        hours = [(-1) ** number * (number < wrong) for number in range(workers)]
+        alive = [(start(number, 3600 * hour), hour) for number, hour in enumerate(hours)]
+        restart_at = [time.monotonic() + 60 * minutes * (one + 1) / (restarts + 1) for one in range(restarts)]
         until, kill_at, number = time.monotonic() + 60 * minutes, time.monotonic() + every, workers
         while (now := time.monotonic()) < until:
             if now >= kill_at:
-                alive.pop(random.randrange(len(alive))).kill9()
-                alive.append(start(number))
+                victim, hour = alive.pop(random.randrange(len(alive)))
+                victim.kill9()
+                alive.append((start(number, 3600 * hour), hour))
                 number, kill_at = number + 1, now + every
+            if restart_at and now >= restart_at[0]:
+                restart_at.pop(0)
+                run.database.restart("immediate")
             look()
             time.sleep(0.2)
         for seconds in ENTRIES:
@@ -75,6 +98,7 @@ def ticks(run: Run, *, minutes: float = 5.0, workers: int = 4, every: float = 5.
         "skipped": sum(row.skipped for row in rows),
         "twice": sum(map(len, sent.values())) - sum(row.runs for row in rows),
         "kills": number - workers,
+        "restarts": restarts,
         "late_p50_ms": round(1000 * cuts[49], 1),
         "late_p99_ms": round(1000 * cuts[98], 1),
         "problems": [row.problem for row in rows if row.problem],
