@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from contextlib import ExitStack
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from statistics import quantiles
 from typing import Any
 
@@ -13,6 +13,7 @@ from celery import Celery
 from sqlalchemy.exc import OperationalError
 
 from kathikon_celery import Kathikon
+from kathikon_celery.storage import Storage, schedules
 from kathikon_celery.storage.errors import StorageError
 from kathikon_celery.storage.schedules import Schedule
 from tests.endurance.harness import Figures, Run, main
@@ -24,12 +25,20 @@ ENTRIES = (1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0, 30.0, 60.0)
 
 
 def ticks(
-    run: Run, *, minutes: float = 5.0, workers: int = 4, every: float = 5.0, wrong: int = 0, restarts: int = 0
+    run: Run,
+    *,
+    minutes: float = 5.0,
+    workers: int = 4,
+    every: float = 5.0,
+    wrong: int = 0,
+    restarts: int = 0,
+    others: int = 0,
 ) -> Figures:
     """Ten schedules of one to sixty seconds; `kill -9` one of the workers `every` so often, and start another at once.
 
     `wrong` of the workers have a clock that is an hour ahead or behind, which takes a C compiler; a database in a file
-    has no clock but theirs. The database is restarted `restarts` times, which takes {database} in the broker.
+    has no clock but theirs. The database is restarted `restarts` times, which takes {database} in the broker. Beside
+    the ten there are `others`, which are not due.
 
     `expected`: ticks from the first on to the last that was sent; `late`: seconds from a tick to the commit that sent
     its job, p50 and p99; `twice`: jobs that one tick has beyond its first.
@@ -39,15 +48,21 @@ def ticks(
     app.config_from_object("kathikon_celery.config")
     app.conf.broker_url = run.broker
     hands = Kathikon(app).schedules
-    for seconds in ENTRIES:
-        hands.add(f"every-{seconds:g}", "tests.support.apps.echo", seconds, (seconds,), missed="all")
-    begun = {row.name: row.tick_at for row in hands.every()}
+    names = [f"every-{seconds:g}" for seconds in ENTRIES]
+    for name, seconds in zip(names, ENTRIES, strict=True):
+        hands.add(name, "tests.support.apps.echo", seconds, (seconds,), missed="all")
+    with Storage.for_app(app).database.write() as connection:
+        later = datetime.now(timezone.utc) + timedelta(days=1)
+        for number in range(others):
+            row = Schedule(name=f"daily {number}", task="proj.daily", timing='{"every": 86400}', next_at=later)
+            schedules.add(connection, row)
+    begun = {name: hands.get(name).tick_at for name in names}
     late: dict[tuple[str, Any], float] = {}
 
     def known() -> list[Schedule]:
         """The rows; none while the database is away."""
         try:
-            return hands.every()
+            return [hands.get(name) for name in names]
         except (StorageError, OperationalError):
             return []
 
@@ -78,14 +93,14 @@ def ticks(
                 run.database.restart("immediate")
             look()
             time.sleep(0.2)
-        for seconds in ENTRIES:
-            hands.pause(f"every-{seconds:g}")
+        for name in names:
+            hands.pause(name)
         look()
     sent: dict[str, list[Any]] = {}
     for job in run.rows().values():
         if job.task == "tests.support.apps.echo":
             sent.setdefault(job.body, []).append(job)
-    rows = hands.every()
+    rows = known()
     expected = 0
     for row in rows:
         if row.last_tick is not None and (first := begun[row.name]) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from celery import Celery
 
 from kathikon_celery.job import State
+from kathikon_celery.storage import schedules
+from kathikon_celery.storage.schedules import Schedule
 from tests.integration.conftest import Jobs, Workers
 from tests.support import apps
 from tests.support.waiting import wait_until
@@ -50,8 +53,16 @@ def heard(workers: Workers, tmp_path: Path) -> Callable[..., Heard]:
     return lambda: Heard(workers, tmp_path / "statements", **conf)
 
 
-def test_an_idle_worker_only_looks(client: Celery, heard: Callable[..., Heard]) -> None:
-    """With that, it renews its lease, promotes, prunes, and sees that the others live."""
+@pytest.mark.parametrize("entries", [0, 10_000])
+def test_an_idle_worker_only_looks(client: Celery, jobs: Jobs, heard: Callable[..., Heard], entries: int) -> None:
+    """With that, it renews its lease, promotes, prunes, sends schedules, and sees that the others live."""
+    with jobs.storage.database.write() as connection:
+        later = datetime.now(timezone.utc) + timedelta(days=1)
+        for number in range(entries):
+            row = Schedule(name=f"daily {number}", task="proj.daily", timing='{"every": 86400}', next_at=later)
+                name=f"daily {number}", task="proj.daily", timing='{"every": 86400}', tick_at=later, next_at=later
+            )
+            schedules.add(connection, row)
     one = heard()
     one.until(LOOKS)
     # On a machine that is busy with other things a look may come too late to spare the services their own steps, of
@@ -68,6 +79,7 @@ def test_an_idle_worker_only_looks(client: Celery, heard: Callable[..., Heard]) 
     assert any("is_amiss" in statement for statement in sent)
     assert any("next_due" in statement for statement in sent)
     assert any("is_anything_old" in statement for statement in sent)
+    assert any("next_tick" in statement for statement in sent)
 
 
 def test_it_still_sees_what_is_to_be_done(
