@@ -60,8 +60,6 @@ def test_an_idle_worker_only_looks(client: Celery, jobs: Jobs, heard: Callable[.
         later = datetime.now(timezone.utc) + timedelta(days=1)
         for number in range(entries):
             row = Schedule(name=f"daily {number}", task="proj.daily", timing='{"every": 86400}', next_at=later)
-                name=f"daily {number}", task="proj.daily", timing='{"every": 86400}', tick_at=later, next_at=later
-            )
             schedules.add(connection, row)
     one = heard()
     one.until(LOOKS)
