@@ -4,7 +4,8 @@ import kathikon_celery.cli.acting
 import kathikon_celery.cli.jobs
 import kathikon_celery.cli.queues
 import kathikon_celery.cli.schedules
-import kathikon_celery.cli.tables  # noqa: F401 (each adds its commands)
+import kathikon_celery.cli.tables
+import kathikon_celery.cli.web  # noqa: F401 (each adds its commands)
 from kathikon_celery.cli.group import kathikon
 
 __all__ = ["kathikon"]

@@ -21,13 +21,11 @@ from kathikon_celery.operate.schedules import as_dict, lag
 from kathikon_celery.schedules import imports
 from kathikon_celery.schedules.following import Kept
 from kathikon_celery.schedules.ticking import MISSED, OVERLAP
+from kathikon_celery.schedules.timetable import FIELDS, in_words
 from kathikon_celery.storage.errors import NotFound
-from kathikon_celery.storage.schedules import Schedule
 
 if TYPE_CHECKING:
     from celery.bin.base import CLIContext
-
-FIELDS = ("minute", "hour", "day_of_month", "month_of_year", "day_of_week")
 
 
 class Crontab(click.ParamType):  # type: ignore[type-arg]
@@ -105,7 +103,7 @@ def schedules_command(context: CLIContext, as_json: bool) -> None:
     for one in found:
         late = lag(one)
         note = "paused" if one.paused else (one.problem or ("changed" if one.is_changed else ""))
-        cells = (one.name, one.task, _when(one), _at(one.next_at), _at(one.last_tick))
+        cells = (one.name, one.task, in_words(one.timing, one.zone), _at(one.next_at), _at(one.last_tick))
         numbers = (f"{late.total_seconds():.3f}" if late is not None else "", str(one.runs), str(one.skipped))
         rows.append(tuple(map(legible, (*cells, *numbers, one.last_job or "", note))))
     show_table(rows, right=frozenset({5, 6, 7}))
@@ -113,18 +111,6 @@ def schedules_command(context: CLIContext, as_json: bool) -> None:
 
 def _at(moment: datetime | None) -> str:
     return "" if moment is None else moment.astimezone(timezone.utc).isoformat(" ", "seconds")[:19]
-
-
-def _when(one: Schedule) -> str:
-    try:
-        spec = json.loads(one.timing)
-    except ValueError:
-        return one.timing
-    if "every" in spec:
-        return f"every {spec['every']:g} s"
-    if "crontab" in spec:
-        return f"{' '.join(spec['crontab'].get(name, '*') for name in FIELDS)} {one.zone}"
-    return f"at {spec['at']}" if "at" in spec else f"solar {spec['solar']['event']}"
 
 
 @kathikon.group()

@@ -21,6 +21,7 @@ from django.db.models.signals import post_delete, post_save
 from kathikon_celery import beat, frameworks
 from kathikon_celery.schedules import entries
 from kathikon_celery.schedules.following import Kept, follow
+from kathikon_celery.schedules.timetable import FIELDS
 from kathikon_celery.settings.brokers import broker_of, is_kathikon
 from kathikon_celery.storage import Storage, reading
 from kathikon_celery.storage.schedules import Schedule
@@ -170,8 +171,7 @@ def _timing(task: Any, app: Celery) -> tuple[Any, Any]:
     if task.interval is not None:
         return timedelta(**{task.interval.period: task.interval.every}), app.timezone
     if (one := task.crontab) is not None:
-        fields = ("minute", "hour", "day_of_month", "month_of_year", "day_of_week")
-        return crontab(**{name: getattr(one, name) for name in fields}), one.timezone
+        return crontab(**{name: getattr(one, name) for name in FIELDS}), one.timezone
     if (one := task.solar) is not None:
         return solar(one.event, float(one.latitude), float(one.longitude)), app.timezone
     if task.clocked is not None:

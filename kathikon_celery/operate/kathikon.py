@@ -15,9 +15,10 @@ from kathikon_celery.operate.history import history
 from kathikon_celery.operate.schedules import Schedules
 from kathikon_celery.operate.selection import Selection
 from kathikon_celery.operate.verbs import NotAllowed
-from kathikon_celery.storage import Storage, acts, pauses, reading, status
+from kathikon_celery.storage import Storage, acts, nodes, pauses, reading, status
 from kathikon_celery.storage.acts import Act, Event
 from kathikon_celery.storage.errors import NotFound
+from kathikon_celery.storage.nodes import Living
 from kathikon_celery.storage.pauses import Kind, Pause
 from kathikon_celery.storage.selecting import Filter
 from kathikon_celery.storage.status import QueueStatus, Status
@@ -257,6 +258,11 @@ class Kathikon:
     def queue_status(self) -> list[QueueStatus]:
         """Return the state of each queue that has jobs, workers or a pause."""
         return self.status().queues
+
+    def workers(self) -> list[Living]:
+        """Return the living processes that run jobs, by name."""
+        with self.storage.database.read() as connection:
+            return nodes.living(connection)
 
     def acts(self, limit: int = 50, before: Act | None = None) -> list[Act]:
         """Return up to *limit* records of what operators did, the newest first, from the one behind *before* on."""

@@ -17,6 +17,8 @@ from kathikon_celery.schedules.wall_clock import following as by_wall_clock
 Following = Callable[[datetime], datetime | None]
 #: What a custom schedule class is called in a row: only workers whose code has the entry can compute its ticks.
 CODE = "code"
+#: The fields of a crontab, in the order of a crontab's line.
+FIELDS = ("minute", "hour", "day_of_month", "month_of_year", "day_of_week")
 
 
 def of(thing: Any, zone: tzinfo) -> tuple[str, Following]:
@@ -71,14 +73,26 @@ def _at(moment: datetime) -> Following:
     return lambda after: moment if moment > after else None
 
 
+def in_words(text: str, zone: str) -> str:
+    """Return the schedule with this text in words, for people."""
+    try:
+        spec = json.loads(text)
+    except ValueError:
+        return text
+    if "every" in spec:
+        return f"every {spec['every']:g} s"
+    if "crontab" in spec:
+        return f"{' '.join(spec['crontab'].get(name, '*') for name in FIELDS)} {zone}"
+    return f"at {spec['at']}" if "at" in spec else f"solar {spec['solar']['event']}"
+
+
 def is_moment(text: str) -> bool:
     """Whether the schedule with this text has one tick only, at a moment."""
     return text != CODE and "at" in json.loads(text)
 
 
 def _words(one: crontab) -> dict[str, str]:
-    names = ("minute", "hour", "day_of_week", "day_of_month", "month_of_year")
-    return {name: str(getattr(one, f"_orig_{name}")) for name in names}
+    return {name: str(getattr(one, f"_orig_{name}")) for name in FIELDS}
 
 
 def _crontab(one: crontab, zone: tzinfo) -> Following:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -59,6 +60,26 @@ class Node:
     renewal: str
 
 
+@dataclass(frozen=True)
+class Living:
+    """A process that lives, as operators see it.
+
+    Arguments:
+        queues: whose jobs it runs; `None`: that is not known (yet).
+        holds: how many jobs it has claimed or runs.
+        lease: seconds left until others would rescue its jobs.
+    """
+
+    id: int
+    name: str
+    machine: str
+    pid: int
+    started_at: datetime
+    lease: float
+    queues: list[str] | None
+    holds: int
+
+
 class Registered(NamedTuple):
     """A process's own row. Tables that are made anew number their nodes anew, so the number alone does not tell."""
 
@@ -108,6 +129,21 @@ def consumed(connection: Connection) -> list[set[str] | None]:
     """Return for each living node that runs jobs the queues of these jobs; `None`: that is not known (yet)."""
     found = connection.execute(select(nodes.c.consumes).where(nodes.c.lease_until > now())).scalars()
     return [None if text is None else set(json.loads(text)) for text in found if text != "[]"]
+
+
+def living(connection: Connection) -> list[Living]:
+    """Return the living processes that run jobs, by name."""
+    holds = select(func.count()).where(HELD, jobs.c.node_id == nodes.c.id).scalar_subquery()
+    columns = (nodes.c.id, nodes.c.name, nodes.c.machine, nodes.c.pid, nodes.c.started_at, nodes.c.consumes)
+    query = select(*columns, seconds_until(nodes.c.lease_until).label("lease"), holds.label("holds"))
+    rows = connection.execute(query.where(nodes.c.lease_until > now()).order_by(nodes.c.name, nodes.c.id)).mappings()
+    found = []
+    for row in rows:
+        values = dict(row)
+        consumes = values.pop("consumes")
+        if consumes != "[]":
+            found.append(Living(**values, queues=None if consumes is None else json.loads(consumes)))
+    return found
 
 
 def without_consumer(queue_names: Iterable[str], known: Sequence[set[str] | None]) -> list[str]:
