@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from celery import current_app
-from django.apps import AppConfig
+from django.apps import AppConfig, apps
 from django.core import checks
 from django.db import connections
 from django.db.models.signals import post_migrate
@@ -30,6 +30,7 @@ class KathikonConfig(AppConfig):
         """Connect the checks, what follows a migration, and what follows changes of periodic tasks."""
         periodic_tasks.install()
         checks.register(check_settings)
+        post_migrate.connect(make_permission, dispatch_uid="kathikon permission")
         post_migrate.connect(make_tables, dispatch_uid="kathikon")  # Django sends none for an app without models
 
 
@@ -43,6 +44,18 @@ def check_settings(**kwargs: Any) -> list[checks.CheckMessage]:
     except SettingError as error:
         return [checks.Error(error.message, id="kathikon.E001")]
     return []
+
+
+def make_permission(using: str, **kwargs: Any) -> None:
+    """Make the permission ``kathikon.act``, for the dashboard, which has no model."""
+    if not (apps.is_installed("django.contrib.auth") and apps.is_installed("django.contrib.contenttypes")):
+        return
+    kinds, permissions = apps.get_model("contenttypes.ContentType"), apps.get_model("auth.Permission")
+    tables = connections[using].introspection.table_names()
+    if kinds._meta.db_table in tables and permissions._meta.db_table in tables:
+        kind, _ = kinds.objects.using(using).get_or_create(app_label="kathikon", model="job")
+        given = {"content_type": kind, "codename": "act"}
+        permissions.objects.using(using).get_or_create(**given, defaults={"name": "Can act on jobs"})
 
 
 def make_tables(using: str, **kwargs: Any) -> None:

@@ -133,6 +133,12 @@ class Settings:
     #: Whether Django's ``migrate`` makes the tables, if the database that it migrates is that of the jobs.
     migrate: bool = _setting(True, checks.boolean)
 
+    #: The port at which a worker serves figures for Prometheus; None: none.
+    metrics_port: int | None = _setting(None, checks.port)
+
+    #: The address for that.
+    metrics_host: str = _setting("127.0.0.1", checks.host)
+
     #: Name of each setting that was set -> a text that names the place.
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, kw_only=True)
 

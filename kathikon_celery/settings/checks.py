@@ -190,6 +190,23 @@ def queues_of(value: Any) -> dict[str, QueueSettings]:
     return queues
 
 
+def port(value: Any) -> int | None:
+    """Take a port, or None."""
+    if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
+        return None
+    return _port(value)
+
+
+_port = whole_number(1, 65535)
+
+
+def host(value: Any) -> str:
+    """Take the name or the address of this machine to listen on."""
+    if not isinstance(value, str) or not value.isprintable() or not value.strip() or len(value) > 253:
+        raise ValueError("an address such as 127.0.0.1 or 0.0.0.0")
+    return value.strip()
+
+
 def schema_name(value: Any) -> str | None:
     """Take the name of a schema of PostgreSQL, or None."""
     if value is None or (isinstance(value, str) and value.strip().lower() == "none"):

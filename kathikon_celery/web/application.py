@@ -20,6 +20,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Match, Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from kathikon_celery.metrics.serving import exposition, registry_of
 from kathikon_celery.operate.kathikon import Kathikon
 from kathikon_celery.schedules import timetable
 from kathikon_celery.settings import shown
@@ -70,7 +71,9 @@ class Dashboard:
         self._pages = [Route(path, self._page_at(page, name)) for path, (page, name) in PAGES.items()]
         acts = [Route(path, self._act_at(act), methods=["POST"]) for path, act in ACTS.items()]
         static = StaticFiles(directory=Path(__file__).with_name("static"))
-        self.routes = [Route("/live", self._live), *acts, Mount("/static", static, name="static"), *self._pages]
+        self._registry = registry_of(place)
+        others = [Route("/live", self._live), Route("/metrics", self._metrics), Mount("/static", static)]
+        self.routes = [*others, *acts, *self._pages]
         database = Kathikon(place).storage.database
         self._title = shown(database.url)
 
@@ -157,6 +160,19 @@ class Dashboard:
             return answer
 
         return do
+
+    # --- figures, for Prometheus
+
+    async def _metrics(self, request: Request) -> Response:
+        user = await run_in_threadpool(self._user, request)
+        if isinstance(user, Response):
+            return user
+        try:
+            kind, text = await run_in_threadpool(exposition, self._registry, request.headers.get("accept", ""))
+        except Exception as error:
+            status, words = _explained(error)
+            return PlainTextResponse(f"{words}\n", status, HEADERS)
+        return Response(text, media_type=kind, headers=HEADERS)
 
     # --- live
 

@@ -20,6 +20,7 @@ from kathikon_celery.worker import shutdown
 from kathikon_celery.worker.completing import complete_in_transaction, end_transactions
 from kathikon_celery.worker.consumer_step import ConsumerStep, SentJobs
 from kathikon_celery.worker.log_filters import add_filters
+from kathikon_celery.worker.metrics_step import MetricsStep
 from kathikon_celery.worker.panel import show_scheduled
 from kathikon_celery.worker.prefork.pool import TaskPool
 from kathikon_celery.worker.request import Request, acknowledge_at_the_end, joined
@@ -50,7 +51,7 @@ def install(sender: Any, **kwargs: Any) -> None:
     declare_queues(app)
     mark_what_is_revoked()
     show_scheduled()
-    app.steps["worker"].update([*STEPS, SentJobs])
+    app.steps["worker"].update([*STEPS, SentJobs, MetricsStep])
     app.steps["consumer"].add(ConsumerStep)
     has_requests = is_usable(REQUESTS)
     if has_requests and app.Task.Request == "celery.worker.request:Request":

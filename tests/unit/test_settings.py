@@ -50,6 +50,8 @@ DEFAULTS = {
     "worker_durability": "server",
     "claim_horizon": 0.05,
     "migrate": True,
+    "metrics_port": None,
+    "metrics_host": "127.0.0.1",
 }
 
 

@@ -195,6 +195,10 @@ class Dialect(ABC):
             kept: what is kept for the connection while that is open.
         """
 
+    @abstractmethod
+    def vitals(self, connection: Connection) -> Mapping[str, float]:
+        """Return figures of the database's own: ``table_bytes``, and ``oldest_transaction_seconds`` if it is known."""
+
     # --- the schema
 
     @abstractmethod

@@ -71,6 +71,11 @@ CHANNEL = "kathikon"
 RESULTS_CHANNEL = CHANNEL + "_r_"
 #: First key of Kathikon's advisory locks; the second is a node's id modulo 2^31, or 0 for the schema.
 LOCK_SPACE = 0x6B61
+#: An old transaction keeps vacuum from the rows that have changed since it began.
+_OLDEST_TRANSACTION = """
+    SELECT coalesce(max(extract(epoch FROM clock_timestamp() - xact_start)), 0)
+    FROM pg_stat_activity WHERE datname = current_database()
+"""
 #: The lock of those that take turns: its key is one number, as of no other of our locks.
 _TAKE_TURNS = select(func.pg_advisory_xact_lock(LOCK_SPACE))
 #: Longest payload of a NOTIFY, in bytes: PostgreSQL takes less than 8,000.
@@ -590,6 +595,11 @@ class PostgreSQL(ReturningDialect):
 
     def is_lock_free(self, connection: Connection, node_id: int) -> bool | None:
         return connection.execute(select(self.has_free_lock(literal(node_id, BigInteger)))).scalar()
+
+    def vitals(self, connection: Connection) -> Mapping[str, float]:
+        oldest = connection.execute(text(_OLDEST_TRANSACTION)).scalar_one()
+        size = connection.execute(select(func.pg_total_relation_size(func.to_regclass(str(jobs))))).scalar_one()
+        return {"table_bytes": float(size), "oldest_transaction_seconds": float(oldest)}
 
     def take_turns(self, connection: Connection) -> None:
         connection.execute(_TAKE_TURNS)

@@ -441,6 +441,12 @@ class SQLite(ReturningDialect):
             self._results_file()
         return Bell(self.results_path)
 
+    def vitals(self, connection: Connection) -> Mapping[str, float]:
+        pages, size = (
+            connection.exec_driver_sql(f"PRAGMA {name}").scalar_one() for name in ("page_count", "page_size")
+        )
+        return {"table_bytes": float(pages * size)}
+
     def migrating(self, connection: Connection) -> AbstractContextManager[None]:
         return self.writing()
 
