@@ -21,6 +21,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks $(OPTIONS)
 
 test: $(VENV)/.installed-dev
+	@$(BIN)/python -m tests.support.browsers
 	$(BIN)/python -m pytest -n 3 --dist loadgroup
 
 test-versions:
