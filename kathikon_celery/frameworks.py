@@ -23,7 +23,6 @@ def install() -> None:
     if is_django():
         symbol_by_name("kathikon_celery.django.transactions:install")()
         symbol_by_name("kathikon_celery.django.on_commit:install")()
-        symbol_by_name("kathikon_celery.django.periodic_tasks:install")()
 
 
 def register_tasks() -> None:

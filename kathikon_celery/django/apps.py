@@ -28,7 +28,8 @@ class KathikonConfig(AppConfig):
 
     def ready(self) -> None:
         """Connect the checks, what follows a migration, and what follows changes of periodic tasks."""
-        periodic_tasks.install()
+        if apps.is_installed("django_celery_beat"):
+            periodic_tasks.install()
         checks.register(check_settings)
         post_migrate.connect(make_permission, dispatch_uid="kathikon permission")
         post_migrate.connect(make_tables, dispatch_uid="kathikon")  # Django sends none for an app without models
