@@ -115,7 +115,7 @@ class Collector:
                     family.add_metric(labels, number)
             yield family
         for name, text, known in (
-            ("celery_task_runtime", "Seconds from a job's start to its end.", self._runs),
+            ("celery_task_runtime", "Seconds from a job's claim to its end.", self._runs),
             ("kathikon_queue_time_seconds", "Seconds from a job being ready to its claim.", self._waits),
         ):
             histogram = HistogramMetricFamily(name, text, labels=TASK)

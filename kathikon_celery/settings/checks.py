@@ -194,7 +194,10 @@ def port(value: Any) -> int | None:
     """Take a port, or None."""
     if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
         return None
-    return _port(value)
+    try:
+        return _port(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, or none") from None
 
 
 _port = whole_number(1, 65535)

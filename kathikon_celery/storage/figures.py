@@ -21,7 +21,8 @@ class Ended:
 
     Arguments:
         number: of jobs.
-        run, wait: seconds in which they ran, and for which they were ready before they were claimed, in all.
+        run, wait: seconds from their claim to their end, and from being ready to their claim, in all. The start itself is
+            written with the worker's next transaction: up to `poll_interval` late, or never for a short task.
         runs, waits: how many of them took no longer than each of the bounds.
     """
 
@@ -44,7 +45,7 @@ def _length(begin: Any, end: Any) -> Any:
 
 @lru_cache(maxsize=4)
 def _query(state: State, bounds: tuple[float, ...]) -> Any:
-    run = _length(func.coalesce(jobs.c.started_at, jobs.c.claimed_at), jobs.c.ended_at)
+    run = _length(jobs.c.claimed_at, jobs.c.ended_at)
     wait = _length(jobs.c.available_at, jobs.c.claimed_at)
     one = (
         select(jobs.c.task, jobs.c.queue, jobs.c.cause, run.label("run"), wait.label("wait"))

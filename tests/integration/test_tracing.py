@@ -29,7 +29,7 @@ def test_publication_wait_and_run_are_one_trace(client: Celery, workers: Workers
     wait_until(lambda: sum(span["name"] == name for span in spans_in(path)) == 2, what="two runs")
     spans = spans_in(path)
     first, second = (
-        next(span for span in spans if span["name"] == name and span["attributes"]["celery.task_id"] == one.id)
+        next(span for span in spans if span["name"] == name and span["job"] == one.id)
         for one in (result.parent, result)
     )
     sent = next(span for span in spans if span["name"] == "apply_async/tests.support.apps.add")
@@ -38,7 +38,7 @@ def test_publication_wait_and_run_are_one_trace(client: Celery, workers: Workers
     for run in (first, second):
         assert (run["attributes"]["kathikon.attempt"], run["attributes"]["kathikon.fence"] >= 1) == (1, True)
         waits = {span["job"]: span for span in spans if span["name"] == "wait/default"}
-        wait = waits[run["attributes"]["celery.task_id"]]
+        wait = waits[run["job"]]
         assert wait["trace"] == run["trace"]
         assert wait["begin"] <= wait["end"] <= run["end"]
         assert run["attributes"]["kathikon.queue_time"] == pytest.approx((wait["end"] - wait["begin"]) / 1e9, abs=1e-3)
