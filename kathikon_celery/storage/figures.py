@@ -21,8 +21,8 @@ class Ended:
 
     Arguments:
         number: of jobs.
-        run, wait: seconds from their claim to their end, and from being ready to their claim, in all. The start itself is
-            written with the worker's next transaction: up to `poll_interval` late, or never for a short task.
+        run, wait: seconds from their claim to their end, and from being ready to their claim, in all. The start itself
+            is written with the worker's next transaction: up to `poll_interval` late, or never for a short task.
         runs, waits: how many of them took no longer than each of the bounds.
     """
 
