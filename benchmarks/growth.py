@@ -28,7 +28,7 @@ ROWS, CHUNK = 50_000, 1000
 
 def backlog(system: System, number: int, times: int = 200) -> float:
     """The rate of a drain with *times* as many jobs ready in other queues, and as many finished, over one without."""
-    return _beside(system, number, lambda storage: _fill(storage, times * number))
+    return _beside(system, number, lambda storage: fill(storage, times * number))
 
 
 def old_table(system: System, number: int, times: int = 100) -> float:
@@ -69,7 +69,7 @@ def _beside(system: System, number: int, prepare: Callable[[Storage], None]) -> 
     return rates[1] / rates[0]
 
 
-def _fill(storage: Storage, number: int) -> None:
+def fill(storage: Storage, number: int) -> None:
     """*number* ready jobs in another queue, *number* finished ones, all made from one."""
     storage.insert(Job(id="filling", queue="elsewhere", body="[[1], {}, {}]"))
     is_model = jobs.c.id == "filling"

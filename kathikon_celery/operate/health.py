@@ -6,8 +6,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+from kathikon_celery.operate.schedules import Schedules
 from kathikon_celery.settings import shown
-from kathikon_celery.storage import Storage, schedules, schema, status
+from kathikon_celery.storage import Storage, schema, status
 from kathikon_celery.storage.errors import in_words
 
 
@@ -63,13 +64,11 @@ def check(
             if health.version is None or health.version < schema.HEAD:
                 return health
             found = status.status(connection)
-            late = schedules.overdue(connection, max_lag.total_seconds()) if max_lag is not None else []
+        late = Schedules(storage, None, "").late(max_lag) if max_lag is not None else []
     except Exception as error:
         health.problems.append(f"{health.database} cannot be read: {in_words(error)}")
         return health
-    for name, seconds, problem in late:
-        why = f": {problem}" if problem else ""
-        health.problems.append(f"schedule {name!r} is late by {seconds:.1f} s{why}")
+    health.problems += late
     health.workers = found.workers
     if found.workers < min_workers:
         health.problems.append(f"{found.workers} workers are alive, of {min_workers} that should be")

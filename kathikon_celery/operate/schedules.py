@@ -45,6 +45,15 @@ class Schedules:
         with self._storage.database.read() as connection:
             return schedules.every(connection)
 
+    def late(self, age: timedelta) -> list[str]:
+        """Return in words which schedules have a tick that is late by more than *age*, and why: up to 20."""
+        with self._storage.database.read() as connection:
+            found = schedules.overdue(connection, age.total_seconds())
+        return [
+            f"schedule {name!r} is late by {seconds:.1f} s{f': {problem}' if problem else ''}"
+            for name, seconds, problem in found
+        ]
+
     def get(self, name: str) -> Schedule:
         """Return one. Raises `NotFound`."""
         with self._storage.database.read() as connection:

@@ -88,7 +88,7 @@ class Dashboard:
         return found
 
     def _visit(self, request: Request, user: User, path: dict[str, str], query: dict[str, str]) -> Visit:
-        return Visit(self._place, user, path, query, self._redaction, self._samples)
+        return Visit(self._place, user, path, query, self._redaction, self._samples, self._shared)
 
     # --- pages
 

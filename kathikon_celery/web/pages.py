@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 from celery import Celery
 
 from kathikon_celery.job import TERMINAL, Cause, Job, State
-from kathikon_celery.operate.health import check
 from kathikon_celery.operate.kathikon import Kathikon
 from kathikon_celery.operate.schedules import lag
 from kathikon_celery.operate.selection import Selection
 from kathikon_celery.operate.verbs import MAY
 from kathikon_celery.storage.errors import NotFound
-from kathikon_celery.storage.status import MOST, WINDOW
+from kathikon_celery.storage.status import MOST, WINDOW, Status
 from kathikon_celery.web import showing
 from kathikon_celery.web.access import User
+from kathikon_celery.web.shared import Shared
 from kathikon_celery.web.showing import Redaction
 
 if TYPE_CHECKING:
@@ -48,11 +48,17 @@ class Visit:
     query: Mapping[str, str]
     redaction: Redaction
     samples: deque[tuple[float, dict[str, int]]]
+    shared: Shared
 
     @property
     def kathikon(self) -> Kathikon:
         """The jobs, in the hands of the user."""
         return Kathikon(self.place, self.user.name)
+
+    def status(self) -> Status:
+        """The state of all queues, as it was a second ago at most."""
+        found: Status = self.shared.get("status", self.kathikon.status)
+        return found
 
     @property
     def app(self) -> Celery | None:
@@ -67,7 +73,7 @@ Page = Callable[[Visit], Data]
 
 def overview(visit: Visit) -> Data:
     """Numbers, what has ended lately, what is wrong."""
-    status = visit.kathikon.status()
+    status = visit.status()
     totals = {
         name: sum(getattr(one, name) for one in status.queues)
         for name in ("ready", "scheduled", "claimed", "running", "dead")
@@ -77,14 +83,15 @@ def overview(visit: Visit) -> Data:
     visit.samples.append((time(), sample))
     numbers = {name: [one.get(name, 0) for _, one in visit.samples] for name in sample}
     curves = {name: (showing.curve(values), max(values)) for name, values in numbers.items()}
-    health = check(visit.kathikon.storage, max_lag=timedelta(minutes=1))
-    return {"status": status, "totals": totals, "ended": ended, "window": WINDOW, "curves": curves, "health": health}
+    oldest = max((one.oldest for one in status.queues if one.oldest is not None and one.paused is None), default=None)
+    late = visit.kathikon.schedules.late(timedelta(minutes=1))
+    numbers_too = {"totals": totals, "ended": ended, "window": WINDOW, "curves": curves}
+    return {"status": status, "oldest": oldest, "late": late, **numbers_too}
 
 
 def queues(visit: Visit) -> Data:
     """Each queue, and what is paused."""
-    status = visit.kathikon.status()
-    return {"status": status}
+    return {"status": visit.status()}
 
 
 def selection_of(visit: Visit, given: Mapping[str, str]) -> Selection:
