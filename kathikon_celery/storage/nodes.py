@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import (
     Connection,
-    Select,
-    Table,
     Text,
     bindparam,
     cast,
@@ -37,7 +35,7 @@ from kathikon_celery.storage.dialects import Dialect, dialect_of
 from kathikon_celery.storage.dialects.parameters import Change
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.finish import note_crashes
-from kathikon_celery.storage.tables import HELD, jobs, messages, next_fence, nodes, queues
+from kathikon_celery.storage.tables import HELD, jobs, messages, next_fence, nodes, queues, values_of
 from kathikon_celery.storage.topology import delete_queue
 
 
@@ -190,19 +188,8 @@ def is_lock_free(database: Database, connection: Connection, node_id: int) -> bo
     return database.dialect.is_lock_free(connection, node_id)
 
 
-def _holders(table: Table) -> Select[Any]:
-    """SELECT of the ids of nodes that hold rows of *table*: from one id to the next in the index.
-
-    A plain DISTINCT reads the whole table if the planner has no statistics, or has them from a time of many held rows.
-    """
-    found = select(func.min(table.c.node_id).label("id")).where(HELD).cte(f"{table.name}_holders", recursive=True)
-    following = select(func.min(table.c.node_id)).where(HELD, table.c.node_id > found.c.id).scalar_subquery()
-    found = found.union_all(select(following).where(found.c.id.is_not(None)))
-    return select(found.c.id).where(found.c.id.is_not(None))
-
-
-_UNKNOWN = union(*(_holders(table) for table in (jobs, messages))).subquery("holders")
-_NODELESS = select(_UNKNOWN.c.id).where(_UNKNOWN.c.id.not_in(select(nodes.c.id)))
+_UNKNOWN = union(*(values_of(table.c.node_id, HELD) for table in (jobs, messages))).subquery("holders")
+_NODELESS = select(_UNKNOWN.c.value).where(_UNKNOWN.c.value.not_in(select(nodes.c.id)))
 
 
 def orphans(connection: Connection) -> list[int]:

@@ -14,7 +14,7 @@ from kathikon_celery.storage.clock import now, seconds, seconds_until
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.pauses import Kind, Pause
 from kathikon_celery.storage.reading import queue_of
-from kathikon_celery.storage.tables import DUE, ENDED, HELD, READY, jobs, ready_in
+from kathikon_celery.storage.tables import DUE, ENDED, HELD, READY, jobs, ready_in, values_of
 
 #: The highest number that is counted.
 MOST = 10_000
@@ -67,15 +67,8 @@ class Status:
 WINDOW = 60.0
 
 
-def _ready_queues() -> Any:
-    """SELECT of the keys of the queues with ready jobs: from one to the next in the index."""
-    found = select(func.min(jobs.c.queue).label("queue")).where(READY).cte("ready_queues", recursive=True)
-    following = select(func.min(jobs.c.queue)).where(READY, jobs.c.queue > found.c.queue).scalar_subquery()
-    found = found.union_all(select(following).where(found.c.queue.is_not(None)))
-    return select(found.c.queue).where(found.c.queue.is_not(None))
-
-
-_READY_QUEUES = _ready_queues()
+#: The keys of the queues with ready jobs.
+_READY_QUEUES = values_of(jobs.c.queue, READY)
 _QUEUE = bindparam("of_queue", type_=jobs.c.queue.type)
 _READY_IN = select(jobs.c.seq).where(ready_in(_QUEUE)).limit(MOST)
 _READY_COUNT = select(func.count()).select_from(_READY_IN.subquery())

@@ -13,15 +13,19 @@ from sqlalchemy import (
     Index,
     Integer,
     MetaData,
+    Select,
     String,
     Table,
     Text,
+    TextClause,
     UniqueConstraint,
     and_,
     bindparam,
     case,
     desc,
+    func,
     literal_column,
+    select,
     text,
 )
 from sqlalchemy.dialects import postgresql
@@ -105,6 +109,17 @@ OF_A_ROOT = text("root_id IS NOT NULL")
 Index("kathikon_jobs_root", jobs.c.root_id, postgresql_where=OF_A_ROOT, sqlite_where=OF_A_ROOT)
 OF_A_GROUP = text("group_id IS NOT NULL")
 Index("kathikon_jobs_group", jobs.c.group_id, postgresql_where=OF_A_GROUP, sqlite_where=OF_A_GROUP)
+
+
+def values_of(column: Column[Any], condition: ColumnElement[bool] | TextClause) -> Select[Any]:
+    """SELECT, as ``value``, each value of *column* in the rows of *condition*: from one to the next in their index.
+
+    A plain DISTINCT reads all of the rows, or the whole table if the planner has old statistics.
+    """
+    found = select(func.min(column).label("value")).where(condition).cte(f"{column.table.name}_values", recursive=True)
+    following = select(func.min(column)).where(condition, column > found.c.value).scalar_subquery()
+    found = found.union_all(select(following).where(found.c.value.is_not(None)))
+    return select(found.c.value).where(found.c.value.is_not(None))
 
 
 class ready_in(FunctionElement[bool]):  # noqa: N801 (reads as the SQL function that it might be)
