@@ -14,6 +14,7 @@ from kathikon_celery.storage import (
     acts,
     chords,
     claim,
+    figures,
     finish,
     idle_query,
     insert,
@@ -49,6 +50,7 @@ MESSAGES_READY = "kathikon_messages_ready"
 
 IN_AN_HOUR = datetime.now(timezone.utc) + timedelta(hours=1)
 LONG_AGO = datetime.now(timezone.utc) - timedelta(days=30)
+A_MINUTE_AGO = datetime.now(timezone.utc) - timedelta(minutes=1)
 HOLDS = [Hold(seq, 1, 1) for seq in range(100, 200)]
 
 
@@ -218,6 +220,11 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
     "page of what has ended": (lambda plans: page(plans, State.COMPLETED), {ENDED: "ended_at"}),
     "page of what is held": (lambda plans: page(plans, State.RUNNING), {HELD: ""}),
     "status": (reading(lambda plans, conn: status.status(conn)), {READY: "", DUE: "", HELD: "", ENDED: "state"}),
+    "what has ended since": (
+        reading(lambda plans, conn: list(figures.ended_between(conn, A_MINUTE_AGO, IN_AN_HOUR, (0.1, 1.0)))),
+        {ENDED: "ended_at"},
+    ),
+    "living": (reading(lambda plans, conn: nodes.living(conn)), {HELD: "node_id"}),
     "revoke": (lambda plans: revoking.revoke(plans.database, ["id-1", "id-2"]), {BY_ID: "id"}),
     "history": (
         reading(lambda plans, conn: acts.history_of(conn, "id-4001")),
