@@ -75,7 +75,8 @@ class Dashboard:
         others = [Route("/live", self._live), Route("/metrics", self._metrics), Mount("/static", static)]
         self.routes = [*others, *acts, *self._pages]
         database = Kathikon(place).storage.database
-        self._title = shown(database.url)
+        self._where = shown(database.url)
+        self._title = self._where.rpartition("/")[2]
 
     # --- who
 
@@ -130,7 +131,9 @@ class Dashboard:
         more["here"] = f"{more['path']}?{request.url.query}" if request.url.query else more["path"]
         more["base"] = request.scope.get("root_path", "")
         more["is_live"] = self._is_live and template not in ("sure.html", "problem.html")
-        return self._templates.get_template(template).render(**data, **more, user=user, title=self._title)
+        return self._templates.get_template(template).render(
+            **data, **more, user=user, title=self._title, where=self._where
+        )
 
     # --- acts
 

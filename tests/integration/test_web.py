@@ -303,14 +303,13 @@ def test_what_is_wrong_is_said(visit: Callable[..., Any], dashboard: Dashboard, 
 
 @on_one_database
 def test_pictures(
-    visit: Callable[..., Any],
-    dashboard: Dashboard,
-    operator: Kathikon,
-    jobs: Jobs,
-    workers: Workers,
-    tmp_path: Path,
+    visit: Callable[..., Any], database_url: str, client: Celery, jobs: Jobs, workers: Workers, tmp_path: Path
 ) -> None:
     """Those of docs/dashboard.md, where `PICTURES` says."""
+    operator = Kathikon(client, operator="ada")
+    users = tmp_path / "users"
+    users.write_text("ada:secret")
+    users.chmod(0o600)
     workers(concurrency=4)
     for number in range(40):
         apps.add.delay(number, 1)
@@ -325,11 +324,16 @@ def test_pictures(
     assert chained.get(timeout=60) == 10
     jobs.wait(long, State.RUNNING)
     folder = Path(PICTURES) if PICTURES else tmp_path
-    page = visit(dashboard.address, viewport={"width": 1100, "height": 700})
-    for name, path in (
-        ("overview", "/"), ("queues", "/queues"), ("jobs", "/jobs"), ("dead", "/jobs?state=dead"),
-        ("job", f"/jobs/{chained.id}"), ("workers", "/workers"), ("schedules", "/schedules"), ("acts", "/acts"),
-    ):  # fmt: skip
-        page.goto(f"{dashboard.root}{path}")
-        page.screenshot(path=folder / f"{name}.png")
-        assert (folder / f"{name}.png").stat().st_size > 10_000
+    with Dashboard(database_url, "--auth", f"file:{users}", directory=tmp_path) as dashboard:
+        page = visit(
+            dashboard.address,
+            viewport={"width": 1100, "height": 700},
+            http_credentials={"username": "ada", "password": "secret"},
+        )
+        for name, path in (
+            ("overview", "/"), ("queues", "/queues"), ("jobs", "/jobs"), ("dead", "/jobs?state=dead"),
+            ("job", f"/jobs/{chained.id}"), ("workers", "/workers"), ("schedules", "/schedules"), ("acts", "/acts"),
+        ):  # fmt: skip
+            page.goto(f"{dashboard.root}{path}")
+            page.screenshot(path=folder / f"{name}.png")
+            assert (folder / f"{name}.png").stat().st_size > 10_000
