@@ -60,8 +60,8 @@ class Json(click.ParamType):  # type: ignore[type-arg]
             return value
         try:
             read = json.loads(value)
-        except ValueError as error:
-            self.fail(f"{value!r} is no JSON: {error}")
+        except (ValueError, RecursionError) as error:
+            self.fail(f"{value!r:.200} is no JSON: {error}")
         if not isinstance(read, self._kind):
             self.fail(f"{value!r} is no {'list' if self._kind is list else 'object'} in JSON")
         return read
@@ -98,11 +98,12 @@ def schedules_command(context: CLIContext, as_json: bool) -> None:
         click.echo("There are no schedules.")
         return
     rows: list[tuple[str, ...]] = [
-        ("name", "task", "when", "next", "last", "late", "runs", "skipped", "last job", "note")
+        ("name", "task", "when", "next (UTC)", "last (UTC)", "late", "runs", "skipped", "last job", "note")
     ]
     for one in found:
         late = lag(one)
         note = "paused" if one.paused else (one.problem or ("changed" if one.is_changed else ""))
+        note = note or ("over" if one.next_at is None else "")
         cells = (one.name, one.task, in_words(one.timing, one.zone), _at(one.next_at), _at(one.last_tick))
         numbers = (f"{late.total_seconds():.3f}" if late is not None else "", str(one.runs), str(one.skipped))
         rows.append(tuple(map(legible, (*cells, *numbers, one.last_job or "", note))))
@@ -145,8 +146,8 @@ def add(
     given = _given(every, fields, options)
     if "schedule" not in given:
         raise click.UsageError("Say when: --every 10s or --crontab '0 6 * * *'.")
-    _try(lambda: operator.schedules.add(name, task, given.pop("schedule"), **given))
-    click.echo(f"Added {legible(name)}.")
+    was_there = _try(lambda: operator.schedules.add(name, task, given.pop("schedule"), **given))
+    click.echo(f"{'Replaced' if was_there else 'Added'} {legible(name)}.")
 
 
 @schedule.command()
@@ -173,15 +174,22 @@ def _verb(verb: str, done: str, text: str) -> None:
         context: CLIContext, /, names: tuple[str, ...], reason: str | None, operator: str | None
     ) -> None:  # numpydoc ignore
         hands = Kathikon(_app(context), operator).schedules
+        failures = 0
         for name in names:
-            _try(lambda name=name: getattr(hands, verb.replace("-", "_"))(name, reason=reason))
-            click.echo(f"{done} {legible(name)}.")
+            try:
+                _try(lambda name=name: getattr(hands, verb)(name, reason=reason))
+                click.echo(f"{done} {legible(name)}.")
+            except click.ClickException as error:
+                error.show()
+                failures += 1
+        if failures:
+            raise SystemExit(1)
 
 
 _verb("pause", "Paused", "Send no ticks until resume.")
 _verb("resume", "Resumed", "Go on with the first tick from now on.")
 _verb("remove", "Removed", "Delete schedules.")
-_verb("reset", "Reset", "Undo changes of entries of the code: the next worker that starts writes what its code says.")
+_verb("reset", "Reset", "Undo changes of entries of the code.")
 
 
 @schedule.command()
@@ -238,7 +246,7 @@ def import_command(
     rows = [("name", "result"), *sorted(done.items()), *((name, f"left out: {why}") for name, why in bad.items())]
     show_table([tuple(map(legible, row)) for row in rows])
     if bad:
-        raise click.exceptions.Exit(1)
+        raise SystemExit(1)
 
 
 def _app(context: CLIContext) -> Any:
@@ -249,5 +257,5 @@ def _app(context: CLIContext) -> Any:
 def _try(call: Any) -> Any:
     try:
         return call()
-    except (ValueError, NotFound) as error:
+    except (ValueError, TypeError, OverflowError, NotFound) as error:
         raise click.ClickException(str(error)) from error

@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
-from functools import partial
 from hashlib import blake2b
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from django.db.models.signals import post_delete, post_save
 
 from kathikon_celery import beat, frameworks
 from kathikon_celery.schedules import entries
+from kathikon_celery.schedules import options as options_of_rows
 from kathikon_celery.schedules.following import Kept, follow
 from kathikon_celery.schedules.timetable import FIELDS
 from kathikon_celery.settings.brokers import broker_of, is_kathikon
@@ -50,11 +50,12 @@ def _changed(using: str, **kwargs: Any) -> None:
     if not frameworks.has_app() or not is_wanted(current_app):
         return
     pending = connections[using].run_on_commit
-    if not any(isinstance(one[1], partial) and one[1].func is _follow_at_once for one in pending):
-        transaction.on_commit(partial(_follow_at_once, current_app._get_current_object()), using=using, robust=True)
+    if not any(one[1] is _follow_at_once for one in pending):
+        transaction.on_commit(_follow_at_once, using=using, robust=True)
 
 
-def _follow_at_once(app: Celery) -> None:
+def _follow_at_once() -> None:
+    app = current_app._get_current_object()
     mirror(app, Storage.for_app(app))
 
 
@@ -136,10 +137,13 @@ def mirror(app: Celery, storage: Storage) -> None:
 
 def kept(app: Celery, bad: dict[str, str]) -> Iterator[Kept]:
     """Return all periodic tasks. *bad*: gets the names of those that cannot be used, and why."""
+    own = app.conf.beat_schedule or {}
     for task in _model("PeriodicTask").objects.select_related(*KINDS).order_by("name"):
+        if task.name == entries.CLEANUP and entries.CLEANUP not in own and app.backend.supports_autoexpire:
+            continue  # Celery's beat has added it: results are deleted without it
         try:
             yield _kept(task, app)
-        except (ValueError, TypeError) as error:
+        except Exception as error:
             bad[task.name] = str(error)
 
 
@@ -157,6 +161,7 @@ def _kept(task: Any, app: Celery) -> Kept:
     policies = {"max_runs": 1 if task.one_off else None, "starts_at": task.start_time, "ends_at": task.expires}
     options |= {f"kathikon_{name}": value for name, value in policies.items() if value is not None}
     given = {"args": _read(task.args, list), "kwargs": _read(task.kwargs, dict), "options": options}
+    options_of_rows.check({name: value for name, value in options.items() if not name.startswith("kathikon_")})
     row = entries.entry_of(task.name, {"task": task.task, "schedule": timing, **given}, zone).row
     row.paused = not task.enabled
     row.followed = blake2b(f"{row.digest} {task.enabled}".encode(), digest_size=20).hexdigest()

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from kombu.utils import json as kombu_json
+from sqlalchemy.exc import IntegrityError
 
 from kathikon_celery.publish import callers
 from kathikon_celery.schedules import entries, sending, ticking, timetable
+from kathikon_celery.schedules import options as task_options
 from kathikon_celery.schedules.following import Kept, begin
 from kathikon_celery.storage import Storage, acts, reading, schedules
 from kathikon_celery.storage.acts import Act
@@ -71,8 +73,10 @@ class Schedules:
         zone: str | None = None,
         reason: str | None = None,
         **policies: Any,
-    ) -> None:
-        """Add a schedule, or replace one that was added so. Raises `ValueError` for the name of a code's entry.
+    ) -> bool:
+        """Add a schedule, or replace one that was added so, which stays paused; return whether there was one.
+
+        Raises `ValueError` for the name of a code's entry.
 
         Arguments:
             schedule: seconds, a timedelta, Celery's `crontab` or `solar`, or an aware datetime: one tick then.
@@ -87,8 +91,8 @@ class Schedules:
             raise ValueError(f"{schedule!r} is of a class of the application's; only beat_schedule can have it")
         if unknown := policies.keys() - set(entries.POLICIES):
             raise ValueError(f"{', '.join(sorted(unknown))}: allowed are {', '.join(entries.POLICIES)}")
-        given = {"args": list(args), "kwargs": dict(kwargs or {}), "options": dict(options or {})}
-        texts: dict[str, Any] = {one: kombu_json.dumps(value) for one, value in given.items()}
+        texts = _texts({"args": args, "kwargs": kwargs or {}, "options": options or {}})
+        was_there = False
         row = Schedule(
             name=name,
             task=task,
@@ -102,15 +106,18 @@ class Schedules:
         def write(connection: Connection, old: Schedule | None) -> None:
             if old is not None and _ours(old, name).source == "code":
                 raise ValueError(f"schedule {name!r} is an entry of the code; change it instead")
-            row.tick_at = ticking.first(row, following, reading.present(connection))
+            nonlocal was_there
+            was_there, row.paused = old is not None, old is not None and old.paused
+            tick = _first(row, following, connection)
+            row.tick_at = None if row.paused else tick
             row.next_at = ticking.with_jitter(row, row.tick_at)
-            if row.tick_at is None:
-                raise ValueError(f"schedule {name!r} has no tick from now on")
             if old is not None:
-                schedules.remove(connection, name)
-            schedules.add(connection, row)
+                schedules.change(connection, name, {key: value for key, value in vars(row).items() if key != "name"})
+            else:
+                schedules.add(connection, row)
 
-        self._write("schedule", name, reason, write)
+        self._write("add", name, reason, write)
+        return was_there
 
     def change(self, name: str, reason: str | None = None, **values: Any) -> None:
         """Change a schedule: ``schedule``, ``zone``, ``args``, ``kwargs``, ``options`` or a policy, see `add`.
@@ -123,9 +130,7 @@ class Schedules:
 
         def write(connection: Connection, old: Schedule | None) -> None:
             row = _ours(old, name)
-            new: dict[str, Any] = {
-                one: kombu_json.dumps(values[one]) for one in ("args", "kwargs", "options") if one in values
-            }
+            new: dict[str, Any] = _texts({one: values[one] for one in ("args", "kwargs", "options") if one in values})
             new |= {one: values[one] for one in entries.POLICIES if one in values}
             zone = values.get("zone", row.zone)
             if "schedule" in values:
@@ -134,12 +139,12 @@ class Schedules:
             entries.check(changed)
             following = timetable.read(changed.timing, timetable.zone_of(zone))
             columns = {**new, "zone": zone, "is_changed": row.source == "code"}
-            if following is not None and not row.paused:
-                tick = ticking.first(changed, following, reading.present(connection))
-                columns |= {"tick_at": tick, "next_at": ticking.with_jitter(changed, tick)}
+            if following is not None and values.keys() & {"schedule", "zone", "starts_at", "ends_at", "max_runs"}:
+                tick = _first(changed, following, connection)
+                columns |= {} if row.paused else {"tick_at": tick, "next_at": ticking.with_jitter(changed, tick)}
             schedules.change(connection, name, columns)
 
-        self._write("schedule", name, reason, write)
+        self._write("change", name, reason, write, {one: str(value) for one, value in values.items()})
 
     def pause(self, name: str, reason: str | None = None) -> None:
         """Send no ticks until `resume`. Ticks of that time are not made up for."""
@@ -163,22 +168,29 @@ class Schedules:
         self._write("resume", name, reason, write)
 
     def remove(self, name: str, reason: str | None = None) -> None:
-        """Delete a schedule. An entry of the code comes back with the next worker that starts: `pause` that instead."""
+        """Delete a schedule. Raises `ValueError` for an entry of the code of this app: the next worker would add it."""
 
         def write(connection: Connection, old: Schedule | None) -> None:
-            _ours(old, name)
+            if _ours(old, name).source == "code" and self._app is not None and name in entries.of(self._app, {}):
+                raise ValueError(f"schedule {name!r} is an entry of the code: delete it there, or pause it here")
             schedules.remove(connection, name)
 
         self._write("delete", name, reason, write)
 
     def reset(self, name: str, reason: str | None = None) -> None:
-        """Undo an operator's changes of a code's entry: the next worker that starts writes what its code says."""
+        """Undo an operator's changes of a code's entry.
+
+        The row says at once what the code of this app says; without the entry there, the next worker that starts writes
+        what its code says.
+        """
+        own = entries.of(self._app, {}) if self._app is not None else {}
 
         def write(connection: Connection, old: Schedule | None) -> None:
             row = _ours(old, name)
             if row.source != "code":
                 raise ValueError(f"schedule {name!r} is no entry of the code")
             schedules.change(connection, name, {"is_changed": False, "digest": "", "past": "[]"})
+            entries.reconcile(connection, {name: own[name]} if name in own else {}, reading.present(connection))
 
         self._write("reset", name, reason, write)
 
@@ -192,7 +204,7 @@ class Schedules:
             kept: as `kathikon_celery.schedules.imports` reads them.
             dry_run: change nothing.
         """
-        own = entries.of(self._app) if self._app is not None else {}
+        own = entries.of(self._app, {}) if self._app is not None else {}
         done: dict[str, str] = {}
 
         def write(connection: Connection, old: Schedule | None) -> None:
@@ -201,6 +213,8 @@ class Schedules:
                 self._storage.database.dialect.take_turns(connection)
                 entries.reconcile(connection, own, now)
             for one in kept:
+                if one.row.name == entries.CLEANUP and entries.CLEANUP not in own:
+                    continue  # Celery's beat adds it: results are deleted without it
                 row = schedules.fetch(connection, one.row.name, lock=not dry_run)
                 entry = own.get(one.row.name)
                 done[one.row.name] = word = _to_take_over(row, entry is not None)
@@ -230,16 +244,28 @@ class Schedules:
         return ids[0]
 
     def backfill(self, name: str, since: datetime, until: datetime, reason: str | None = None) -> list[str]:
-        """Send the ticks after *since* up to *until*; return the jobs' ids. A tick that was sent is not sent again."""
+        """Send the ticks after *since* up to *until*; return the jobs' ids. A tick that was sent is not sent again.
+
+        Ticks each so many seconds are in step with those that the schedule has now.
+        """
         for word, moment in (("since", since), ("until", until)):
+            if not isinstance(moment, datetime):
+                raise TypeError(f"{word} = {moment!r} is no datetime")
             if moment.tzinfo is None:
                 raise ValueError(f"{word} = {moment} has no time zone; use an aware datetime")
+        if since >= until:
+            raise ValueError(f"since = {since} is not before until = {until}")
 
         def ticks(row: Schedule, now: datetime) -> list[tuple[datetime, str]]:
-            found, following, tick = [], self._following(row), since
+            if until > now:
+                raise ValueError(f"until = {until} has not come yet")
+            found, following = [], self._following(row)
+            known = row.tick_at or row.last_tick
+            tick = timetable.in_step(row.timing, known, since) if known is not None else since
             while (one := following(tick)) is not None and one <= until:
                 tick = one
-                found.append((tick, sending.job_id(name, tick)))
+                if tick > since:
+                    found.append((tick, sending.job_id(name, tick)))
                 if len(found) > MOST:
                     raise ValueError(f"there are more than {MOST:,} ticks between {since} and {until}")
             return found
@@ -255,15 +281,17 @@ class Schedules:
     ) -> list[str]:
         if self._app is None:
             raise TypeError("a task is sent by an app: say Kathikon(app), not Kathikon(storage)")
-        app, own, ids = self._app, entries.of(self._app), []
+        app, own, ids = self._app, entries.of(self._app, {}), []
 
         def write(connection: Connection, old: Schedule | None) -> None:
             row, now = _found(old, name), reading.present(connection)
             for tick, job_id in which(row, now):
                 if reading.fetch(connection, job_id) is None:
                     ids.append(sending.send(app, connection, row, own.get(name), tick, now, job_id))
+            act.changed = len(ids)
 
-        self._write(verb, name, reason, write)
+        act = self._act(verb, name, reason)
+        self._do(act, name, write)
         return ids
 
     def _following(self, row: Schedule) -> timetable.Following:
@@ -275,17 +303,57 @@ class Schedules:
         return following
 
     def _write(
-        self, verb: str, name: str, reason: str | None, step: Callable[[Connection, Schedule | None], None]
+        self,
+        verb: str,
+        name: str,
+        reason: str | None,
+        step: Callable[[Connection, Schedule | None], None],
+        values: Mapping[str, str] | None = None,
     ) -> None:
-        act = Act(verb=verb, target=f"schedule {name}" if name else "schedules", operator=self._operator, reason=reason)
+        self._do(self._act(verb, name, reason, values), name, step)
 
+    def _act(self, verb: str, name: str, reason: str | None, values: Mapping[str, str] | None = None) -> Act:
+        target = f"schedule {name}" if name else "schedules"
+        said = f": {json.dumps(values)}" if values else ""
+        return Act(verb=verb, target=target + said, operator=self._operator, reason=reason)
+
+    def _do(self, act: Act, name: str, step: Callable[[Connection, Schedule | None], None]) -> None:
         def write(there: Storage) -> None:
             with there.database.write(durable=True) as connection:
                 step(connection, schedules.fetch(connection, name, lock=True))
                 acts.begin(connection, act, is_whole=True)
                 there.database.dialect.ring(connection)
 
-        callers.write(self._storage, write)
+        def once_more(there: Storage) -> None:
+            try:
+                write(there)
+            except IntegrityError:  # another process has added the same name meanwhile
+                if there is not self._storage:
+                    raise
+                write(there)
+
+        callers.write(self._storage, once_more)
+
+
+def _texts(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments, keyword arguments and options as JSON. Raises `ValueError` for what a row cannot keep."""
+    for name, value in given.items():
+        kind: Any = list | tuple if name == "args" else Mapping
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} = {value!r:.200} is no {'list' if name == 'args' else 'mapping'}")
+        if name == "options":
+            task_options.check(value)
+    try:
+        return {name: kombu_json.dumps(value if name == "args" else dict(value)) for name, value in given.items()}
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"only what JSON can say can be kept in a schedule: {error}") from error
+
+
+def _first(row: Schedule, following: timetable.Following, connection: Connection) -> datetime:
+    tick = ticking.first(row, following, reading.present(connection))
+    if tick is None:
+        raise ValueError(f"schedule {row.name!r} has no tick from now on: see its ends_at, max_runs and schedule")
+    return tick
 
 
 def _found(row: Schedule | None, name: str) -> Schedule:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, tzinfo
+from datetime import datetime, timezone, tzinfo
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-from celery.schedules import crontab
+from celery.schedules import crontab, maybe_schedule
 from kombu.utils import json as kombu_json
 
 from kathikon_celery.schedules import ticking, timetable
@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 
 #: Keys of an entry that are Kathikon's: columns of the row.
 POLICIES = ("missed", "grace", "overlap", "jitter", "max_runs", "starts_at", "ends_at")
+#: The entry that Celery's beat adds for result backends that do not delete by themselves.
+CLEANUP = "celery.backend_cleanup"
+#: Keys of an entry, as Celery's beat takes them.
+KEYS = ("task", "schedule", "args", "kwargs", "options", "relative")
+#: Characters of a name at most.
+LONGEST_NAME = 500
+#: Seconds of a policy, and runs, at most.
+LONGEST, LARGEST = 1e9, 2**31 - 1
 #: How many digests of earlier definitions a row remembers.
 MOST_PAST = 50
 
@@ -46,28 +54,39 @@ def of(app: Celery, bad: dict[str, str] | None = None) -> dict[str, Entry]:
     given: dict[str, Any] = {}
     if app.conf.result_expires and not app.backend.supports_autoexpire:
         cleanup = {"task": "celery.backend_cleanup", "schedule": crontab("0", "4", "*"), "options": {"expires": 43200}}
-        given["celery.backend_cleanup"] = cleanup
+        given[CLEANUP] = cleanup
     given |= app.conf.beat_schedule or {}
     found = {}
     for name, one in given.items():
         try:
-            found[str(name)] = entry_of(str(name), one, app.timezone)
-        except (ValueError, TypeError, KeyError) as error:
-            why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            entry = entry_of(str(name), one, app.timezone)
+            entry.following(datetime.now(timezone.utc))  # of a class of the application's: whether it works
+        except Exception as error:
+            why = f"it has no {error}" if isinstance(error, KeyError) else str(error) or repr(error)
             if bad is None:
                 raise ValueError(f"beat_schedule[{name!r}] cannot be used: {why}") from error
             bad[str(name)] = why
+        else:
+            found[str(name)] = entry
     return found
 
 
 def entry_of(name: str, given: Mapping[str, Any], zone: tzinfo) -> Entry:
     """Return an entry as ``beat_schedule`` has them; *zone*: of its crontab, unless the entry says another."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{given!r} is no mapping with a task and a schedule")
+    if unknown := [str(one) for one in given if one not in KEYS]:
+        raise ValueError(f"it has {', '.join(unknown)}; allowed are {', '.join(KEYS)}")
     options = {**(given.get("options") or {})}
     zone_name = options.pop("kathikon_zone", None) or str(zone)
     if zone_name != str(zone):
         zone = timetable.zone_of(zone_name)
-    text, following = timetable.of(given["schedule"], zone)
+    schedule = maybe_schedule(given["schedule"], relative=True) if given.get("relative") else given["schedule"]
+    text, following = timetable.of(schedule, zone)
     policies = {key: options.pop(f"kathikon_{key}") for key in POLICIES if f"kathikon_{key}" in options}
+    if unknown := [str(one) for one in options if str(one).startswith("kathikon_")]:
+        allowed = ", ".join(f"kathikon_{key}" for key in ("zone", *POLICIES))
+        raise ValueError(f"options have {', '.join(unknown)}; allowed are {allowed}")
     args, kwargs = given.get("args") or (), given.get("kwargs") or {}
     row = Schedule(
         name=name,
@@ -90,16 +109,25 @@ def check(row: Schedule) -> None:
     for name, allowed in (("missed", ticking.MISSED), ("overlap", ticking.OVERLAP)):
         if getattr(row, name) not in allowed:
             raise ValueError(f"{name} = {getattr(row, name)!r}; allowed are {', '.join(allowed)}")
+    for name in ("name", "task"):
+        value = getattr(row, name)
+        if not (isinstance(value, str) and value.strip() and value.isprintable() and len(value) <= LONGEST_NAME):
+            raise ValueError(f"{name} = {value!r:.100} is no name of 1 to {LONGEST_NAME} printable characters")
     for name in ("grace", "jitter"):
         value = getattr(row, name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e9:
-            raise ValueError(f"{name} = {value!r} is no number of seconds, 0 or more")
-    if row.max_runs is not None and not (isinstance(row.max_runs, int) and row.max_runs > 0):
-        raise ValueError(f"max_runs = {row.max_runs!r} is no whole number above 0")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= LONGEST:
+            raise ValueError(f"{name} = {value!r} is no number of seconds from 0 to {LONGEST:g}")
+    runs = row.max_runs
+    if runs is not None and (isinstance(runs, bool) or not isinstance(runs, int) or not 0 < runs <= LARGEST):
+        raise ValueError(f"max_runs = {runs!r} is no whole number from 1 to {LARGEST}")
     for name in ("starts_at", "ends_at"):
         moment = getattr(row, name)
         if moment is not None and not (isinstance(moment, datetime) and moment.tzinfo):
             raise ValueError(f"{name} = {moment!r} is no aware datetime")
+        if moment is not None and not 1970 <= moment.year <= 9000:
+            raise ValueError(f"{name} = {moment} is not between the years 1970 and 9000")
+    if row.starts_at is not None and row.ends_at is not None and row.starts_at > row.ends_at:
+        raise ValueError(f"starts_at = {row.starts_at} is after ends_at = {row.ends_at}")
 
 
 def _text(value: Any) -> str:

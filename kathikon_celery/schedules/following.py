@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection
@@ -63,5 +63,9 @@ def begin(row: Schedule, since: datetime | None, now: datetime) -> None:
     """Set the first tick of a row whose timetable is not of the code; *since*: see `Kept`."""
     following = timetable.read(row.timing, timetable.zone_of(row.zone))
     assert following is not None
+    row.last_tick = since or row.last_tick
+    oldest = now - timedelta(seconds=row.grace)
+    if since is not None and since < oldest:  # what was missed before would not be sent
+        since = timetable.in_step(row.timing, since, oldest)
     row.tick_at = None if row.paused else ticking.first(row, following, now, since)
     row.next_at = ticking.with_jitter(row, row.tick_at)

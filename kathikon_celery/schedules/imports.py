@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shelve
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing
 from datetime import datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
+from celery.beat import ScheduleEntry
 from celery.schedules import crontab, schedule
 from kombu.utils import json as kombu_json
+from kombu.utils.url import maybe_sanitize_url
 
-from kathikon_celery.schedules import entries, timetable
+from kathikon_celery.schedules import entries, options, timetable
 from kathikon_celery.schedules.following import Kept
 
 
@@ -29,14 +31,19 @@ def of_beat_file(path: Path, zone: tzinfo, bad: dict[str, str]) -> Iterator[Kept
 
     Raises `ValueError` if *path* is no such file.
     """
+    if not any(path.parent.glob(f"{path.name}*")):  # some modules for such files add an ending
+        raise ValueError(f"there is no file {path}")
     try:
         with closing(shelve.open(str(path), flag="r")) as store:
             found = dict(store["entries"])
     except Exception as error:
         raise ValueError(f"{path} is no file of Celery's beat: {error!r}") from error
     for name, entry in found.items():
-        given = {key: getattr(entry, key) for key in ("task", "schedule", "args", "kwargs", "options")}
-        yield from _kept(str(name), given, zone, entry.last_run_at, bad)
+        if isinstance(entry, ScheduleEntry):
+            given = {key: getattr(entry, key) for key in ("task", "schedule", "args", "kwargs", "options")}
+            yield from _kept(str(name), given, zone, entry.last_run_at, bad)
+        else:
+            bad[str(name)] = f"it is no entry of beat's, but {entry!r:.200}"
 
 
 def of_redbeat(url: str, prefix: str, zone: tzinfo, bad: dict[str, str]) -> Iterator[Kept]:
@@ -54,20 +61,25 @@ def of_redbeat(url: str, prefix: str, zone: tzinfo, bad: dict[str, str]) -> Iter
     except ImportError as error:
         raise ValueError("reading RedBeat's entries needs the package redis: pip install redis") from error
     try:
-        with closing(redis.Redis.from_url(url, decode_responses=True)) as client:
+        with closing(redis.Redis.from_url(url)) as client:
             keys = sorted(client.scan_iter(match=f"{_literal(prefix)}*", _type="hash"))
             found = {key: client.hgetall(key) for key in keys}
     except (redis.RedisError, ValueError) as error:
-        raise ValueError(f"{url} cannot be read: {error}") from error
+        raise ValueError(f"{maybe_sanitize_url(url)} cannot be read: {error}") from error
+    if not found:
+        raise ValueError(f"there are no entries with the prefix {prefix!r} in {maybe_sanitize_url(url)}")
     for key, said in found.items():
-        name = key.removeprefix(prefix)
+        name = key.decode(errors="replace").removeprefix(prefix)
         try:
-            given = json.loads(said["definition"], object_hook=_object)
-            since = json.loads(said.get("meta") or "{}", object_hook=_object).get("last_run_at")
-        except (ValueError, TypeError, KeyError) as error:
-            bad[name] = str(error)
+            given = json.loads(said[b"definition"], object_hook=_object)
+            meta = json.loads(said.get(b"meta") or "{}", object_hook=_object)
+            if not isinstance(given, dict) or not isinstance(meta, dict):
+                raise ValueError("its definition and its meta must be objects in JSON")
+        except Exception as error:
+            bad[name] = f"it cannot be read: {error}"
             continue
-        for one in _kept(str(given.get("name") or name), given, zone, since, bad):
+        wanted = {word: given.get(word) for word in ("task", "schedule", "args", "kwargs", "options")}
+        for one in _kept(str(given.get("name") or name), wanted, zone, meta.get("last_run_at"), bad):
             one.row.paused = given.get("enabled") is False
             yield one
 
@@ -92,18 +104,24 @@ def _object(found: dict[str, Any]) -> Any:
     raise ValueError(f"a schedule of the kind {kind!r} is not known; interval and crontab are")
 
 
-def _kept(
-    name: str, given: Mapping[str, Any], zone: tzinfo, since: datetime | None, bad: dict[str, str]
-) -> Iterator[Kept]:
+def _kept(name: str, given: dict[str, Any], zone: tzinfo, since: object, bad: dict[str, str]) -> Iterator[Kept]:
     try:
-        entry = entries.entry_of(name, given, zone)
+        if since is not None and not isinstance(since, datetime):
+            raise ValueError(f"its last run is {since!r:.200}, and no moment")
+        args, kwargs = given.get("args") or [], given.get("kwargs") or {}
+        if not isinstance(args, list | tuple) or not isinstance(kwargs, dict):
+            raise ValueError("its arguments must be a list, and its keyword arguments a mapping")
+        if not isinstance(given.get("task"), str):
+            raise ValueError(f"its task is {given.get('task')!r:.200}, and no name")
+        entry = entries.entry_of(name, {**given, "args": args, "kwargs": kwargs}, zone)
         if entry.row.timing == timetable.CODE:
             kind = type(given["schedule"]).__name__
             raise ValueError(f"its schedule is of the class {kind}; only code can have it")
+        options.check(entry.options)
         kombu_json.dumps([entry.args, entry.kwargs, entry.options])
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:
         bad[name] = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         return
-    if since is not None and since.tzinfo is None:
+    if isinstance(since, datetime) and since.tzinfo is None:
         since = since.replace(tzinfo=timezone.utc)
     yield Kept(entry.row, since)

@@ -48,10 +48,13 @@ def decide(schedule: Schedule, following: Following, now: datetime) -> Ticks:
         tick = following(tick)
     if tick is not None and tick <= now and len(due) == MOST_MISSED:
         tick = following(now)
-    limit = LATE if schedule.missed == "skip" else max(schedule.grace, LATE)
-    send = [one for one in due if (now - one).total_seconds() <= limit]
-    if schedule.missed != "all":
-        send = send[-1:]
+    ages = [(now - one).total_seconds() for one in due]
+    send = [one for one, age in zip(due, ages, strict=True) if age <= LATE]
+    if schedule.missed == "all":
+        send = [one for one, age in zip(due, ages, strict=True) if age <= max(schedule.grace, LATE)]
+    elif schedule.missed == "once" and not send:
+        send = [one for one, age in zip(due, ages, strict=True) if age <= schedule.grace][-1:]
+    send = send[-MOST:]
     skipped = len(due) - len(send)
     if schedule.max_runs is not None:
         send = send[: max(0, schedule.max_runs - schedule.runs)]

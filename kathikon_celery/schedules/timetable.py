@@ -17,6 +17,9 @@ from kathikon_celery.schedules.wall_clock import following as by_wall_clock
 Following = Callable[[datetime], datetime | None]
 #: What a custom schedule class is called in a row: only workers whose code has the entry can compute its ticks.
 CODE = "code"
+ALLOWED = "seconds, a timedelta, a datetime, crontab(…), solar(…), and other schedule classes"
+#: The shortest and the longest time between two ticks, in seconds.
+SHORTEST, LONGEST = 0.1, 1e9
 #: The fields of a crontab, in the order of a crontab's line.
 FIELDS = ("minute", "hour", "day_of_month", "month_of_year", "day_of_week")
 
@@ -33,6 +36,10 @@ def of(thing: Any, zone: tzinfo) -> tuple[str, Following]:
         if thing.tzinfo is None:
             raise ValueError(f"the moment {thing} has no time zone; use an aware datetime")
         return json.dumps({"at": thing.isoformat()}), _at(thing)
+    if isinstance(thing, bool):
+        raise TypeError(f"{thing!r} is no schedule; allowed are {ALLOWED}")
+    if isinstance(thing, int | float):
+        _check_period(thing)
     one: Any = maybe_schedule(thing) if isinstance(thing, int | float | timedelta | BaseSchedule) else None
     if type(one) is crontab:
         return json.dumps({"crontab": _words(one)}), _crontab(one, zone)
@@ -44,10 +51,7 @@ def of(thing: Any, zone: tzinfo) -> tuple[str, Following]:
         return json.dumps({"solar": where}), _of_code(one)
     if isinstance(one, BaseSchedule):
         return CODE, _of_code(one)
-    raise TypeError(
-        f"{thing!r} is no schedule; allowed are seconds, a timedelta, a datetime, crontab(…), solar(…),"
-        " and other schedule classes"
-    )
+    raise TypeError(f"{thing!r} is no schedule; allowed are {ALLOWED}")
 
 
 def read(text: str, zone: tzinfo) -> Following | None:
@@ -80,7 +84,10 @@ def in_words(text: str, zone: str) -> str:
     except ValueError:
         return text
     if "every" in spec:
-        return f"every {spec['every']:g} s"
+        seconds = float(spec["every"])
+        units = (("w", 604800), ("d", 86400), ("h", 3600), ("m", 60))
+        size, unit = next(((size, unit) for unit, size in units if seconds % size == 0), (1, "s"))
+        return f"every {seconds / size:g} {unit}"
     if "crontab" in spec:
         return f"{' '.join(spec['crontab'].get(name, '*') for name in FIELDS)} {zone}"
     return f"at {spec['at']}" if "at" in spec else f"solar {spec['solar']['event']}"
@@ -106,15 +113,31 @@ def _crontab(one: crontab, zone: tzinfo) -> Following:
     return lambda after: by_wall_clock(fields, zone, after)
 
 
-def _every(seconds: float, is_relative: bool, zone: tzinfo) -> Following:
-    if not seconds > 0:
-        raise ValueError(f"a schedule each {seconds:g} seconds has no ticks; it must be above 0")
+def _check_period(seconds: float) -> None:
+    if not SHORTEST <= seconds <= LONGEST:  # nor NaN
+        raise ValueError(f"a schedule each {seconds:g} seconds; it must be from {SHORTEST:g} to {LONGEST:g}")
 
-    def following(after: datetime) -> datetime:
-        tick = after + timedelta(seconds=seconds)
+
+def _every(seconds: float, is_relative: bool, zone: tzinfo) -> Following:
+    _check_period(seconds)
+
+    def following(after: datetime) -> datetime | None:
+        try:
+            tick = after + timedelta(seconds=seconds)
+        except OverflowError:
+            return None
         return _rounded(tick, timedelta(seconds=seconds), zone) if is_relative else tick
 
     return following
+
+
+def in_step(text: str, tick: datetime, since: datetime) -> datetime:
+    """Return the last moment up to *since* from which on the ticks are in step with *tick*, one of the timetable."""
+    spec = {} if text == CODE else json.loads(text)
+    if "every" not in spec or spec.get("relative"):
+        return since
+    every = timedelta(seconds=float(spec["every"]))
+    return tick + ((since - tick) // every) * every
 
 
 def _rounded(tick: datetime, every: timedelta, zone: tzinfo) -> datetime:
@@ -140,7 +163,11 @@ def _of_code(one: Any) -> Following:
             _, seconds = one.is_due(after)
         finally:
             one.nowfun = before
-        return after + timedelta(seconds=float(seconds)) if seconds is not None else None
+        if seconds is None:
+            return None
+        if not isinstance(seconds, int | float) or not 0 < seconds <= LONGEST:
+            raise ValueError(f"{type(one).__name__}.is_due() returned {seconds!r} as the seconds to the next tick")
+        return after + timedelta(seconds=float(seconds))
 
     return following
 

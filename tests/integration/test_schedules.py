@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,8 @@ from celery.schedules import crontab
 from kathikon_celery import Kathikon
 from kathikon_celery.job import State
 from kathikon_celery.operate.schedules import lag
+from kathikon_celery.schedules.entries import of, reconcile
+from kathikon_celery.storage import schedules
 from kathikon_celery.storage.errors import NotFound
 from tests.integration.conftest import Jobs, Journal, Workers, on_one_database
 from tests.support import apps
@@ -118,25 +121,31 @@ def test_added_paused_resumed_and_removed_while_workers_run(
     hands.remove("quick")
     with pytest.raises(NotFound, match="there is no schedule 'quick'"):
         hands.get("quick")
-    said = [(act.verb, act.target) for act in operator.acts()]
-    assert said == [(verb, "schedule quick") for verb in ("delete", "resume", "schedule", "run", "pause", "schedule")]
+    said = [(act.verb, act.target.partition(":")[0]) for act in operator.acts()]
+    assert said == [(verb, "schedule quick") for verb in ("delete", "resume", "change", "run", "pause", "add")]
 
 
 def test_missed_ticks(operator: Kathikon, journal: Journal, workers: Workers) -> None:
-    """No worker lives for a while."""
+    """No worker has lived for a minute, and then none is missed: less than ten seconds late are some of them."""
     hands = operator.schedules
     for missed in ("once", "all", "skip"):
-        hands.add(missed, "tests.support.apps.append", 0.25, (journal.path, missed), missed=missed, max_runs=4)
-    begun = {name: hands.get(name).tick_at for name in ("once", "all", "skip")}
-    later = max(at for at in begun.values() if at is not None) + timedelta(seconds=2)
-    wait_until(lambda: datetime.now(timezone.utc) > later, what="ticks are missed")
+        hands.add(missed, "tests.support.apps.append", 3600, (journal.path, missed), missed=missed)
+    hands.add("often", "tests.support.apps.append", 1, (journal.path, "often"), max_runs=5)
+    begun = datetime.now(timezone.utc)
+    with operator.storage.database.write() as connection:
+        for name, age in (("once", 7260), ("all", 7260), ("skip", 7260), ("often", 5)):
+            tick = begun - timedelta(seconds=age)
+            schedules.change(connection, name, {"tick_at": tick, "next_at": tick, "grace": 86400.0})
     workers(concurrency=1)
-    wait_until(lambda: all(hands.get(name).runs == 4 for name in begun), what="four of each are sent")
-    wait_until(lambda: len(journal.lines) == 12, what="they run")
-    assert hands.get("all").skipped == 0
-    assert hands.get("once").skipped >= 7
-    assert hands.get("once").next_at is None
-    assert hands.get("all").last_tick == begun["all"] + timedelta(seconds=0.75)  # type: ignore[operator]
+    wait_until(lambda: hands.get("often").runs == 5, what="the late ones are sent")
+    wait_until(lambda: hands.get("all").runs == 3, what="all are sent")
+    wait_until(lambda: hands.get("once").runs == 1, what="one is sent for all")
+    journal.wait(9)
+    assert (hands.get("all").skipped, hands.get("once").skipped, hands.get("skip").skipped) == (0, 2, 3)
+    assert hands.get("once").last_tick == begun - timedelta(seconds=60)
+    assert (hands.get("skip").runs, hands.get("often").next_at) == (0, None)
+    late = [tick - begun for tick in (hands.get("often").last_tick,) if tick is not None]
+    assert late == [timedelta(seconds=-1)]
 
 
 @pytest.mark.parametrize("overlap", ["skip", "queue", "cancel"])
@@ -199,7 +208,9 @@ def test_a_schedule_that_cannot_be_sent_holds_no_other_back(
     operator: Kathikon, journal: Journal, workers: Workers
 ) -> None:
     hands = operator.schedules
-    hands.add("bad", "tests.support.apps.append", 0.5, (1, 2), options={"priority": "high"})
+    hands.add("bad", "tests.support.apps.append", 0.5, (1, 2))
+    with operator.storage.database.write() as connection:  # as only an older version would write
+        schedules.change(connection, "bad", {"options": '{"priority": "high"}'})
     hands.add("good", "tests.support.apps.append", 0.5, (journal.path, "tick"))
     workers(concurrency=1)
     journal.wait(3)
@@ -212,13 +223,35 @@ def test_a_schedule_that_cannot_be_sent_holds_no_other_back(
     ("wrong", "said"),
     [
         ({"schedule": "soon"}, "'soon' is no schedule"),
-        ({"schedule": 0}, "must be above 0"),
+        ({"schedule": 0}, "each 0 seconds; it must be from 0.1 to 1e\\+09"),
         ({"zone": "Mars"}, "there is no time zone 'Mars'"),
         ({"missed": "never"}, "missed = 'never'; allowed are once, skip, all"),
         ({"overlap": 5}, "overlap = 5; allowed are allow, skip, queue, cancel"),
         ({"jitter": -1}, "jitter = -1 is no number of seconds"),
-        ({"max_runs": 0}, "max_runs = 0 is no whole number above 0"),
+        ({"max_runs": 0}, "max_runs = 0 is no whole number from 1 to 2147483647"),
         ({"colour": "red"}, "colour: allowed are missed, "),
+        ({"schedule": float("nan")}, "each nan seconds"),
+        ({"schedule": 1e12}, r"each 1e\+12 seconds"),
+        ({"schedule": True}, "True is no schedule"),
+        ({"args": "abc"}, "args = 'abc' is no list"),
+        ({"kwargs": [1]}, r"kwargs = \[1\] is no mapping"),
+        ({"args": [object()]}, "only what JSON can say"),
+        ({"options": {"queue": 5}}, "the option queue = 5 is not allowed; allowed is a name"),
+        ({"options": {"countdown": float("nan")}}, "the option countdown = nan"),
+        ({"options": {"serializer": "nope"}}, "allowed is one of .*json"),
+        ({"options": {"expires": "soon"}}, "allowed is seconds, or a moment"),
+        ({"options": {"task_id": "x"}}, "options have 'task_id'; allowed are "),
+        ({"options": {"kathikon_overlap": "skip"}}, "options have 'kathikon_overlap'"),
+        ({"max_runs": 2**31}, "max_runs = 2147483648"),
+        ({"starts_at": datetime(1, 1, 1, tzinfo=timezone.utc)}, "is not between the years"),
+        (
+            {
+                "starts_at": datetime(2031, 1, 1, tzinfo=timezone.utc),
+                "ends_at": datetime(2030, 1, 1, tzinfo=timezone.utc),
+            },
+            "starts_at = .* is after ends_at",
+        ),
+        ({"ends_at": datetime(2020, 1, 1, tzinfo=timezone.utc)}, "has no tick from now on"),
         ({"ends_at": datetime(2030, 1, 1)}, "is no aware datetime"),  # noqa: DTZ001
     ],
 )
@@ -237,4 +270,57 @@ def test_a_wrong_entry_of_the_code_is_logged_and_holds_no_other_back(
     code = entries(good=1, bad=0) | {"JOURNAL": journal.path}
     worker = workers(app=SCHEDULED, env=code, concurrency=1)
     wait_until(lambda: len(ticks(journal, "good")) >= 2, what="two ticks")
-    assert worker.log.count("Kathikon: beat_schedule['bad'] is not sent: a schedule each 0 seconds has no ticks") == 1
+    said = "Kathikon: beat_schedule['bad'] is not sent: a schedule each 0 seconds; it must be from 0.1"
+    assert worker.log.count(said) == 1
+
+
+def test_an_entry_of_the_code_is_deleted_in_the_code(operator: Kathikon, client: Celery) -> None:
+    client.conf.beat_schedule = {"hourly": {"task": "proj.x", "schedule": 3600}}
+    hands = operator.schedules
+    with operator.storage.database.write() as connection:
+        reconcile(connection, of(client), datetime.now(timezone.utc))
+    with pytest.raises(ValueError, match="'hourly' is an entry of the code: delete it there, or pause it here"):
+        hands.remove("hourly")
+    hands.change("hourly", schedule=60)
+    hands.reset("hourly")
+    assert json.loads(hands.get("hourly").timing)["every"] == 3600.0
+    client.conf.beat_schedule = {}
+    hands.remove("hourly")
+    assert hands.every() == []
+
+
+def test_a_backfill_that_is_repeated_sends_nothing_twice(operator: Kathikon) -> None:
+    """Also if the moments have moved a little: ticks keep step with the schedule's own."""
+    hands = operator.schedules
+    hands.add("hourly", "proj.x", 3600)
+    now = datetime.now(timezone.utc)
+    since, until = now - timedelta(days=3), now - timedelta(days=2)
+    moved = timedelta(seconds=7)
+    assert len(hands.backfill("hourly", since, until)) == 24
+    assert hands.backfill("hourly", since + moved, until + moved) == []
+    assert operator.acts()[1].changed == 24
+    for wrong, said in (((until, since), "is not before until"), ((since, now + moved * 100), "has not come yet")):
+        with pytest.raises(ValueError, match=said):
+            hands.backfill("hourly", *wrong)
+    with pytest.raises(TypeError, match="since = '2d' is no datetime"):
+        hands.backfill("hourly", "2d", until)  # type: ignore[arg-type]
+
+
+def test_a_schedule_that_is_replaced_stays_paused(operator: Kathikon) -> None:
+    hands = operator.schedules
+    assert not hands.add("x", "proj.x", 10)
+    hands.pause("x")
+    assert hands.add("x", "proj.y", 20)
+    row = hands.get("x")
+    assert (row.task, row.paused, row.next_at) == ("proj.y", True, None)
+    hands.resume("x")
+    assert hands.get("x").next_at is not None
+
+
+def test_many_add_the_same_at_once(operator: Kathikon) -> None:
+    def add(number: int) -> None:
+        operator.schedules.add("x", "proj.x", 10 + number)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(40)))
+    assert len(operator.schedules.every()) == 1

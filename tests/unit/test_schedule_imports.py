@@ -12,6 +12,7 @@ from typing import Any
 import fakeredis
 import pytest
 import redbeat
+import redis
 from celery import Celery
 from celery.beat import PersistentScheduler
 from celery.schedules import BaseSchedule, crontab, schedule
@@ -86,7 +87,7 @@ def test_beats_file(app: Celery, tmp_path: Path) -> None:
     assert added.tick_at == ran["added at run time"] + timedelta(days=1)
     assert [act["verb"] for act in json.loads(invoke(app, "acts", "--json").output)] == ["import"]
     again = invoke(app, "schedule", "import", str(path))
-    assert "added at run time       is there" in again.output
+    assert "added at run time  is there" in again.output
 
 
 def test_redbeat(app: Celery, redis_url: str) -> None:
@@ -114,13 +115,15 @@ def test_redbeat(app: Celery, redis_url: str) -> None:
     assert abs(often.tick_at - (moment + timedelta(minutes=15))) <= timedelta(minutes=1)
     assert (hands.get("off").paused, hands.get("off").next_at) == (True, None)
     assert json.loads(hands.get("nightly").timing)["crontab"]["hour"] == "2"
-    assert invoke(app, "schedule", "import", redis_url, "--prefix", "min?").output == "name  result\n"
+    wrong = invoke(app, "schedule", "import", redis_url, "--prefix", "min?")
+    assert (wrong.exit_code, "there are no entries with the prefix 'min?'" in wrong.output) == (1, True)
 
 
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("nowhere", "nowhere is no file of Celery's beat"),
+        ("nowhere", "there is no file nowhere"),
+        ("redis://u:s3cret@127.0.0.1:1/0", "redis://u:**@127.0.0.1:1/0 cannot be read: "),
         ("redis://127.0.0.1:1/0", "redis://127.0.0.1:1/0 cannot be read: "),
         ("django-celery-beat", "django_celery_beat is not in INSTALLED_APPS"),
     ],
@@ -129,6 +132,29 @@ def test_what_cannot_be_read(app: Celery, source: str, said: str) -> None:
     done = invoke(app, "schedule", "import", source)
     assert (done.exit_code, said in done.output) == (1, True), done.output
     assert invoke(app, "acts", "--json").output == "[]\n"
+
+
+def test_hostile_entries_of_redbeat(app: Celery, redis_url: str) -> None:
+    """Each is said by its name, and the good one is added."""
+    client = redis.Redis.from_url(redis_url)
+    good = {"name": "good", "task": "proj.x", "schedule": {"__type__": "interval", "every": 5.0}}
+    wrong: dict[str, Any] = {
+        "list": "[]", "null": "null", "deep": "[" * 100_000, "bytes": b"\xff", "text": "nonsense",
+        "huge": json.dumps({**good, "name": "huge", "schedule": {"__type__": "interval", "every": 1e300}}),
+        "args": json.dumps({**good, "name": "args", "args": 5}),
+        "task": json.dumps({**good, "name": "task", "task": 5}),
+        "options": json.dumps({**good, "name": "options", "options": {"queue": 5}}),
+    }  # fmt: skip
+    for name, definition in wrong.items():
+        client.hset(f"redbeat:{name}", "definition", definition)
+    client.hset("redbeat:meta", mapping={"definition": json.dumps({**good, "name": "meta"}), "meta": "5"})
+    client.hset("redbeat:good", "definition", json.dumps(good))
+    done = invoke(app, "schedule", "import", redis_url)
+    assert (done.exit_code, done.exception and type(done.exception)) == (1, SystemExit)
+    words = dict(line.split("  ", 1) for line in done.output.splitlines()[1:])
+    assert words.pop("good").strip() == "added"
+    assert words.keys() == {*wrong, "meta"}
+    assert all(word.strip().startswith("left out: ") for word in words.values())
 
 
 @pytest.mark.parametrize("zone", [7200.0, "Europe/Berlin"])

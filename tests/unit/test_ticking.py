@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from celery.schedules import crontab, schedule, solar
+from celery import Celery
+from celery.schedules import BaseSchedule, crontab, schedule, solar
 
-from kathikon_celery.schedules import ticking, timetable
+from kathikon_celery.schedules import entries, ticking, timetable
 from kathikon_celery.storage.schedules import Schedule
 
 NOON = datetime(2026, 6, 1, 12, tzinfo=timezone.utc)
@@ -91,3 +93,56 @@ def test_wrong_texts_and_zones() -> None:
         timetable.read("nonsense", BERLIN)
     with pytest.raises(ValueError, match="there is no time zone 'Mars'"):
         timetable.zone_of("Mars")
+
+
+class Own(BaseSchedule):  # type: ignore[misc]
+    """A class of the application's that answers so."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self._answer = answer
+
+    def is_due(self, last_run_at: datetime) -> Any:
+        """Answer, or raise."""
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return self._answer
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"task": "t", "schedule": Own(ZeroDivisionError("no"))},
+        {"task": "t", "schedule": Own((False, "x"))},
+        {"task": "t", "schedule": Own((False, float("nan")))},
+        {"task": "t", "schedule": Own((True, -5))},
+        {"task": "t", "schedule": 1e12},
+        {"task": "t", "schedule": 1e-6},
+        {"task": "t"},
+        {"schedule": 5},
+        {"task": "t", "schedule": 5, "colour": "red"},
+        {"task": "t", "schedule": 5, "options": {"kathikon_overlep": "skip"}},
+        {"task": "", "schedule": 5},
+        5,
+        None,
+    ],
+)
+def test_a_wrong_entry_is_said_and_holds_no_other_back(wrong: Any) -> None:
+    app = Celery("proj", set_as_current=False)
+    app.conf.beat_schedule = {"wrong": wrong, "good": {"task": "t", "schedule": 5.0, "relative": True}}
+    bad: dict[str, str] = {}
+    found = entries.of(app, bad)
+    assert "good" in found
+    assert bad.keys() == {"wrong"}
+    assert bad["wrong"]
+    assert json.loads(found["good"].row.timing)["relative"] is True
+    with pytest.raises(ValueError, match=r"beat_schedule\['wrong'\] cannot be used: "):
+        entries.of(app)
+
+
+@pytest.mark.parametrize("hours", [-100.5, -1, 0, 0.25, 1, 77.7])
+def test_in_step(hours: float) -> None:
+    since = NOON + timedelta(hours=hours)
+    found = timetable.in_step('{"every": 3600}', NOON, since)
+    assert since - timedelta(hours=1) < found <= since
+    assert (found - NOON) % timedelta(hours=1) == timedelta(0)
