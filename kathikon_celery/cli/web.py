@@ -28,7 +28,7 @@ AUTH_HELP = (
 @click.option("--auth", help=AUTH_HELP)
 @click.option("--read-only", is_flag=True, help="Nobody may act.")
 @click.option("--redact", multiple=True, help="Names of arguments whose values are hidden; * and ? as in jobs --task.")
-@click.option("--root-path", default="", help="The path under which a proxy serves this, such as /jobs.")
+@click.option("--root-path", default="", help="The path that a proxy removes, such as /jobs.")
 @click.pass_obj
 def web(
     context: CLIContext,
@@ -48,6 +48,8 @@ def web(
         from kathikon_celery.web.showing import SECRETS
     except ImportError as error:
         raise click.ClickException(f"{error}; pip install 'kathikon-celery[web]'") from error
+    if root_path and not (root_path.startswith("/") and not root_path.endswith("/")):
+        raise click.UsageError(f"--root-path {root_path!r} must begin with a slash, and not end with one.")
     storage_of(context).setup()
     operator = Kathikon(context.app).operator
     chosen = _auth(auth, host, operator)
@@ -56,7 +58,8 @@ def web(
         uvicorn.Config(app, host, port, log_level=logging.WARNING, root_path=root_path, timeout_graceful_shutdown=1)
     )
     socket = server.config.bind_socket()
-    address = f"http://{f'[{host}]' if ':' in host else host}:{socket.getsockname()[1]}{root_path}/"
+    app.state.dashboard.is_ending = lambda: server.should_exit
+    address = f"http://{f'[{host}]' if ':' in host else host}:{socket.getsockname()[1]}/"
     click.echo(f"{address}?token={chosen.token}" if isinstance(chosen, Token) else address)
     server.run(sockets=[socket])
 

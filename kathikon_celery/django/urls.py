@@ -24,6 +24,8 @@ from starlette.requests import Request
 
 from kathikon_celery.web import User, create_wsgi_app
 
+#: Characters of a query string that need no escape, or are one.
+_OF_A_QUERY = "%&=+;/?:@!$'()*,-._~"
 #: Key of the WSGI environment: the user whom Django knows.
 _USER = "HTTP_X_KATHIKON_DJANGO_USER"
 
@@ -49,9 +51,9 @@ def dashboard(request: HttpRequest, path: str) -> HttpResponse | StreamingHttpRe
     base = whole[: len(whole) - len(path)].rstrip("/")
     environ = {
         "REQUEST_METHOD": request.method,
-        "SCRIPT_NAME": base,
-        "PATH_INFO": f"/{path}",
-        "QUERY_STRING": request.META.get("QUERY_STRING", ""),
+        "SCRIPT_NAME": base.encode().decode("latin-1"),
+        "PATH_INFO": f"/{path}".encode().decode("latin-1"),
+        "QUERY_STRING": quote(request.META.get("QUERY_STRING", "").encode("latin-1", "replace"), _OF_A_QUERY),
         "SERVER_NAME": request.META.get("SERVER_NAME", "localhost"),
         "SERVER_PORT": str(request.META.get("SERVER_PORT", "80")),
         "SERVER_PROTOCOL": request.META.get("SERVER_PROTOCOL", "HTTP/1.1"),

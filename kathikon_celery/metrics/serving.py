@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from socketserver import ThreadingMixIn
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from kathikon_celery.metrics.collecting import Collector
+from kathikon_celery.storage.errors import in_words
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -32,16 +36,38 @@ def exposition(registry: CollectorRegistry, accept: str = "") -> tuple[str, byte
     return kind, encoder(registry)
 
 
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Handler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the name of the base class)
+        """Log nothing: a scrape is no news."""
+
+
 def serve(app: Celery, host: str, port: int) -> Callable[[], None]:
     """Serve the figures of *app* at ``http://host:port/metrics`` by a thread; return what ends that.
 
     Logs a warning if the port is taken: perhaps by another worker of this machine, which tells the same.
     """
+    registry = registry_of(app)
+
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+        try:
+            kind, text = exposition(registry, environ.get("HTTP_ACCEPT", ""))
+        except Exception as error:
+            start_response("503 Service Unavailable", [("Content-Type", "text/plain; charset=utf-8")])
+            return [f"the figures cannot be read: {in_words(error)}\n".encode()]
+        start_response("200 OK", [("Content-Type", kind)])
+        return [text]
+
     try:
-        server, thread = start_http_server(port, host, registry_of(app))
+        server = make_server(host, port, answer, _Server, _Handler)
     except OSError as error:
         logger.warning("Kathikon: metrics are not served at %s port %s: %s", host, port, error)
         return lambda: None
+    thread = Thread(target=server.serve_forever, name="kathikon-metrics", daemon=True)
+    thread.start()
 
     def stop() -> None:
         server.shutdown()

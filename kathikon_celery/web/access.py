@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from base64 import b64decode
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from hmac import compare_digest
 from typing import Protocol
@@ -43,7 +44,7 @@ class User:
 class Auth(Protocol):
     """Says who sent a request. Any callable that takes a Starlette request and returns a `User` or `None` is one."""
 
-    def __call__(self, request: Request) -> User | Response | None:
+    def __call__(self, request: Request) -> User | Response | Awaitable[User | Response | None] | None:
         """Return who sent *request*; `None`: nobody who may see anything; a response: answer so."""
 
 
@@ -73,7 +74,7 @@ class Basic:
             except ValueError:
                 name = given = ""
             password, may_act = self._users.get(name, (secrets.token_hex(), False))
-            if compare_digest(password.encode(), given.encode()):
+            if _same(password, given):
                 return User(name, may_act)
         return PlainTextResponse("Say who you are.\n", 401, {"WWW-Authenticate": 'Basic realm="Kathikon"'})
 
@@ -87,11 +88,11 @@ class Token:
 
     def __call__(self, request: Request) -> User | Response:
         """Return the operator, if the token was sent."""
-        if compare_digest(request.query_params.get("token", "").encode(), self.token.encode()):
-            answer = RedirectResponse(request.url.remove_query_params("token"), 303)
+        if _same(request.query_params.get("token", ""), self.token):
+            answer = RedirectResponse(f"{request.scope.get('root_path', '')}/", 303)
             set_cookie(request, answer, TOKEN, self.token)
             return answer
-        if compare_digest(request.cookies.get(TOKEN, "").encode(), self.token.encode()):
+        if _same(cookie_of(request, TOKEN), self.token):
             return User(self._operator)
         return PlainTextResponse("Open the address that the command has printed: it has a token.\n", 401)
 
@@ -104,18 +105,34 @@ class Nobody:
 
     def __call__(self, request: Request) -> User | None:
         """Return the operator, unless the request names another host: a stranger's page whose name leads here."""
-        return User(self._operator) if request.url.hostname in ("localhost", "127.0.0.1", "::1") else None
+        is_ours = re.fullmatch(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", request.headers.get("host", ""))
+        return User(self._operator) if is_ours else None
+
+
+def _same(one: str, other: str) -> bool:
+    return compare_digest(one.encode(errors="replace"), other.encode(errors="replace"))
+
+
+def name_of_cookie(request: Request, name: str) -> str:
+    """Return the name of a cookie here: cookies do not mind ports, and each may have a dashboard of its own."""
+    server = request.scope.get("server")
+    return f"{name}_{server[1]}" if server and server[1] else name
+
+
+def cookie_of(request: Request, name: str) -> str:
+    """Return the value of a cookie, or nothing."""
+    return request.cookies.get(name_of_cookie(request, name), "")
 
 
 def set_cookie(request: Request, answer: Response, name: str, value: str) -> None:
     """Set a cookie that no script reads, and no other site sends."""
-    path = request.scope.get("root_path") or "/"
+    path, name = request.scope.get("root_path") or "/", name_of_cookie(request, name)
     answer.set_cookie(name, value, path=path, secure=request.url.scheme == "https", httponly=True, samesite="strict")
 
 
-def is_forged(request: Request, given: object) -> bool:
+def is_forged(request: Request, given: str) -> bool:
     """Whether a form was not sent by a page of ours: its token is *given*."""
     if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
         return True
-    known = request.cookies.get(FORGERY, "")
-    return not known or not isinstance(given, str) or not compare_digest(known.encode(), given.encode())
+    known = cookie_of(request, FORGERY)
+    return not known or not _same(known, given)

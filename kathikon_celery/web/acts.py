@@ -14,16 +14,15 @@ from urllib.parse import quote, urlencode
 from celery.schedules import crontab
 
 from kathikon_celery.operate.selection import Selection, pace
+from kathikon_celery.schedules.entries import LONGEST_NAME
 from kathikon_celery.schedules.timetable import FIELDS as CRONTAB
 from kathikon_celery.storage.status import MOST
-from kathikon_celery.web.pages import BULK, TEXTS, VERBS, Visit, moment_of, selection_of
+from kathikon_celery.web.pages import BULK, FIELDS, VERBS, Visit, moment_of, selection_of
 
 logger = logging.getLogger(__name__)
 
 #: What was done, in words.
 PAST = {"retry": "retried", "cancel": "cancelled", "rerun": "rerun", "discard": "discarded", "delete": "deleted"}
-#: Fields of a selection's form.
-FIELDS = ("state", *TEXTS, "since", "until", "ended_since", "ended_until")
 #: Verbs for one schedule that take no more than its name; `Schedules` has a method for each.
 SCHEDULE_VERBS = ("pause", "resume", "remove", "reset")
 
@@ -53,7 +52,7 @@ def act_on_job(visit: Visit, form: Form) -> Done:
     verb, job_id = _member("verb", form, VERBS), form.get("id", "")
     more = {"terminate": True} if verb == "cancel" and form.get("terminate") else {}
     job = getattr(visit.kathikon, verb)(job_id, reason=_reason(form), **more)
-    return Done(f"/jobs/{quote(job.id, safe='')}", f"The job was {PAST[verb]}.")
+    return Done(f"/job?id={quote(job.id, safe='')}", f"The job was {PAST[verb]}.")
 
 
 def act_on_jobs(visit: Visit, form: Form) -> Done:
@@ -61,7 +60,8 @@ def act_on_jobs(visit: Visit, form: Form) -> Done:
     verb = _member("verb", form, BULK)
     selection = selection_of(visit, form)
     if not form.get("state") and verb == "retry":
-        selection = selection_of(visit, {**form, "state": "dead"})
+        form = {**form, "state": "dead"}
+        selection = selection_of(visit, form)
     rate = form.get("rate") or None
     pace(rate)
     able = selection.able(verb)
@@ -98,8 +98,8 @@ def resume(visit: Visit, form: Form) -> Done:
 def _what(form: Form) -> tuple[str, ...]:
     if form.get("kind") == "all":
         return ()
-    if not form.get("name"):
-        raise ValueError("say the name of a queue, or the pattern of a task")
+    if not form.get("name") or not form["name"].isprintable() or len(form["name"]) > LONGEST_NAME:
+        raise ValueError("say the name of a queue, or the pattern of a task, in printable characters")
     return (form["name"],)
 
 
@@ -108,7 +108,7 @@ def act_on_schedule(visit: Visit, form: Form) -> Done:
     verb = _member("verb", form, (*SCHEDULE_VERBS, "run_now", "backfill", "add", "change"))
     hands, name, reason = visit.kathikon.schedules, form.get("name", ""), _reason(form)
     if verb == "run_now":
-        return Done(f"/jobs/{quote(hands.run_now(name, reason=reason), safe='')}", "Sent.")
+        return Done(f"/job?id={quote(hands.run_now(name, reason=reason), safe='')}", "Sent.")
     if verb == "backfill":
         sent = hands.backfill(name, moment_of("since", form["since"]), moment_of("until", form["until"]), reason=reason)
         return Done("/schedules", f"{len(sent):,} ticks were sent.")
@@ -125,8 +125,8 @@ def act_on_schedule(visit: Visit, form: Form) -> Done:
         return Done("/schedules", f"{name} was changed.")
     if not name or not form.get("task") or "schedule" not in given:
         raise ValueError("a schedule needs a name, a task, and when: seconds, or five fields of a crontab")
-    hands.add(name, form["task"], given.pop("schedule"), reason=reason, **given)
-    return Done("/schedules", f"{name} was added.")
+    was_there = hands.add(name, form["task"], given.pop("schedule"), reason=reason, **given)
+    return Done("/schedules", f"{name} was {'replaced' if was_there else 'added'}.")
 
 
 _JSON: dict[str, type] = {"args": list, "kwargs": dict, "options": dict}
@@ -145,8 +145,8 @@ def _when(text: str) -> Any:
 def _json(name: str, text: str, kind: type) -> Any:
     try:
         value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{name} = {text!r} is no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} = {text[:200]!r} is no JSON: {error}") from error
     if not isinstance(value, kind):
         raise ValueError(f"{name} = {text!r} is no {'list' if kind is list else 'object'} in JSON")
     return value

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
+from anyio import CapacityLimiter, to_thread
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import escape
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
-from starlette.routing import Match, Mount, Route
+from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from kathikon_celery.metrics.serving import exposition, registry_of
@@ -26,9 +28,9 @@ from kathikon_celery.schedules import timetable
 from kathikon_celery.settings import shown
 from kathikon_celery.storage.errors import NotFound, StorageError, in_words
 from kathikon_celery.web import showing
-from kathikon_celery.web.access import FORGERY, HEADERS, Auth, User, is_forged, set_cookie
+from kathikon_celery.web.access import FORGERY, HEADERS, Auth, User, cookie_of, is_forged, name_of_cookie, set_cookie
 from kathikon_celery.web.acts import ACTS, Act, address
-from kathikon_celery.web.pages import PAGES, Page, Visit
+from kathikon_celery.web.pages import KNOWN, PAGES, Page, Visit
 from kathikon_celery.web.shared import FRESH, Shared
 from kathikon_celery.web.showing import SECRETS, Redaction
 
@@ -43,8 +45,12 @@ SAID = "kathikon_said"
 SAMPLES = 300
 #: Seconds after which an open page hears from us although nothing has changed: proxies close silent connections.
 SIGN_OF_LIFE = 15.0
-#: Characters of a form at most.
-LONGEST_FORM = 1_000_000
+#: Seconds after which an open page asks again who looks.
+ASKED_AGAIN = 5.0
+#: Bytes of a form at most.
+LONGEST_FORM = 200_000
+#: Threads that read the tables at once: a database that waits keeps no other part of the process waiting.
+READERS = 10
 
 
 class Dashboard:
@@ -57,9 +63,12 @@ class Dashboard:
         self, place: Celery | Storage, auth: Auth, read_only: bool, redact: Iterable[str], is_live: bool
     ) -> None:
         self._place, self._auth, self._read_only, self._is_live = place, auth, read_only, is_live
+        #: Whether the server is about to end: open pages end then.
+        self.is_ending: Callable[[], bool] = lambda: False
         self._redaction = Redaction(redact)
         self._samples: deque[tuple[float, dict[str, int]]] = deque(maxlen=SAMPLES)
         self._shared = Shared()
+        self._limiter: CapacityLimiter | None = None
         self._templates = Environment(
             loader=PackageLoader("kathikon_celery.web"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
             lstrip_blocks=True,
@@ -68,40 +77,48 @@ class Dashboard:
             "at": showing.at, "number": showing.number, "age": showing.age, "quoted": partial(quote, safe=""),
         }  # fmt: skip
         self._templates.globals |= {"address": address, "in_words": timetable.in_words}
-        self._pages = [Route(path, self._page_at(page, name)) for path, (page, name) in PAGES.items()]
+        pages = [Route(path, self._page_at(path)) for path in PAGES]
         acts = [Route(path, self._act_at(act), methods=["POST"]) for path, act in ACTS.items()]
         static = StaticFiles(directory=Path(__file__).with_name("static"))
-        self._registry = registry_of(place)
         others = [Route("/live", self._live), Route("/metrics", self._metrics), Mount("/static", static)]
-        self.routes = [*others, *acts, *self._pages]
-        database = Kathikon(place).storage.database
-        self._where = shown(database.url)
+        self.routes = [*others, *acts, *pages]
+        self._registry = registry_of(place)
+        self._where = shown(Kathikon(place).storage.database.url)
         self._title = self._where.rpartition("/")[2]
+
+    async def _in_thread(self, call: Callable[..., Any], *args: Any) -> Any:
+        if self._limiter is None:
+            self._limiter = CapacityLimiter(READERS)
+        return await to_thread.run_sync(call, *args, limiter=self._limiter)
 
     # --- who
 
-    def _user(self, request: Request) -> User | Response:
-        found = self._auth(request)
-        if found is None:
-            return PlainTextResponse("You may not see this.\n", 403)
-        if isinstance(found, User) and self._read_only:
-            return User(found.name, may_act=False)
-        return found
+    async def _user(self, request: Request) -> User | Response:
+        found: Any = await self._in_thread(self._auth, request)
+        if inspect.isawaitable(found):
+            found = await found
+        if isinstance(found, Response):
+            found.headers.update(HEADERS)
+            return found
+        if not isinstance(found, User):
+            return PlainTextResponse("You may not see this.\n", 403, HEADERS)
+        return User(found.name, may_act=False) if self._read_only else found
 
-    def _visit(self, request: Request, user: User, path: dict[str, str], query: dict[str, str]) -> Visit:
-        return Visit(self._place, user, path, query, self._redaction, self._samples, self._shared)
+    def _visit(self, user: User, query: Iterable[tuple[str, str]]) -> Visit:
+        known = {name: value for name, value in query if name in KNOWN and value}
+        return Visit(self._place, user, known, self._redaction, self._samples, self._shared)
 
     # --- pages
 
-    def _page_at(self, page: Page, template: str) -> Any:
+    def _page_at(self, path: str) -> Any:
+        page, template = PAGES[path]
+
         async def show(request: Request) -> Response:
-            user = await run_in_threadpool(self._user, request)
+            user = await self._user(request)
             if isinstance(user, Response):
                 return user
-            query = dict(request.query_params)
-            visit = self._visit(request, user, request.path_params, query)
-            here = _path(request)
-            return await self._answer(request, user, template, partial(self._data, here, page, visit))
+            visit = self._visit(user, request.query_params.multi_items())
+            return await self._answer(request, visit, template, partial(self._data, path, page, visit), path)
 
         return show
 
@@ -110,54 +127,54 @@ class Dashboard:
         found: dict[str, Any] = self._shared.get(key, partial(page, visit))
         return found
 
-    async def _answer(self, request: Request, user: User, template: str, read: Any, status: int = 200) -> Response:
+    async def _answer(self, request: Request, visit: Visit, template: str, read: Any, path: str) -> Response:
+        status = 200
         try:
-            data = await run_in_threadpool(read)
+            data = await self._in_thread(read)
         except Exception as error:
             status, text = _explained(error)
             template, data = "problem.html", {"text": text}
-        token = request.cookies.get(FORGERY) or secrets.token_urlsafe(24)
-        said = unquote(request.cookies[SAID]) if SAID in request.cookies else None
-        look = {"frame": "frame.html", "path": _path(request), "token": token, "said": said}
-        text = self._render(request, user, template, data, **look)
-        answer = HTMLResponse(text, status, HEADERS)
+        token = cookie_of(request, FORGERY) or secrets.token_urlsafe(24)
+        said = cookie_of(request, SAID)
+        look = {"frame": "frame.html", "path": path, "token": token, "said": unquote(said) if said else None}
+        answer = HTMLResponse(self._render(request, visit, template, data, **look), status, HEADERS)
         set_cookie(request, answer, FORGERY, token)
-        if SAID in request.cookies:
-            answer.delete_cookie(SAID, path=request.scope.get("root_path") or "/")
+        if said:
+            answer.delete_cookie(name_of_cookie(request, SAID), path=request.scope.get("root_path") or "/")
         return answer
 
-    def _render(self, request: Request, user: User, template: str, data: dict[str, Any], **more: Any) -> str:
+    def _render(self, request: Request, visit: Visit, template: str, data: dict[str, Any], **more: Any) -> bytes:
         """Return the page. *more*: its ``frame``, ``path``, ``token`` of its forms, and what the last act ``said``."""
-        more["here"] = f"{more['path']}?{request.url.query}" if request.url.query else more["path"]
+        more["here"] = f"{more['path']}?{urlencode(visit.query)}" if visit.query else more["path"]
         more["base"] = request.scope.get("root_path", "")
         more["is_live"] = self._is_live and template not in ("sure.html", "problem.html")
-        return self._templates.get_template(template).render(
-            **data, **more, user=user, title=self._title, where=self._where
-        )
+        more |= {"title": self._title, "where": self._where, "user": visit.user}
+        text = self._templates.get_template(template).render(**data, **more)
+        return text.encode("utf-8", "backslashreplace")  # half of a surrogate pair, in an argument
 
     # --- acts
 
     def _act_at(self, act: Act) -> Any:
         async def do(request: Request) -> Response:
-            user = await run_in_threadpool(self._user, request)
+            user = await self._user(request)
             if isinstance(user, Response):
                 return user
-            if int(request.headers.get("content-length") or 0) > LONGEST_FORM:
-                return PlainTextResponse("The form is too long.\n", 413, HEADERS)
-            form = {name: value for name, value in (await request.form()).items() if isinstance(value, str)}
             if not user.may_act:
                 return PlainTextResponse("You may only read.\n", 403, HEADERS)
-            if is_forged(request, form.get("token")):
+            form = await _form(request)
+            if form is None:
+                return PlainTextResponse("That is no form, or it is too long.\n", 413, HEADERS)
+            if is_forged(request, form.get("token", "")):
                 text = "This form is not from here, or it is too old: open the page again.\n"
                 return PlainTextResponse(text, 403, HEADERS)
-            visit = self._visit(request, user, {}, {})
+            visit = self._visit(user, ())
             try:
-                done = await run_in_threadpool(act, visit, form)
+                done = await self._in_thread(act, visit, form)
             except Exception as error:
-                return await self._answer(request, user, "problem.html", partial(_raise, error))
+                return await self._answer(request, visit, "problem.html", partial(_raise, error), "")
             self._shared.forget()
             if done.template is not None:
-                return await self._answer(request, user, done.template, lambda: done.data)
+                return await self._answer(request, visit, done.template, lambda: done.data, "")
             answer = RedirectResponse(request.scope.get("root_path", "") + done.to, 303, HEADERS)
             set_cookie(request, answer, SAID, quote(done.text))
             return answer
@@ -167,11 +184,11 @@ class Dashboard:
     # --- figures, for Prometheus
 
     async def _metrics(self, request: Request) -> Response:
-        user = await run_in_threadpool(self._user, request)
+        user = await self._user(request)
         if isinstance(user, Response):
             return user
         try:
-            kind, text = await run_in_threadpool(exposition, self._registry, request.headers.get("accept", ""))
+            kind, text = await self._in_thread(exposition, self._registry, request.headers.get("accept", ""))
         except Exception as error:
             status, words = _explained(error)
             return PlainTextResponse(f"{words}\n", status, HEADERS)
@@ -180,37 +197,53 @@ class Dashboard:
     # --- live
 
     async def _live(self, request: Request) -> Response:
-        user = await run_in_threadpool(self._user, request)
+        user = await self._user(request)
         if isinstance(user, Response):
             return user
-        of = urlsplit(request.query_params.get("of", ""))
-        scope = {"type": "http", "method": "GET", "path": of.path, "root_path": "", "headers": []}
-        for route in self._pages:
-            match, found = route.matches(scope)
-            if match is Match.FULL:
-                page, template = PAGES[route.path]
-                visit = self._visit(request, user, found["path_params"], dict(parse_qsl(of.query)))
-                stream = self._stream(request, user, template, partial(self._data, of.path, page, visit), of.path)
-                headers = {**HEADERS, "X-Accel-Buffering": "no"}
-                return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
-        return PlainTextResponse("There is no such page.\n", 404, HEADERS)
+        path, _, query = request.query_params.get("of", "").partition("?")
+        if not self._is_live or path not in PAGES:
+            return PlainTextResponse("There is no such page.\n", 404, HEADERS)
+        visit = self._visit(user, parse_qsl(query))
+        headers = {**HEADERS, "X-Accel-Buffering": "no"}
+        return StreamingResponse(self._stream(request, visit, path), media_type="text/event-stream", headers=headers)
 
-    async def _stream(self, request: Request, user: User, template: str, read: Any, path: str) -> AsyncIterator[str]:
-        token, last, silent = request.cookies.get(FORGERY, ""), "", 0.0
-        while not await request.is_disconnected():
+    async def _stream(self, request: Request, visit: Visit, path: str) -> AsyncIterator[bytes]:
+        page, template = PAGES[path]
+        read = partial(self._data, path, page, visit)
+        token, last, silent, asked = cookie_of(request, FORGERY), b"", 0.0, monotonic()
+        while not self.is_ending() and not await request.is_disconnected():
+            if monotonic() - asked > ASKED_AGAIN:
+                if await self._user(request) != visit.user:
+                    return
+                asked = monotonic()
             try:
-                data = await run_in_threadpool(read)
-                text = self._render(request, user, template, data, frame="live.html", path=path, token=token)
+                data = await self._in_thread(read)
+                text = self._render(request, visit, template, data, frame="live.html", path=path, token=token)
             except Exception as error:
-                text = f'<p class="problem" role="alert">{escape(_explained(error)[1])}</p>'
+                text = f'<p class="problem" role="alert">{escape(_explained(error)[1])}</p>'.encode()
             if text != last:
-                yield "event: page\n" + "".join(f"data: {line}\n" for line in text.splitlines()) + "\n"
+                yield b"event: page\n" + b"".join(b"data: " + line + b"\n" for line in text.splitlines()) + b"\n"
                 last, silent = text, 0.0
             elif silent >= SIGN_OF_LIFE:
-                yield ": here\n\n"
+                yield b": here\n\n"
                 silent = 0.0
             await asyncio.sleep(FRESH)
             silent += FRESH
+
+
+async def _form(request: Request) -> dict[str, str] | None:
+    """Return the fields of a form; `None`: it is none, or it is too long."""
+    if request.headers.get("content-type", "").partition(";")[0] != "application/x-www-form-urlencoded":
+        return None
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > LONGEST_FORM:
+            return None
+    try:
+        return dict(parse_qsl(body.decode("ascii"), keep_blank_values=True, max_num_fields=100))
+    except ValueError:
+        return None
 
 
 def _raise(error: Exception) -> Any:
@@ -221,18 +254,15 @@ def _explained(error: Exception) -> tuple[int, str]:
     """Return the HTTP status and the words for *error*; anything unexpected is raised."""
     if isinstance(error, NotFound):
         return 404, str(error)
-    if isinstance(error, ValueError | TypeError | OverflowError):
+    if isinstance(error, KeyError):
+        return 400, f"the form has no {error}"
+    if isinstance(error, ValueError | TypeError | OverflowError | RecursionError):
         return 400, str(error)
     if isinstance(error, StorageError):
         return 503, in_words(error)
     if type(error).__module__.startswith("sqlalchemy."):
         return 503, f"the database cannot be read: {in_words(error)}"
     raise error
-
-
-def _path(request: Request) -> str:
-    """Return the path of a page of ours, wherever the dashboard is mounted."""
-    return str(request.scope["path"]).removeprefix(request.scope.get("root_path", "")) or "/"
 
 
 def create_app(
@@ -244,13 +274,17 @@ def create_app(
     >>> api.mount("/jobs", create_app(celery_app, auth=Basic({"ada": "secret"})))
 
     Arguments:
-        auth: says who sent a request: `Basic`, or any callable that takes a Starlette request and returns a `User`, or
-            `None` for nobody.
+        auth: says who sent a request: `Basic`, or any callable, also an async one, that takes a Starlette request and
+            returns a `User`, or `None` for nobody.
         read_only: nobody may act.
-        redact: names of arguments and keys whose values are not shown, with ``*`` and ``?``.
+        redact: names of arguments and keys whose values are not shown, with ``*`` and ``?``, instead of `SECRETS`.
         live: pages follow the table by server-sent events.
     """
-    return Starlette(routes=Dashboard(app, auth, read_only, redact, live).routes)
+    dashboard = Dashboard(app, auth, read_only, redact, live)
+    found = Starlette(routes=dashboard.routes)
+    found.router.redirect_slashes = False  # to an address that the header Host names
+    found.state.dashboard = dashboard
+    return found
 
 
 def create_wsgi_app(

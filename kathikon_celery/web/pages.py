@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,10 +35,16 @@ DRAWN = 200
 VERBS = ("retry", "cancel", "rerun", "discard")
 #: Verbs for all jobs of a selection.
 BULK = ("retry", "cancel", "discard", "delete")
+#: Seconds that the curves of the overview show.
+CURVES = 300.0
 #: Fields that no index finds.
 SEARCHED = ("task", "error", "cause", "argument")
 #: Fields of a selection, as `Kathikon.jobs` takes them.
 TEXTS = ("queue", "task", "error", "cause", "argument", "root", "group")
+MOMENTS = ("since", "until", "ended_since", "ended_until")
+FIELDS = ("state", *TEXTS, *MOMENTS)
+#: Parameters of the pages' addresses.
+KNOWN = frozenset({*FIELDS, "after", "id"})
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,6 @@ class Visit:
 
     place: Celery | Storage
     user: User
-    path: Mapping[str, str]
     query: Mapping[str, str]
     redaction: Redaction
     samples: deque[tuple[float, dict[str, int]]]
@@ -82,9 +88,13 @@ def overview(visit: Visit) -> Data:
     }
     ended = {state.value: number for state, number in status.ended.items()}
     sample = {"ready": totals["ready"], "running": totals["running"], **ended}
-    visit.samples.append((time(), sample))
-    numbers = {name: [one.get(name, 0) for _, one in visit.samples] for name in sample}
-    curves = {name: (showing.curve(values), max(values)) for name, values in numbers.items()}
+    present = time()
+    visit.samples.append((present, sample))
+    lately = [(at - present, one) for at, one in visit.samples if present - at <= CURVES]
+    curves = {}
+    for name in sample:
+        values = [(at, one.get(name, 0)) for at, one in lately]
+        curves[name] = showing.curve(values, CURVES), max(value for _, value in values)
     oldest = max((one.oldest for one in status.queues if one.oldest is not None and one.paused is None), default=None)
     late = visit.kathikon.schedules.late(timedelta(minutes=1))
     numbers_too = {"totals": totals, "ended": ended, "window": WINDOW, "curves": curves}
@@ -101,7 +111,7 @@ def selection_of(visit: Visit, given: Mapping[str, str]) -> Selection:
     fields: dict[str, Any] = {name: given[name] for name in TEXTS if given.get(name)}
     if not visit.user.may_act:
         fields.pop("argument", None)  # whoever may search arguments can guess what is hidden in them
-    for name in ("since", "until", "ended_since", "ended_until"):
+    for name in MOMENTS:
         if given.get(name):
             fields[name] = moment_of(name, given[name])
     return visit.kathikon.jobs([given["state"]] if given.get("state") else (), **fields)
@@ -113,6 +123,8 @@ def moment_of(name: str, text: str) -> datetime:
         moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
     except ValueError:
         raise ValueError(f"{name} = {text!r} is no moment such as 2026-01-31T12:00 (UTC)") from None
+    if not 1970 <= moment.year <= 9000:
+        raise ValueError(f"{name} = {text!r} is not between the years 1970 and 9000")
     return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
 
@@ -131,7 +143,7 @@ def jobs(visit: Visit) -> Data:
         "next": found[LIMIT - 1].id if len(found) > LIMIT else None,
         "states": [state.value for state in State],
         "causes": [cause.value for cause in Cause],
-        "chosen": {name: value for name, value in visit.query.items() if value and name != "after"},
+        "chosen": {name: visit.query[name] for name in FIELDS if name in visit.query},
         "verbs": [verb for verb in BULK if visit.query.get("state") in ("", None, *MAY[verb])],
     }
 
@@ -139,7 +151,7 @@ def jobs(visit: Visit) -> Data:
 def job(visit: Visit) -> Data:
     """One job: its call, times, failures, history and workflow."""
     operator = visit.kathikon
-    one = operator.job(visit.path["job_id"])
+    one = operator.job(visit.query.get("id", ""))
     args, kwargs = showing.call_of(one, visit.app, visit.redaction)
     root = one.root_id or one.id
     workflow = operator.jobs(root=root).page(DRAWN + 1)
@@ -183,7 +195,17 @@ def schedules(visit: Visit) -> Data:
 
 def acts(visit: Visit) -> Data:
     """What operators did."""
-    return {"acts": visit.kathikon.acts(100)}
+    found = visit.kathikon.acts(100)
+    return {"acts": [(one, one.target if visit.user.may_act else _public(one.target)) for one in found]}
+
+
+def _public(target: str) -> str:
+    """Return an act's target without what was searched for in arguments: a reader may not search there."""
+    try:
+        said = json.loads(target)
+    except ValueError:
+        return target
+    return json.dumps({**said, "argument": showing.HIDDEN}) if isinstance(said, dict) and "argument" in said else target
 
 
 #: Path -> page and template.
@@ -191,7 +213,7 @@ PAGES: dict[str, tuple[Page, str]] = {
     "/": (overview, "overview.html"),
     "/queues": (queues, "queues.html"),
     "/jobs": (jobs, "jobs.html"),
-    "/jobs/{job_id:path}": (job, "job.html"),
+    "/job": (job, "job.html"),
     "/workers": (workers, "workers.html"),
     "/schedules": (schedules, "schedules.html"),
     "/acts": (acts, "acts.html"),

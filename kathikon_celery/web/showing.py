@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     from celery import Celery
 
 #: Names of arguments whose values are not shown, unless others are given.
-SECRETS = ("*password*", "*secret*", "*token*", "*api_key*", "*authorization*")
+SECRETS = (
+    "*passw*",
+    "*pwd*",
+    "*secret*",
+    "*token*",
+    "*api?key*",
+    "*apikey*",
+    "*private?key*",
+    "*credential*",
+    "*authorization*",
+)
 HIDDEN = "[hidden]"
 #: Characters of a value that are shown at most.
 LONGEST = 20_000
@@ -39,16 +49,24 @@ class Redaction:
         """Whether the value of *name* is not shown."""
         return any(fnmatchcase(str(name).lower(), pattern) for pattern in self._names)
 
-    def of(self, value: Any) -> Any:
-        """Return *value* without what is hidden in it."""
+    def of(self, value: Any, app: Celery | None = None) -> Any:
+        """Return *value* without what is hidden in it: also in the arguments of signatures, of `map` and `starmap`."""
         if isinstance(value, dict):
-            return {name: HIDDEN if self.hides(name) else self.of(one) for name, one in value.items()}
-        return [self.of(one) for one in value] if isinstance(value, list | tuple) else value
+            shown = {name: HIDDEN if self.hides(name) else self.of(one, app) for name, one in value.items()}
+            task, inner = value.get("task"), value.get("task")
+            if isinstance(task, str) and isinstance(value.get("args"), list):
+                shown["args"] = self.of_arguments(value["args"], parameters(app, task), app)
+            if isinstance(inner, dict) and isinstance(value.get("it"), list):
+                names = parameters(app, inner.get("task"))
+                items = [one if isinstance(one, list) else [one] for one in value["it"]]
+                shown["it"] = [self.of_arguments(one, names, app) for one in items]
+            return shown
+        return [self.of(one, app) for one in value] if isinstance(value, list | tuple) else value
 
-    def of_arguments(self, args: Sequence[Any], names: Sequence[str]) -> list[Any]:
+    def of_arguments(self, args: Sequence[Any], names: Sequence[str], app: Celery | None = None) -> list[Any]:
         """Return positional arguments without those that are hidden; *names*: of the task's parameters."""
         known = [*names[: len(args)], *[""] * (len(args) - len(names))]
-        return [HIDDEN if self.hides(name) else self.of(one) for name, one in zip(known, args, strict=True)]
+        return [HIDDEN if self.hides(name) else self.of(one, app) for name, one in zip(known, args, strict=True)]
 
 
 def call_of(job: Job, app: Celery | None, redaction: Redaction) -> tuple[str, str]:
@@ -63,12 +81,14 @@ def call_of(job: Job, app: Celery | None, redaction: Redaction) -> tuple[str, st
         args, kwargs, *_ = json.loads(message["body"])
         if not isinstance(args, list) or not isinstance(kwargs, dict):
             raise ValueError("it is no call")
-    except (ValueError, TypeError) as error:
+        shown = redaction.of_arguments(args, parameters(app, job.task), app), redaction.of(kwargs, app)
+        return pretty(shown[0]), pretty(shown[1])
+    except (ValueError, TypeError, RecursionError) as error:
         return f"not shown: {error}", ""
-    return pretty(redaction.of_arguments(args, _parameters(app, job.task))), pretty(redaction.of(kwargs))
 
 
-def _parameters(app: Celery | None, name: str) -> list[str]:
+def parameters(app: Celery | None, name: object) -> list[str]:
+    """Return the names of the parameters of the task *name*, as far as this process knows the task."""
     task = app.tasks.get(name) if app is not None else None
     try:
         return list(inspect.signature(task.run).parameters) if task is not None else []
@@ -82,7 +102,7 @@ def result_of(job: Job, redaction: Redaction) -> str | None:
         return None
     try:
         return pretty(redaction.of(json.loads(job.result)))
-    except ValueError:
+    except (ValueError, RecursionError):
         return f"not shown: no JSON, {len(job.result)} characters"
 
 
@@ -208,9 +228,11 @@ def graph(found: Sequence[Job]) -> Graph:
     return Graph(list(spots.values()), lines, width, max(rows.values(), default=1) * (HEIGHT + BELOW))
 
 
-def curve(values: Sequence[float], width: int = 240, height: int = 40) -> str:
-    """Return the points of a line through *values*, for an SVG of that size."""
-    top = max(*values, 1.0) if values else 1.0
-    step = width / max(len(values) - 1, 1)
-    heights = [height - 1 - (height - 2) * value / top for value in values]
-    return " ".join(f"{index * step:.1f},{one:.1f}" for index, one in enumerate(heights))
+def curve(values: Sequence[tuple[float, float]], span: float, width: int = 240, height: int = 40) -> str:
+    """Return the points of a line through *values*, which are seconds before now (negative) and heights.
+
+    *span*: the seconds that an SVG of that size shows.
+    """
+    top = max([1.0, *(value for _, value in values)])
+    points = [(width * (1 + at / span), height - 1 - (height - 2) * value / top) for at, value in values]
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)

@@ -106,7 +106,7 @@ def test_each_act_on_jobs_and_queues(
     page.get_by_role("button", name="Rerun").click()
     assert said(page) == "The job was rerun."
     assert waiting.id in page.content()  # the copy names its original
-    page.goto(f"{dashboard.root}/jobs/{waiting.id}")
+    page.goto(f"{dashboard.root}/job?id={waiting.id}")
     history = page.get_by_role("region", name="History").inner_text()
     assert all(word in history for word in ("cancel", "retry", "rerun", "not wanted"))
 
@@ -198,7 +198,7 @@ def test_no_script_from_a_job(
     jobs.wait(failed, State.DEAD)
     operator.cancel(odd.id, reason=EVIL)
     page = visit(dashboard.address)
-    paths = [f"/jobs/{quote(one.id, safe='')}" for one in (failed, odd, strange)]
+    paths = [f"/job?id={quote(one.id, safe='')}" for one in (failed, odd, strange)]
     searched = [f"/jobs?{name}={quote(EVIL)}" for name in ("task", "queue", "error", "root", "state", "since", "after")]
     for path in (*PAGES, *paths, *searched):
         answer = page.request.get(f"{dashboard.root}{path}")
@@ -218,13 +218,13 @@ def test_secrets_are_hidden_and_no_pickle_is_loaded(
     nested = {"deep": [{"API_KEY_of_ours": "s3cret"}]}
     plain = client.send_task("proj.x", (1, nested), {"user": 5, "password": "s3cret"})
     positional = client.send_task("tests.support.apps.note", ("shown", "path", "label"))
-    page = visit(f"{dashboard.root}/jobs/{plain.id}")
+    page = visit(f"{dashboard.root}/job?id={plain.id}")
     text = page.locator("main").inner_text()
     assert ("s3cret" in page.content(), text.count("[hidden]"), '"user": 5' in text) == (False, 2, True)
-    page.goto(f"{dashboard.root}/jobs/{positional.id}")
+    page.goto(f"{dashboard.root}/job?id={positional.id}")
     assert '"shown"' in page.locator("main").inner_text()
     pickled = client.send_task("proj.x", (Trap(tmp_path / "loaded"),), serializer="pickle")
-    page.goto(f"{dashboard.root}/jobs/{pickled.id}")
+    page.goto(f"{dashboard.root}/job?id={pickled.id}")
     assert "not shown: application/x-python-serialize" in page.locator("main").inner_text()
     assert not (tmp_path / "loaded").exists()
 
@@ -257,7 +257,7 @@ def test_without_script_by_keyboard_and_on_a_phone(
     keyboard.keyboard.press("Enter")
     keyboard.wait_for_url("**/queues")
     phone = visit(dashboard.address, viewport={"width": 360, "height": 740}, color_scheme="dark")
-    for path in (*PAGES, f"/jobs/{operator.jobs().page(1)[0].id}"):
+    for path in (*PAGES, f"/job?id={operator.jobs().page(1)[0].id}"):
         phone.goto(f"{dashboard.root}{path}")
         assert phone.evaluate("document.scrollingElement.scrollWidth") <= 360, path
         fields = phone.locator("input:not([type=hidden]), select, button")
@@ -272,7 +272,7 @@ def test_who_may_only_read(visit: Callable[..., Any], database_url: str, client:
     job = apps.add.delay(1, 1)
     with Dashboard(database_url, "--auth", "none", "--read-only", directory=tmp_path) as dashboard:
         page = visit(dashboard.address)
-        for path in (*PAGES, f"/jobs/{job.id}", f"/jobs?argument={quote('*1*')}"):
+        for path in (*PAGES, f"/job?id={job.id}", f"/jobs?argument={quote('*1*')}"):
             page.goto(f"{dashboard.root}{path}")
             assert page.locator("form[method=post]").count() == 0, path
         assert "(read only)" in page.content()
@@ -288,7 +288,7 @@ def test_what_is_wrong_is_said(visit: Callable[..., Any], dashboard: Dashboard, 
     for path, status, text in (
         ("/jobs?state=sleepy", 400, "'sleepy'"),
         ("/jobs?since=soon", 400, "since = 'soon' is no moment such as 2026-01-31T12:00 (UTC)"),
-        ("/jobs/none", 404, "there is no job 'none'"),
+        ("/job?id=none", 404, "there is no job 'none'"),
     ):
         answer = page.goto(f"{dashboard.root}{path}")
         assert answer.status == status
@@ -333,7 +333,7 @@ def test_pictures(
         )
         for name, path in (
             ("overview", "/"), ("queues", "/queues"), ("jobs", "/jobs"), ("dead", "/jobs?state=dead"),
-            ("job", f"/jobs/{chained.id}"), ("workers", "/workers"), ("schedules", "/schedules"), ("acts", "/acts"),
+            ("job", f"/job?id={chained.id}"), ("workers", "/workers"), ("schedules", "/schedules"), ("acts", "/acts"),
         ):  # fmt: skip
             page.goto(f"{dashboard.root}{path}")
             page.screenshot(path=folder / f"{name}.png")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import escape as html_escape
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from celery import Celery
@@ -34,7 +36,7 @@ def check_doors(root: str, client: Celery, **options: Any) -> None:
     operator = Kathikon(client)
     job = apps.add.delay(1, 1)
     with httpx.Client(follow_redirects=True, timeout=60, **options) as browser:
-        page = browser.get(f"{root}/jobs/{job.id}")
+        page = browser.get(f"{root}/job?id={job.id}")
         assert (page.status_code, job.id in page.text) == (200, True)
         for name in ("content-security-policy", "x-frame-options", "x-content-type-options"):
             assert name in page.headers
@@ -53,9 +55,9 @@ def check_doors(root: str, client: Celery, **options: Any) -> None:
         assert operator.job(job.id).state is State.AVAILABLE
         done = browser.post(f"{root}/act/job", data={**form, "token": form_token(page)})
         assert (done.status_code, "The job was cancelled." in done.text) == (200, True)
-        assert str(done.url) == f"{root}/jobs/{job.id}"
+        assert str(done.url) == f"{root}/job?id={job.id}"
         assert operator.job(job.id).state is State.CANCELLED
-        assert "The job was cancelled." not in browser.get(f"{root}/jobs/{job.id}").text  # said once
+        assert "The job was cancelled." not in browser.get(f"{root}/job?id={job.id}").text  # said once
         figures = browser.get(f"{root}/metrics")
         assert (figures.status_code, "celery_queue_length" in figures.text) == (200, True)
 
@@ -86,9 +88,9 @@ def test_names_and_passwords_of_a_file(database_url: str, client: Celery, tmp_pa
         assert Kathikon(client).acts()[0].operator == "ada"
         job = apps.add.delay(1, 1)
         with httpx.Client(auth=("bob", "other")) as reader:
-            page = reader.get(f"{dashboard.root}/jobs/{job.id}")
+            page = reader.get(f"{dashboard.root}/job?id={job.id}")
             assert (page.status_code, "(read only)" in page.text, form_token(page)) == (200, True, "")
-            token = reader.cookies["kathikon_form"]
+            token = next(value for name, value in reader.cookies.items() if name.startswith("kathikon_form"))
             form = {"id": job.id, "verb": "cancel", "token": token}
             assert reader.post(f"{dashboard.root}/act/job", data=form).status_code == 403
 
@@ -174,10 +176,17 @@ TRIED = """
     import django; django.setup()
     from django.contrib.auth.models import Permission, User
     from django.test import Client
+    from urllib.parse import urlencode
     from celery import current_app
     from kathikon_celery import Kathikon
 
+    odd = current_app.send_task("proj.x", task_id="ä日本")
     job = current_app.send_task("proj.x", (1, 2))
+    def superuser():
+        user, _ = User.objects.get_or_create(username="root", is_staff=True, is_superuser=True)
+        browser = Client()
+        browser.force_login(user)
+        return browser
     def may(**fields):
         name = "".join(fields) + " <ü>"
         user = User.objects.create(username=name, **fields)
@@ -186,15 +195,18 @@ TRIED = """
             user.user_permissions.add(Permission.objects.get(codename="act", content_type__app_label="kathikon"))
         browser = Client(enforce_csrf_checks=True)
         browser.force_login(user)
-        page = browser.get(f"/ops/jobs/jobs/{job.id}")
+        page = browser.get(f"/ops/jobs/job?id={job.id}")
         if page.status_code != 200:
             return [page.status_code, page.headers["Location"].partition("?")[0]]
         token = page.content.decode().partition('name="token" value="')[2].partition('"')[0]
         form = {"id": job.id, "verb": "rerun"}
-        forged = browser.post("/ops/jobs/act/job", form)
-        done = browser.post("/ops/jobs/act/job", {**form, "token": token})
+        def post(fields):
+            return browser.post("/ops/jobs/act/job", urlencode(fields), "application/x-www-form-urlencoded")
+        forged, done = post(form), post({**form, "token": token})
         return [page.status_code, "(read only)" in page.content.decode(), forged.status_code, done.status_code]
     answer = {
+        "live": superuser().get("/ops/jobs/live?of=/").status_code,
+        "odd": [superuser().get(f"/ops/jobs/job?id={one}").status_code for one in ("ä日本", "ä")],
         "stranger": Client().get("/ops/jobs/").status_code,
         "user": may(),
         "staff": may(is_staff=True),
@@ -216,7 +228,7 @@ def test_in_django(tmp_path: Path, database_url: str) -> None:
     project.write("manage.py", MANAGE)
     project.call("manage.py", "migrate", "-v0")
     answer = project.run(TRIED)
-    assert answer["stranger"] == 302
+    assert (answer["stranger"], answer["live"], answer["odd"]) == (302, 404, [200, 404])
     assert answer["user"] == [302, "/login"]
     assert answer["staff"] == [200, True, 403, 403]
     assert answer["allowed"] == [200, False, 403, 303]
@@ -257,3 +269,120 @@ def test_many_viewers_cost_one_look_a_second(client: Celery, monkeypatch: pytest
             thread.join(60)
         assert len(told) == 10
         assert len(looks) - before <= 5  # not one for each of the ten
+
+
+def test_odd_ids_and_arguments_have_pages(client: Celery) -> None:
+    deep: list[Any] = []
+    for _ in range(900):
+        deep = [deep]
+    ids = ["a?b=1", "a#b", "a/b", "..", "a%20b", "日本", "<b>", "a'\"b"]
+    for one in ids:
+        client.send_task("proj.x", task_id=one)
+    client.send_task("proj.x", ("\ud800", {"\udfff": 1}), task_id="surrogate")
+    client.send_task("proj.x", (deep,), task_id="deep")
+    with (
+        served(web.create_app(client, auth=web.Basic({"ada": "secret"}))) as root,
+        httpx.Client(auth=("ada", "secret"), timeout=60) as browser,
+    ):
+        for one in (*ids, "surrogate", "deep"):
+            page = browser.get(f"{root}/job", params={"id": one})
+            shown = html_escape(one).replace("&#x27;", "&#39;").replace("&quot;", "&#34;")
+            assert (page.status_code, shown in page.text) == (200, True), one
+        for of in ("/job?id=surrogate", f"/job?{urlencode({'id': 'a?b=1'})}"):
+            with browser.stream("GET", f"{root}/live", params={"of": of}) as stream:
+                assert "event: page" in next(stream.iter_lines())
+        for of in ("//[", "http://[::1", "/nowhere", "", "?", "/live", "\0"):
+            assert browser.get(f"{root}/live", params={"of": of}).status_code == 404
+        wrong = ("since=0001-01-01T00:00%2B23:59", "until=9999-12-31T23:59-23:59", "after=none", "state=x")
+        assert {browser.get(f"{root}/jobs?{one}").status_code for one in wrong} <= {400, 404}
+        assert browser.get(f"{root}/queues/", follow_redirects=False).status_code == 404
+
+
+def test_forms_that_are_wrong(client: Celery) -> None:
+    with (
+        served(web.create_app(client, auth=web.Basic({"ada": "secret"}))) as root,
+        httpx.Client(auth=("ada", "secret"), timeout=60) as browser,
+    ):
+        token = form_token(browser.get(f"{root}/queues"))
+        kind = {"Content-Type": "application/x-www-form-urlencoded"}
+        huge = (b"x" * 100_000 for _ in range(50))  # without a Content-Length
+        assert browser.post(f"{root}/act/job", content=huge, headers=kind).status_code == 413
+        assert browser.post(f"{root}/act/job", files={"x": b"y"}).status_code == 413
+        assert browser.post(f"{root}/act/job", content=b"a=\xff", headers=kind).status_code == 413
+        for act, fields in (
+            ("schedule", {"verb": "backfill", "name": "x"}),
+            ("schedule", {"verb": "add", "name": "x", "task": "t", "when": "9999", "args": "[" * 10_000}),
+            ("schedule", {"verb": "add", "name": "x", "task": "t", "when": "9999", "options": '{"queue": 5}'}),
+            ("schedule", {"verb": "add", "name": "x" * 1000, "task": "t", "when": "9999"}),
+            ("pause", {"kind": "queue", "name": "a\0b"}),
+            ("pause", {"kind": "queue", "name": "x" * 6000}),
+            ("pause", {"kind": "queue", "name": "x", "minutes": "nan"}),
+            ("pause", {"kind": "nothing", "name": "x"}),
+            ("job", {"verb": "explode", "id": "x"}),
+            ("jobs", {"verb": "retry", "rate": "many"}),
+        ):
+            answer = browser.post(f"{root}/act/{act}", data={**fields, "token": token})
+            assert answer.status_code == 400, (act, fields)
+        odd = "\ud800".encode("utf-8", "surrogatepass")
+        assert browser.post(f"{root}/act/job", data={"token": odd}).status_code == 403
+        page = browser.get(f"{root}/jobs?queue=x&sure=yes&rate=1/s&reason=evil&token=y").text
+        assert not any(word in page for word in ("sure", "evil", '"1/s"', 'value="y"'))
+    assert Kathikon(client).acts() == []
+    assert Kathikon(client).schedules.every() == []
+
+
+def test_an_authentication_of_ones_own(client: Celery) -> None:
+    """What is no user is refused everywhere; an async function is awaited; who is not let in any more sees no more."""
+    answers: list[Any] = [None]
+
+    def plain(request: Any) -> Any:
+        return answers[0]
+
+    async def later(request: Any) -> Any:
+        return answers[0]
+
+    for auth in (plain, later):
+        with served(web.create_app(client, auth=auth)) as root:
+            for wrong in (None, False, True, "ada", 1):
+                answers[0] = wrong
+                for path in ("/", "/jobs", "/live?of=/", "/metrics"):
+                    assert httpx.get(f"{root}{path}").status_code == 403, (wrong, path)
+                assert httpx.post(f"{root}/act/job").status_code == 403
+            answers[0] = web.User("ada")
+            assert httpx.get(f"{root}/metrics").status_code == 200
+            with httpx.stream("GET", f"{root}/live", params={"of": "/queues"}, timeout=60) as stream:
+                lines = stream.iter_lines()
+                assert next(lines) == "event: page"
+                answers[0] = None
+                assert list(lines)[-1] == ""  # it ends
+
+
+def test_what_a_reader_may_not_know(client: Celery) -> None:
+    operator = Kathikon(client)
+    operator.jobs("dead", argument="*s3cret*").retry()
+    assert '"argument": "*s3cret*"' in operator.acts()[0].target
+    users = web.Basic({"ada": "secret"}, readers={"bob": "other"})
+    with served(web.create_app(client, auth=users)) as root:
+        seen = {
+            name: httpx.get(f"{root}/acts", auth=(name, word)).text
+            for name, word in (("ada", "secret"), ("bob", "other"))
+        }
+        assert ("s3cret" in seen["ada"], "s3cret" in seen["bob"], "[hidden]" in seen["bob"]) == (True, False, True)
+
+
+def test_secrets_in_a_canvas(client: Celery) -> None:
+    @client.task(name="proj.login")
+    def login(user: str, password: str | None = None) -> None:
+        """Not called."""
+
+    sent = [
+        login.starmap([("bob", "s3cret")]).delay(),
+        login.chunks([("bob", "s3cret")], 1).group().delay().children[0],
+        login.map(["bob"]).delay(),
+        client.send_task("proj.other", (login.s("bob", "s3cret"), {"Api-Key": "s3cret", "passwd": "s3cret"})),
+        login.delay("bob", "s3cret"),
+    ]
+    with served(web.create_app(client, auth=web.Basic({"ada": "secret"}))) as root:
+        for one in sent:
+            page = httpx.get(f"{root}/job", params={"id": one.id}, auth=("ada", "secret"))
+            assert (page.status_code, "s3cret" in page.text, "bob" in page.text) == (200, False, True)

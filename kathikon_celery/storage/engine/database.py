@@ -198,7 +198,7 @@ class Database:
     def _do_connect(self, dialect: Any, *_: Any) -> Any:
         """Return a connection of the driver for SQLAlchemy's event. All connections begin here."""
         self.dialect.check_usable()
-        for url in list(self._servers):
+        for url in self._servers:
             args, named = dialect.create_connect_args(url)
             named |= self.dialect.connect_args(url, self.connect_timeout)
             try:
@@ -206,7 +206,8 @@ class Database:
             except dialect.loaded_dbapi.OperationalError as error:
                 lost = error
             else:  # the next attempt, in any thread, begins with this server
-                self._servers.sort(key=lambda one: one is not url)
+                # Another list: one that is sorted in place is empty to other threads meanwhile.
+                self._servers = sorted(self._servers, key=lambda one: one is not url)
                 return connection
         raise lost
 
