@@ -125,7 +125,8 @@ def test_each_act_on_jobs_and_queues(
     operators = {act.operator for act in operator.acts()}
     assert operators == {operator.operator}
     page.goto(f"{dashboard.root}/acts")
-    assert page.get_by_role("region", name="Acts").get_by_text("retry").count() >= 2
+    retries = page.get_by_role("region", name="Acts").get_by_text("retry")
+    wait_until(lambda: retries.count() >= 2, what="both retries are listed")
 
 
 @on_one_database
