@@ -206,13 +206,14 @@ class Schedules:
         """
         own = entries.of(self._app, {}) if self._app is not None else {}
         done: dict[str, str] = {}
+        found = list(kept)
 
         def write(connection: Connection, old: Schedule | None) -> None:
             now = reading.present(connection)
             if not dry_run:
                 self._storage.database.dialect.take_turns(connection)
                 entries.reconcile(connection, own, now)
-            for one in kept:
+            for one in found:
                 if one.row.name == entries.CLEANUP and entries.CLEANUP not in own:
                     continue  # Celery's beat adds it: results are deleted without it
                 row = schedules.fetch(connection, one.row.name, lock=not dry_run)
@@ -285,6 +286,7 @@ class Schedules:
 
         def write(connection: Connection, old: Schedule | None) -> None:
             row, now = _found(old, name), reading.present(connection)
+            ids.clear()
             for tick, job_id in which(row, now):
                 if reading.fetch(connection, job_id) is None:
                     ids.append(sending.send(app, connection, row, own.get(name), tick, now, job_id))
