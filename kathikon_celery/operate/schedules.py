@@ -282,7 +282,8 @@ class Schedules:
     ) -> list[str]:
         if self._app is None:
             raise TypeError("a task is sent by an app: say Kathikon(app), not Kathikon(storage)")
-        app, own, ids = self._app, entries.of(self._app, {}), []
+        app, own = self._app, entries.of(self._app, {})
+        ids: list[str] = []
 
         def write(connection: Connection, old: Schedule | None) -> None:
             row, now = _found(old, name), reading.present(connection)
