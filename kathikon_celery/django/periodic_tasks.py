@@ -61,7 +61,7 @@ def _follow_at_once() -> None:
 
 def is_wanted(app: Celery) -> bool:
     """Whether the workers of *app* send the ticks of django-celery-beat's tables."""
-    if not apps.is_installed("django_celery_beat") or app.conf.beat_scheduler != beat.NAME:
+    if not apps.ready or not apps.is_installed("django_celery_beat") or app.conf.beat_scheduler != beat.NAME:
         return False
     return is_kathikon(broker_of(app.conf)) and not Storage.for_app(app, setup=False).settings.in_tests
 
