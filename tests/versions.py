@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import which
 
@@ -61,12 +62,13 @@ def main() -> None:
         sys.exit(f"no Python of 3.{MINORS[0]} to 3.{MINORS[-1]} was found")
     if "--all" not in sys.argv:
         found = list(dict.fromkeys([found[0], found[-1]]))
-    for number, (version, python) in enumerate(found):
-        tests = FEW if number else MANY
-        print(f"Python {version}, Celery {LOWEST['celery']}", flush=True)
-        command = [environment(version, python), "-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup", *tests]
-        if code := subprocess.run(command, cwd=ROOT).returncode:
-            sys.exit(code)
+    with ThreadPoolExecutor() as pool:
+        made = [pool.submit(environment, version, python) for version, python in found]
+        for (version, _), its_python, tests in zip(found, made, [MANY, *[FEW] * len(found)], strict=False):
+            print(f"Python {version}, Celery {LOWEST['celery']}", flush=True)
+            command = [its_python.result(), "-m", "pytest", "-q", "-n", "3", "--dist", "loadgroup", *tests]
+            if code := subprocess.run(command, cwd=ROOT).returncode:
+                sys.exit(code)
 
 
 if __name__ == "__main__":

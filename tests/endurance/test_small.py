@@ -142,6 +142,7 @@ def test_nothing_is_lost_on_any_pool(run: Run, fault: str, pool: str) -> None:
         assert_figures(figures, begun_twice=0, dead=0, exits=[0])
 
 
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_an_incident(run: Run) -> None:
     run.patience = 60.0  # nothing happens while a command starts
     figures = incident(run, jobs=60, waiting=10, workflows=3, rate=40.0)

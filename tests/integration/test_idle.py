@@ -53,7 +53,11 @@ def heard(workers: Workers, tmp_path: Path) -> Callable[..., Heard]:
     return lambda: Heard(workers, tmp_path / "statements", **conf)
 
 
-@pytest.mark.parametrize("entries", [0, 10_000])
+@pytest.mark.parametrize(
+    ("database_url", "entries"),
+    [("sqlite", 0), ("postgresql", 0), ("postgresql", 10_000)],
+    indirect=["database_url"],
+)
 def test_an_idle_worker_only_looks(client: Celery, jobs: Jobs, heard: Callable[..., Heard], entries: int) -> None:
     """With that, it renews its lease, promotes, prunes, sends schedules, and sees that the others live."""
     with jobs.storage.database.write() as connection:

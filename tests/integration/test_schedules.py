@@ -74,6 +74,7 @@ def test_beat_beside_workers_sends_nothing(operator: Kathikon, journal: Journal,
     assert operator.schedules.get("one").runs >= 3
 
 
+@on_one_database
 def test_an_older_deployment_undoes_nothing(operator: Kathikon, workers: Workers, journal: Journal) -> None:
     def deploy(**given: Any) -> None:
         worker = workers(app=SCHEDULED, env=entries(**given) | {"JOURNAL": journal.path}, concurrency=1)
