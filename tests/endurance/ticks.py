@@ -58,6 +58,7 @@ def ticks(
             schedules.add(connection, row)
     begun = {name: hands.get(name).tick_at for name in names}
     late: dict[tuple[str, Any], float] = {}
+    settled = datetime.max.replace(tzinfo=timezone.utc)
 
     def known() -> list[Schedule]:
         """The rows; none while the database is away."""
@@ -68,7 +69,7 @@ def ticks(
 
     def look() -> None:
         for row in known():
-            if row.last_tick is not None and row.last_sent is not None:
+            if row.last_tick is not None and row.last_sent is not None and row.last_tick > settled:
                 late[row.name, row.last_tick] = (row.last_sent - row.last_tick).total_seconds()
 
     with ExitStack() as stack:
@@ -80,6 +81,7 @@ def ticks(
 
         hours = [(-1) ** number * (number < wrong) for number in range(workers)]
         alive = [(start(number, 3600 * hour), hour) for number, hour in enumerate(hours)]
+        settled = datetime.now(timezone.utc) + timedelta(seconds=5)  # the first ticks were due before the workers were
         restart_at = [time.monotonic() + 60 * minutes * (one + 1) / (restarts + 1) for one in range(restarts)]
         until, kill_at, number = time.monotonic() + 60 * minutes, time.monotonic() + every, workers
         while (now := time.monotonic()) < until:
