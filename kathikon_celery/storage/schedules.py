@@ -91,6 +91,7 @@ NEXT_TICK = (
     .order_by(schedules.c.next_at)
     .limit(1)
 )
+_LATER_TICK = NEXT_TICK.where(schedules.c.next_at > now())
 _DUE = (
     select(schedules)
     .where(schedules.c.next_at <= now(), _is_ours())
@@ -105,9 +106,9 @@ def of_own(names: Iterable[str]) -> dict[str, Any]:
     return {"own_schedules": [key(name) for name in names]}
 
 
-def next_tick(connection: Connection, names: Iterable[str]) -> float | None:
-    """Return the seconds until the next tick (negative: overdue), or `None`."""
-    found = connection.execute(NEXT_TICK, of_own(names)).first()
+def next_tick(connection: Connection, names: Iterable[str], later: bool = False) -> float | None:
+    """Return the seconds until the next tick (negative: overdue), or `None`. *later*: of those that are not due yet."""
+    found = connection.execute(_LATER_TICK if later else NEXT_TICK, of_own(names)).first()
     return None if found is None else float(found[0])
 
 

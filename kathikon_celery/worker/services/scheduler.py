@@ -86,7 +86,10 @@ class Scheduler(Service):
             due = schedules.due(connection, own, CHUNK)
             now = reading.present(connection)
             sent = [self._send_one(connection, one, own.get(one.name), now) for one in due]
-            left = schedules.next_tick(connection, own) if due else AGAIN / 10
+            # Other workers have locked what is due: perhaps they end without having sent it.
+            left = schedules.next_tick(connection, own, later=not due)
+            if not due:
+                left = min(AGAIN / 10, left or AGAIN)
         if self._follower is not None:
             self._follower.sent(zip(due, sent, strict=True), now)
         return left
