@@ -52,6 +52,7 @@ def _query(state: State, bounds: tuple[float, ...]) -> Any:
         .where(ENDED, jobs.c.state == literal_column(f"'{state.value}'"), jobs.c.queue.is_not(None))
         .where(jobs.c.ended_at >= bindparam("since", type_=jobs.c.ended_at.type))
         .where(jobs.c.ended_at < bindparam("until", type_=jobs.c.ended_at.type))
+        .limit(2**31 - 1)  # else SQLite computes both lengths anew for each bound
         .subquery()
     )
     counted = [func.sum(case((column <= bound, 1), else_=0)) for column in (one.c.run, one.c.wait) for bound in bounds]
