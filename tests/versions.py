@@ -19,9 +19,10 @@ ROOT = Path(__file__).parents[1]
 LOWEST = {"celery": "5.5.0", "kombu": "5.5.2", "sqlalchemy": "2.0.31", "psycopg[binary]": "3.2.2"}
 #: The Pythons that are looked for.
 MINORS = range(10, 15)
-FEW = ["tests/unit/test_internals.py", "tests/integration/test_unknown_celery.py"]
+FEW = ["tests/unit/test_internals.py", "tests/integration/test_unknown_celery.py::test_a_worker"]
 MANY = [
-    *FEW,
+    "tests/unit/test_internals.py",
+    "tests/integration/test_unknown_celery.py",
     "tests/property/test_fast_path.py",
     "tests/integration/test_discovery.py",
     "tests/integration/test_pools.py",

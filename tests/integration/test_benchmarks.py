@@ -29,7 +29,7 @@ def table(printed: str) -> dict[str, list[str]]:
 
 @pytest.mark.timeout(300)
 def test_the_table_is_printed_and_the_plot_drawn(postgresql_url: str, tmp_path: Path) -> None:
-    only = ["enqueue", "pickup, p50", "delay()"]
+    only = ["enqueue", "delay()"]
     chosen = [option for name in only for option in ("--scenario", name)]
     plot = tmp_path / "plot.svg"
     done = measure(postgresql_url, "--small", "--system", "kathikon", "--plot", str(plot), *chosen)
@@ -37,7 +37,7 @@ def test_the_table_is_printed_and_the_plot_drawn(postgresql_url: str, tmp_path: 
     figures = table(done.stdout)
     assert figures.pop("") == ["kathikon, SQLite", "kathikon, PostgreSQL"]
     assert {name.split(",")[0] for name in figures if name != "---"} == {
-        "enqueue", "enqueue in bulk", "pickup", "delay() + get()"
+        "enqueue", "enqueue in bulk", "delay() + get()"
     }  # fmt: skip
     assert all(all(row) for row in figures.values()), done.stdout
     assert plot.read_text().rstrip().endswith("</svg>")

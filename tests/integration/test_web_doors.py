@@ -350,11 +350,14 @@ def test_an_authentication_of_ones_own(client: Celery) -> None:
                 assert httpx.post(f"{root}/act/job").status_code == 403
             answers[0] = web.User("ada")
             assert httpx.get(f"{root}/metrics").status_code == 200
-            with httpx.stream("GET", f"{root}/live", params={"of": "/queues"}, timeout=60) as stream:
-                lines = stream.iter_lines()
-                assert next(lines) == "event: page"
-                answers[0] = None
-                assert list(lines)[-1] == ""  # it ends
+    with (
+        served(web.create_app(client, auth=later)) as root,
+        httpx.stream("GET", f"{root}/live", params={"of": "/queues"}, timeout=60) as stream,
+    ):
+        lines = stream.iter_lines()
+        assert next(lines) == "event: page"
+        answers[0] = None
+        assert list(lines)[-1] == ""  # it ends
 
 
 def test_what_a_reader_may_not_know(client: Celery) -> None:
