@@ -26,7 +26,7 @@ from kathikon_celery.job import State
 from kathikon_celery.operate.health import check
 from kathikon_celery.operate.kathikon import Kathikon
 from kathikon_celery.storage.pauses import Pause
-from kathikon_celery.storage.status import MOST, WINDOW, QueueStatus, Status
+from kathikon_celery.storage.status import MOST, WINDOW, QueueStatus, Status, capped
 
 if TYPE_CHECKING:
     from celery.bin.base import CLIContext
@@ -94,7 +94,7 @@ def top(context: CLIContext, interval: float, once: bool, as_json: bool) -> None
 
 
 def _show_top(status: Status, running: list[Any]) -> None:
-    lately = ", ".join(f"{_number(number)} {state}" for state, number in sorted(status.ended.items()) if number)
+    lately = ", ".join(f"{capped(number)} {state}" for state, number in sorted(status.ended.items()) if number)
     click.echo(f"{status.workers} workers; ended in the last {WINDOW:g} s: {lately or 'none'}")
     click.echo()
     if status.queues:
@@ -113,14 +113,10 @@ def _show_queues(status: Status) -> None:
         oldest = "" if one.oldest is None else _age(one.oldest)
         workers = "?" if one.workers is None else str(one.workers)
         paused = "" if one.paused is None else _until(one.paused)
-        rows.append((legible(one.name), _number(one.ready), oldest, *map(_number, numbers), workers, paused))
+        rows.append((legible(one.name), capped(one.ready), oldest, *map(capped, numbers), workers, paused))
     show_table(rows, right=frozenset(range(1, 8)))
     for pause in status.pauses:
         click.echo(legible(str(pause)))
-
-
-def _number(number: int) -> str:
-    return f"{number:,}" if number < MOST else f"{MOST:,}+"
 
 
 def _age(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -20,8 +19,9 @@ from kathikon_celery.operate.kathikon import Kathikon
 from kathikon_celery.operate.schedules import as_dict, lag
 from kathikon_celery.schedules import imports
 from kathikon_celery.schedules.following import Kept
+from kathikon_celery.schedules.options import json_of
 from kathikon_celery.schedules.ticking import MISSED, OVERLAP
-from kathikon_celery.schedules.timetable import FIELDS, in_words
+from kathikon_celery.schedules.timetable import crontab_of, in_words
 from kathikon_celery.storage.errors import NotFound
 
 if TYPE_CHECKING:
@@ -37,13 +37,10 @@ class Crontab(click.ParamType):  # type: ignore[type-arg]
         """Return Celery's crontab."""
         if isinstance(value, crontab):
             return value
-        fields = value.split()
-        if len(fields) != len(FIELDS):
-            self.fail(f"{value!r} has {len(fields)} fields; a crontab has five: minute hour day month weekday")
         try:
-            return crontab(**dict(zip(FIELDS, fields, strict=True)))
-        except Exception as error:
-            self.fail(f"{value!r} is no crontab: {error}")
+            return crontab_of(value)
+        except ValueError as error:
+            self.fail(str(error))
 
 
 class Json(click.ParamType):  # type: ignore[type-arg]
@@ -59,12 +56,9 @@ class Json(click.ParamType):  # type: ignore[type-arg]
         if isinstance(value, self._kind):
             return value
         try:
-            read = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            self.fail(f"{value!r:.200} is no JSON: {error}")
-        if not isinstance(read, self._kind):
-            self.fail(f"{value!r} is no {'list' if self._kind is list else 'object'} in JSON")
-        return read
+            return json_of(value, self._kind)
+        except ValueError as error:
+            self.fail(str(error))
 
 
 TIMING = [

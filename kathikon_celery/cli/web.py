@@ -58,6 +58,7 @@ def web(
         uvicorn.Config(app, host, port, log_level=logging.WARNING, root_path=root_path, timeout_graceful_shutdown=1)
     )
     socket = server.config.bind_socket()
+    socket.listen(100)  # whoever opens the address at once waits, and is not refused
     app.state.dashboard.is_ending = lambda: server.should_exit
     address = f"http://{f'[{host}]' if ':' in host else host}:{socket.getsockname()[1]}/"
     click.echo(f"{address}?token={chosen.token}" if isinstance(chosen, Token) else address)

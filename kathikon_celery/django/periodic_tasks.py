@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
@@ -185,13 +184,5 @@ def _timing(task: Any, app: Celery) -> tuple[Any, Any]:
 
 
 def _read(text: str | None, kind: type) -> Any:
-    """Return the value of a field in JSON."""
-    try:
-        value = json.loads(text or "null")
-    except ValueError as error:
-        raise ValueError(f"{text!r} is no JSON: {error}") from error
-    if value is None:
-        return kind()
-    if not isinstance(value, kind):
-        raise ValueError(f"{text!r} is no {'list' if kind is list else 'object'} in JSON")
-    return value
+    """Return the value of a field in JSON, which may be empty."""
+    return kind() if text in (None, "", "null") else options_of_rows.json_of(text, kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from math import isfinite
@@ -59,6 +60,17 @@ CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "compression": (lambda value: value in encoders(), f"one of {', '.join(sorted(encoders()))}"),
     "delivery_mode": (lambda value: value in (1, 2), "1 or 2"),
 }
+
+
+def json_of(text: str, kind: type) -> Any:
+    """Return what *text* says in JSON, which is a list or an object by *kind*. Raises `ValueError`."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{text!r:.200} is no JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{text!r:.200} is no {'list' if kind is list else 'object'} in JSON")
+    return value
 
 
 def check(options: Mapping[str, Any]) -> None:

@@ -93,6 +93,17 @@ def in_words(text: str, zone: str) -> str:
     return f"at {spec['at']}" if "at" in spec else f"solar {spec['solar']['event']}"
 
 
+def crontab_of(line: str) -> crontab:
+    """Return Celery's crontab for the five fields of a crontab's line. Raises `ValueError`."""
+    fields = line.split()
+    if len(fields) != len(FIELDS):
+        raise ValueError(f"{line!r} has {len(fields)} fields; a crontab has five: minute hour day month weekday")
+    try:
+        return crontab(**dict(zip(FIELDS, fields, strict=True)))
+    except Exception as error:
+        raise ValueError(f"{line!r} is no crontab: {error}") from error
+
+
 def is_moment(text: str) -> bool:
     """Whether the schedule with this text has one tick only, at a moment."""
     return text != CODE and "at" in json.loads(text)

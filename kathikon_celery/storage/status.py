@@ -22,6 +22,11 @@ MOST = 10_000
 PRIORITIES = 100
 
 
+def capped(number: int) -> str:
+    """Return in words a number that was counted to `MOST`."""
+    return f"{number:,}" if number < MOST else f"{MOST:,}+"
+
+
 @dataclass
 class QueueStatus:
     """One queue, as it is now. Each number is at most `MOST`: then there may be more.

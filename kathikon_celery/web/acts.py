@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,11 +10,11 @@ from threading import Thread
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from celery.schedules import crontab
-
 from kathikon_celery.operate.selection import Selection, pace
 from kathikon_celery.schedules.entries import LONGEST_NAME
+from kathikon_celery.schedules.options import json_of
 from kathikon_celery.schedules.timetable import FIELDS as CRONTAB
+from kathikon_celery.schedules.timetable import crontab_of
 from kathikon_celery.storage.status import MOST
 from kathikon_celery.web.pages import BULK, FIELDS, VERBS, Visit, moment_of, selection_of
 
@@ -133,23 +132,14 @@ _JSON: dict[str, type] = {"args": list, "kwargs": dict, "options": dict}
 
 
 def _when(text: str) -> Any:
-    fields = text.split()
-    if len(fields) == 5:
-        try:
-            return crontab(**dict(zip(CRONTAB, fields, strict=True)))
-        except Exception as error:
-            raise ValueError(f"{text!r} is no crontab: {error}") from error
-    return _number("when", text)
+    return crontab_of(text) if len(text.split()) == len(CRONTAB) else _number("when", text)
 
 
 def _json(name: str, text: str, kind: type) -> Any:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} = {text[:200]!r} is no JSON: {error}") from error
-    if not isinstance(value, kind):
-        raise ValueError(f"{name} = {text!r} is no {'list' if kind is list else 'object'} in JSON")
-    return value
+        return json_of(text, kind)
+    except ValueError as error:
+        raise ValueError(f"{name} = {error}") from error
 
 
 def _number(name: str, text: str) -> float:

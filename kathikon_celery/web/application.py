@@ -27,6 +27,7 @@ from kathikon_celery.operate.kathikon import Kathikon
 from kathikon_celery.schedules import timetable
 from kathikon_celery.settings import shown
 from kathikon_celery.storage.errors import NotFound, StorageError, in_words
+from kathikon_celery.storage.status import capped
 from kathikon_celery.web import showing
 from kathikon_celery.web.access import FORGERY, HEADERS, Auth, User, cookie_of, is_forged, name_of_cookie, set_cookie
 from kathikon_celery.web.acts import ACTS, Act, address
@@ -74,7 +75,7 @@ class Dashboard:
             lstrip_blocks=True,
         )  # fmt: skip
         self._templates.filters |= {
-            "at": showing.at, "number": showing.number, "age": showing.age, "quoted": partial(quote, safe=""),
+            "at": showing.at, "number": capped, "age": showing.age, "quoted": partial(quote, safe=""),
         }  # fmt: skip
         self._templates.globals |= {"address": address, "in_words": timetable.in_words}
         pages = [Route(path, self._page_at(path)) for path in PAGES]

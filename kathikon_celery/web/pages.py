@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from celery import Celery
 
-from kathikon_celery.job import TERMINAL, Cause, Job, State
+from kathikon_celery.job import Cause, Job, State
 from kathikon_celery.operate.kathikon import Kathikon
 from kathikon_celery.operate.schedules import lag
 from kathikon_celery.operate.selection import Selection
 from kathikon_celery.operate.verbs import MAY
 from kathikon_celery.storage.errors import NotFound
-from kathikon_celery.storage.status import MOST, WINDOW, Status
+from kathikon_celery.storage.status import MOST, WINDOW, Status, capped
 from kathikon_celery.web import showing
 from kathikon_celery.web.access import User
 from kathikon_celery.web.shared import Shared
@@ -136,7 +136,7 @@ def jobs(visit: Visit) -> Data:
     is_search = any(visit.query.get(name) for name in SEARCHED)
     # Whoever searches in texts reads the table until the page is full: the rest is not read only to be counted.
     here = f"{min(len(found), LIMIT)}{'+' if len(found) > LIMIT else ''}"
-    count = here if is_search else showing.number(selection.count(MOST))
+    count = here if is_search else capped(selection.count(MOST))
     return {
         "jobs": found[:LIMIT],
         "count": count,
@@ -172,7 +172,6 @@ def job(visit: Visit) -> Data:
         "graph": showing.graph(workflow[:DRAWN]) if len(workflow) > 1 else None,
         "more": len(workflow) > DRAWN,
         "verbs": [verb for verb in VERBS if verb == "rerun" or one.state in MAY[verb]],
-        "is_over": one.state in TERMINAL,
     }
 
 

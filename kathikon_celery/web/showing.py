@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from kathikon_celery.job import Job, State
 from kathikon_celery.publish.envelope import unfold
-from kathikon_celery.storage.status import MOST
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -53,11 +52,11 @@ class Redaction:
         """Return *value* without what is hidden in it: also in the arguments of signatures, of `map` and `starmap`."""
         if isinstance(value, dict):
             shown = {name: HIDDEN if self.hides(name) else self.of(one, app) for name, one in value.items()}
-            task, inner = value.get("task"), value.get("task")
+            task = value.get("task")
             if isinstance(task, str) and isinstance(value.get("args"), list):
                 shown["args"] = self.of_arguments(value["args"], parameters(app, task), app)
-            if isinstance(inner, dict) and isinstance(value.get("it"), list):
-                names = parameters(app, inner.get("task"))
+            if isinstance(task, dict) and isinstance(value.get("it"), list):
+                names = parameters(app, task.get("task"))
                 items = [one if isinstance(one, list) else [one] for one in value["it"]]
                 shown["it"] = [self.of_arguments(one, names, app) for one in items]
             return shown
@@ -118,11 +117,6 @@ def pretty(value: Any) -> str:
 def at(moment: datetime | None) -> str:
     """Return a moment in UTC, to the second."""
     return "" if moment is None else moment.astimezone(timezone.utc).isoformat(" ", "seconds")[:19]
-
-
-def number(value: int) -> str:
-    """Return a number that was counted to `MOST`."""
-    return f"{value:,}" if value < MOST else f"{MOST:,}+"
 
 
 def age(seconds: float | None) -> str:

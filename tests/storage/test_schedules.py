@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+import pytest
+from celery import Celery
+
+from kathikon_celery.schedules import entries
 from kathikon_celery.storage import Storage, reading, schedules
 from kathikon_celery.storage.schedules import Schedule
+from kathikon_celery.worker.services.scheduler import Scheduler
 
 
 def test_the_next_tick_behind_those_that_are_due(storage: Storage) -> None:
@@ -28,3 +33,16 @@ def test_the_next_tick_behind_those_that_are_due(storage: Storage) -> None:
         schedules.remove(connection, "soon")
         schedules.remove(connection, "later")
         assert schedules.next_tick(connection, (), later=True) is None
+
+
+def test_entries_become_rows_although_the_first_try_fails(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = Celery("proj", set_as_current=False)
+    app.conf.beat_schedule = {"hourly": {"task": "proj.x", "schedule": 3600}}
+    scheduler = Scheduler(app=app, storage=storage)
+    with monkeypatch.context() as broken:
+        broken.setattr(entries, "reconcile", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            scheduler.step()
+    scheduler.step()
+    with storage.database.read() as connection:
+        assert schedules.fetch(connection, "hourly") is not None

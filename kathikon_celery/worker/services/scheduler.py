@@ -54,10 +54,11 @@ class Scheduler(Service):
     def step(self) -> float:
         if self._entries is None:
             bad: dict[str, str] = {}
-            self._entries = entries.of(self._app, bad)
+            own = entries.of(self._app, bad)
+            self._reconcile(own)
+            self._entries = own  # only now: a database that is away is asked again
             for name, why in bad.items():
                 logger.error("Kathikon: beat_schedule[%r] is not sent: %s", name, why)
-            self._reconcile()
         if self._follower is not None:
             self._follower.look()
         with self.storage.database.read() as connection:
@@ -66,11 +67,10 @@ class Scheduler(Service):
             left = self._send(self._entries)
         return self.interval if left is None else min(self.interval, max(left, 0.001))
 
-    def _reconcile(self) -> None:
-        assert self._entries is not None
-        if not self._entries:
+    def _reconcile(self, own: Mapping[str, Entry]) -> None:
+        if not own:
             return
-        database, own = self.storage.database, self._entries
+        database = self.storage.database
 
         def write(again: bool) -> None:
             with database.write(durable=True) as connection:
