@@ -12,7 +12,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Boolean, Connection, Text, bindparam, case, null, or_, select, update
+from sqlalchemy import Boolean, Connection, Integer, Text, bindparam, case, null, or_, select, update
 
 from kathikon_celery.job import Cause, Hold, Job, State, in_brief
 from kathikon_celery.storage import transitions
@@ -107,9 +107,15 @@ def unreported(connection: Connection) -> list[Job]:
     return jobs_of(connection, _UNREPORTED)
 
 
+#: A run's failure is noted before the fence of its row has grown by this.
+_SOON = 1000
+#: A new row may have the `seq` of a deleted one; its fence is far off (see `first_fence`).
 _ERRORS = (
     select(jobs.c.errors, jobs.c.attempts, jobs.c.fence, now().label("at"))
-    .where(jobs.c.seq == bindparam("of_seq"))
+    .where(
+        jobs.c.seq == bindparam("of_seq"),
+        jobs.c.fence.between(bindparam("of_fence"), bindparam("of_fence", type_=Integer()) + _SOON),
+    )
     .with_for_update()
 )
 _SET_ERRORS = update(jobs).where(jobs.c.seq == bindparam("of_seq")).values(errors=bindparam("all", type_=Text()))
@@ -117,7 +123,7 @@ _SET_ERRORS = update(jobs).where(jobs.c.seq == bindparam("of_seq")).values(error
 
 def add_error(connection: Connection, seq: int, reason: str, fence: int) -> None:
     """Add *reason* to the job's errors, for the run claimed under *fence*. A repeated call adds nothing."""
-    row = connection.execute(_ERRORS, {"of_seq": seq}).first()
+    row = connection.execute(_ERRORS, {"of_seq": seq, "of_fence": fence}).first()
     if row is None:
         return
     # A retry may run already, or have ended. A claim adds 1 to the fence, and so does the next publication or return.

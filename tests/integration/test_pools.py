@@ -106,7 +106,8 @@ def test_a_task_that_retries_in_vain_is_dead(app: Celery, jobs: Jobs, journal: J
     job = jobs.wait(result, State.DEAD)
     assert len(journal.lines) == 3
     # A child notes the failure after it has published the retry, which may be over by then.
-    wait_until(lambda: [error["attempt"] for error in jobs.of(result).errors] == [1, 2, 3], what="three failures noted")
+    wait_until(lambda: len(jobs.of(result).errors) == 3, what="three failures noted")
+    assert [error["attempt"] for error in jobs.of(result).errors] == [1, 2, 3]
     assert {error["reason"] for error in job.errors} == {"OSError('still broken')"}
 
 

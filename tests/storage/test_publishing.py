@@ -179,6 +179,16 @@ class TestByItsOwnTask:
             (3, "boom 3"),
         ]
 
+    def test_a_late_note_of_a_deleted_job_is_not_another_jobs(self, storage: Storage, worker: Worker) -> None:
+        storage.insert(new_job())
+        deleted = worker.claim_one()
+        assert worker.publish_again(deleted, state=State.RETRYABLE)
+        storage.delete(deleted.id)
+        storage.insert(new_job("other"))
+        deleted.seq = the_job(storage, "other").seq  # SQLite gives the number again by itself
+        worker.note_retry(deleted, "boom")
+        assert the_job(storage, "other").errors == []
+
     def test_the_same_message_again_is_another_publication(self, storage: Storage, worker: Worker) -> None:
         publication = new_job()
         storage.insert(publication)
