@@ -17,6 +17,7 @@ class State(str, Enum):
 
     SCHEDULED = "scheduled"  # published with an eta or a countdown that lies ahead
     AVAILABLE = "available"  # published, promoted, given back or rescued: ready to claim
+    BLOCKED = "blocked"  # waits in the line of a limit that has no room
     CLAIMED = "claimed"  # taken by a worker, not started
     RUNNING = "running"  # accepted by the worker's pool
     RETRYABLE = "retryable"  # failed and published again by its task: waits for its backoff
@@ -62,7 +63,7 @@ HELD = frozenset({State.CLAIMED, State.RUNNING})
 #: States that wait for a due time.
 WAITING = frozenset({State.SCHEDULED, State.RETRYABLE})
 
-_PUBLISHED = {State.SCHEDULED, State.RETRYABLE, State.AVAILABLE}
+_PUBLISHED = {State.SCHEDULED, State.RETRYABLE, State.AVAILABLE, State.BLOCKED}
 _GIVEN_UP = {State.CANCELLED, State.DISCARDED}
 _ENDED = {State.COMPLETED, State.DEAD, *_GIVEN_UP}
 
@@ -72,6 +73,7 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     State.SCHEDULED: frozenset(_PUBLISHED | _GIVEN_UP),
     State.RETRYABLE: frozenset(_PUBLISHED | _GIVEN_UP | {State.DEAD}),
     State.AVAILABLE: frozenset(_PUBLISHED | _GIVEN_UP | {State.CLAIMED, State.DEAD}),
+    State.BLOCKED: frozenset(_PUBLISHED | _GIVEN_UP | {State.DEAD}),
     State.CLAIMED: frozenset(_PUBLISHED | _ENDED | {State.RUNNING, State.WAITING_FOR_CHILDREN}),
     State.RUNNING: frozenset(_PUBLISHED | _ENDED | {State.WAITING_FOR_CHILDREN}),
     State.WAITING_FOR_CHILDREN: frozenset(_PUBLISHED | _ENDED),
@@ -144,6 +146,25 @@ class Hold(NamedTuple):
         return cls(*map(int, numbers))
 
 
+class Use(NamedTuple):
+    """What one run of a job takes of one limit, and that limit's numbers as the sender's code has them.
+
+    The numbers count until a worker has stored those of its own code, or an operator has set others.
+    """
+
+    #: The limit for one value of its fields, such as ``account:7``, and the limit, such as ``account:{account_id}``.
+    key: str
+    name: str
+    weight: int = 1
+    #: How much weight may run at once; `None`: any.
+    concurrency: int | None = None
+    #: How much weight may start in `per` seconds; `None`: any.
+    rate: int | None = None
+    per: float = 1.0
+    #: How much of the rate may start at once.
+    burst: int = 1
+
+
 @dataclass(slots=True, kw_only=True)
 class Job:
     """One row of ``kathikon_jobs``. Times are aware datetimes in UTC, set by the database's clock."""
@@ -201,6 +222,10 @@ class Job:
     rerun_of: str | None = None
     #: When it was revoked while a worker held it: it does not run again.
     revoked_at: datetime | None = None
+    #: What a run of it takes of which limits. It waits in the line of the first one when it is published.
+    limits: tuple[Use, ...] = ()
+    #: The key of the limit in whose line it waits while it is blocked, or has waited last.
+    gate: str | None = None
 
     @property
     def hold(self) -> Hold:

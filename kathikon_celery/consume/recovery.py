@@ -11,6 +11,7 @@ from kathikon_celery.consume import reporting
 from kathikon_celery.consume.delivery import Delivery
 from kathikon_celery.consume.idle_state import IdleState
 from kathikon_celery.consume.ledger import Ledger
+from kathikon_celery.job import Job
 from kathikon_celery.nodes.own import OwnNode
 from kathikon_celery.storage import Storage, Unavailable, finish
 
@@ -85,6 +86,8 @@ class Recovery:
         holds = [one.hold for one in held if one.is_job]
         if holds:
             self._backend.claim_again(connection, holds, self._own_node.id)
+            limited = [one.item for one in held if isinstance(one.item, Job) and one.item.limits]
+            self._backend.take_again(connection, limited)
         self.report(connection, self._recent.reports())
         self._opened = self._database.opened
         server, self._server = self._server, self._database.dialect.incarnation(connection)

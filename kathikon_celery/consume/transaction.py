@@ -10,7 +10,8 @@ from kathikon_celery.consume.idle_state import IdleState
 from kathikon_celery.consume.ledger import Batch, Claimed, Ledger
 from kathikon_celery.consume.recovery import Recovery
 from kathikon_celery.consume.subscriptions import Subscription
-from kathikon_celery.storage import Storage, messages
+from kathikon_celery.job import Job
+from kathikon_celery.storage import Storage, limits, messages
 from kathikon_celery.storage.errors import is_refusal
 
 
@@ -35,9 +36,17 @@ class Transaction:
             for_jobs, for_messages = self._idle.take(batch.reports)
         must_write = batch.started or any(outcome not in (WRITTEN, PASSED_ON) for _, outcome in batch.reports)
         claimed: Claimed = []
+        reported = batch.reports
         try:
             if batch.to_mark:
                 self._mark(batch.to_mark)
+            if keys := limits.keys_of(one.item for one, _ in reported if isinstance(one.item, Job)):
+                # What makes room is committed before others may have it, and before this node claims.
+                self._write(batch, [], [], False)
+                self._recovery.written(now, reported)
+                ledger.written(batch.started, [])
+                batch, must_write = batch._replace(reports=[], started=[]), False
+                self._backend.offer(keys)
             if for_jobs:
                 self._claiming.read_pauses()
             names = subscriptions.open()
@@ -62,7 +71,7 @@ class Transaction:
             return True
         self._recovery.written(now, batch.reports)
         ledger.written(batch.started, claimed)
-        return bool(claimed or batch.to_mark or batch.reports)
+        return bool(claimed or batch.to_mark or reported)
 
     def _write(
         self, batch: Batch, wanted: list[tuple[Subscription, int]], names: list[str], for_messages: bool
@@ -88,7 +97,13 @@ class Transaction:
                 if recovery.is_unsure:
                     recovery.reconcile(connection, batch.reports)
                 taken = claiming.take_messages(connection, filled)
-                return taken + claiming.claim_jobs(connection, wanted, names, (), len(wanted) < asked)
+                if not self._locks_apart():
+                    return taken + claiming.claim_jobs(connection, wanted, names, (), len(wanted) < asked)
+            return taken + claiming.claim_jobs(connection, wanted, names, (), len(wanted) < asked)
+
+    def _locks_apart(self) -> bool:
+        """Whether each claim has to be a transaction of its own: two would lock keys of limits in no order."""
+        return self._database.knows_limits and not self._database.dialect.has_one_writer
 
     def _is_one_statement(self, batch: Batch, wanted: list[tuple[Subscription, int]], filled: list[str]) -> bool:
         """Whether one statement does all, so that no transaction is needed around it."""

@@ -41,6 +41,7 @@ STATES = {
 WORDS = {
     State.SCHEDULED: states.PENDING,
     State.AVAILABLE: states.PENDING,
+    State.BLOCKED: states.PENDING,
     State.CLAIMED: states.PENDING,
     State.RUNNING: states.PENDING,  # Celery stores STARTED if the task has `track_started`
     State.WAITING_FOR_CHILDREN: states.PENDING,

@@ -96,6 +96,10 @@ class StorageBackend(ABC):
         """Do what `completed` and `claim_jobs` do, at once; return the results of both."""
 
     @abstractmethod
+    def take_again(self, connection: Connection, held: Sequence[Job]) -> None:
+        """Count again, for their limits, jobs that run, if a crashed server may have forgotten them."""
+
+    @abstractmethod
     def claim_again(self, connection: Connection, holds: Sequence[Hold], node_id: int) -> int:
         """Repeat claims that a crashed server may have forgotten; return the number of forgotten ones."""
 
@@ -196,6 +200,22 @@ class StorageBackend(ABC):
     @abstractmethod
     def next_due(self) -> float | None:
         """Return the seconds until the next job is due, or `None`."""
+
+    @abstractmethod
+    def offer(self, keys: Collection[str]) -> int:
+        """Let as many jobs out of the lines of the limits *keys* as there is room for; return their number."""
+
+    @abstractmethod
+    def offer_due(self) -> int:
+        """`offer` for the limits whose rate has a token again."""
+
+    @abstractmethod
+    def next_offer(self) -> float | None:
+        """Return the seconds until `offer_due` or a `sweep` has something to do, or `None`."""
+
+    @abstractmethod
+    def sweep(self, after: str = "") -> str:
+        """`offer` for the next lines behind the one called *after*; return the last one, empty if it was the end."""
 
     @abstractmethod
     def discard_expired(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import islice
@@ -25,8 +26,8 @@ from sqlalchemy import (
 from sqlalchemy.sql.expression import ColumnElement
 from sqlalchemy.types import NullType
 
-from kathikon_celery.job import Hold, Job, State
-from kathikon_celery.storage import messages
+from kathikon_celery.job import Hold, Job, State, Use
+from kathikon_celery.storage import limits, messages
 from kathikon_celery.storage.clock import Instant
 from kathikon_celery.storage.column_types import rows_of
 from kathikon_celery.storage.dialects.parameters import Claim, Pick
@@ -38,13 +39,19 @@ from kathikon_celery.storage.scan_start import ScanStart
 from kathikon_celery.storage.tables import READY, jobs, nodes, ready_in
 from kathikon_celery.storage.transitions import claimed
 
+logger = logging.getLogger(__name__)
+
 #: The columns that a worker needs to run a job. None is converted, so that a corrupt row does not fail its batch.
 _DELIVERY = [
     jobs.c[name]
-    for name in ("seq", "id", "queue", "task", "priority", "fence", "attempts", "crashes", "envelope", "body")
-]
+    for name in (
+        "seq", "id", "queue", "task", "priority", "fence", "attempts", "crashes", "envelope", "body", "limits",
+    )
+]  # fmt: skip
 _NAMES = [column.name for column in _DELIVERY]
-_SEQ, _PRIORITY, _SINCE_WHEN = _NAMES.index("seq"), _NAMES.index("priority"), len(_NAMES)
+_SEQ, _PRIORITY, _LIMITS, _SINCE_WHEN = (*(_NAMES.index(name) for name in ("seq", "priority", "limits")), len(_NAMES))
+#: How often a claim claims again because jobs that it has claimed found their limits full.
+ROUNDS = 20
 _SINCE = type_coerce(jobs.c.available_at, NullType()).label("since")
 _FROM = bindparam("from_queue", type_=jobs.c.queue.type)
 # A node that other nodes took for dead gets no jobs, even if it does not know that yet.
@@ -143,8 +150,42 @@ def claim(
     values = look.parameters(queue, limit, node_id)
     rows = database.dialect.claim(connection, _claim(len(look.marks), database.knows_pauses), values, waiting)
     found = look.found(rows, node_id)
-    database.events.entered(connection, found, State.CLAIMED)
-    return found
+    started = limits.admit(database, connection, found)
+    database.events.entered(connection, started, State.CLAIMED)
+    if len(started) < len(found):
+        return _rest(database, connection, queue, limit, node_id, front, waiting, started)
+    return started
+
+
+def _rest(
+    database: Database,
+    connection: Connection,
+    queue: str,
+    limit: int,
+    node_id: int | None,
+    front: ScanStart | None,
+    waiting: Waiting | None,
+    started: list[Job],
+) -> list[Job]:
+    """Go on with a claim that has *started* fewer jobs than it has found: the others wait in lines now."""
+    for _ in range(ROUNDS):
+        left = limit - len(started)
+        if waiting is not None:
+            waiting = waiting._replace(room=min(waiting.room, left))
+        if not left:
+            break
+        look = _Look(database, front)
+        values = look.parameters(queue, left, node_id)
+        rows = database.dialect.claim(connection, _claim(len(look.marks), database.knows_pauses), values, waiting)
+        found = look.found(rows, node_id)
+        more = limits.admit(database, connection, found)
+        database.events.entered(connection, more, State.CLAIMED)
+        started = started + more
+        if len(more) == len(found):
+            return started
+    if waiting is not None and node_id is not None and len(started) < limit:
+        database.dialect.wait_for(connection, node_id, waiting.queues)
+    return started
 
 
 # The queue is an expression: otherwise PostgreSQL, while it has no statistics, reads all ready jobs of the queue.
@@ -166,8 +207,10 @@ def claim_told(
     """Claim the job *seq*, for which the node was woken, if it is still ready. Takes half the time of `claim`."""
     values = {"from_queue": queue, "told": seq, "by_node": node_id}
     rows = database.dialect.claim(connection, _CLAIM_TOLD[database.knows_pauses], values, waiting)
-    found = [_job(row, node_id) for row in rows]
+    found = limits.admit(database, connection, [_job(row, node_id) for row in rows])
     database.events.entered(connection, found, State.CLAIMED)
+    if rows and not found and waiting.room:
+        database.dialect.wait_for(connection, node_id, waiting.queues)
     return found
 
 
@@ -178,7 +221,17 @@ def _rehearse(database: Database, connection: Connection) -> None:
 
 
 def _job(row: Sequence[Any], node_id: int | None) -> Job:
-    return Job(**dict(zip(_NAMES, row, strict=False)), state=State.CLAIMED, node_id=node_id)
+    values = dict(zip(_NAMES, row, strict=False))
+    values["limits"] = _limits_of(row) if row[_LIMITS] is not None else ()
+    return Job(**values, state=State.CLAIMED, node_id=node_id)
+
+
+def _limits_of(row: Sequence[Any]) -> tuple[Use, ...]:
+    try:
+        return limits.read(row[_LIMITS])
+    except ValueError as error:
+        logger.error("Kathikon: job %s runs without limits: corrupt row: %s", row[_NAMES.index("id")], error)
+        return ()
 
 
 class _Look:
@@ -228,7 +281,11 @@ def complete_and_claim(
     look = _Look(database, front)
     values, claims = look.parameters(queue, limit, node_id), _claim(len(look.marks), database.knows_pauses)
     number, rows = database.dialect.complete_and_claim(connection, COMPLETED, holds, claims, values, waiting)
-    return number, look.found(rows, node_id)
+    found = look.found(rows, node_id)
+    started = limits.admit(database, connection, found)
+    if len(started) < len(found):
+        return number, _rest(database, connection, queue, limit, node_id, front, waiting, started)
+    return number, started
 
 
 def preparations(database: Database) -> Iterator[Callable[[Connection], None]]:

@@ -107,7 +107,8 @@ class Events:
         now = datetime.now(timezone.utc)
         for job in batch:
             waits = job.scheduled_at is not None and job.scheduled_at > now
-            state = (State.RETRYABLE if job.state is State.RETRYABLE else State.SCHEDULED) if waits else State.AVAILABLE
+            ready = State.BLOCKED if job.limits else State.AVAILABLE
+            state = (State.RETRYABLE if job.state is State.RETRYABLE else State.SCHEDULED) if waits else ready
             self._add(connection, [Event(key(job.id), key(job.queue or ""), job.task, state)])
 
     def changed(

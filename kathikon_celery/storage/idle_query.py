@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from sqlalchemy import Connection, or_, select
 from sqlalchemy.sql.expression import ColumnElement
 
-from kathikon_celery.storage import claim, finish, nodes, promote, prune, schedules, topology
+from kathikon_celery.storage import claim, finish, limits, nodes, promote, prune, schedules, topology
 from kathikon_celery.storage.dialects import Dialect
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
@@ -46,6 +46,10 @@ def _next_tick(dialect: Dialect) -> Any:
     return schedules.NEXT_TICK.scalar_subquery()
 
 
+def _next_offer(dialect: Dialect) -> Any:
+    return limits.NEXT_OFFER.scalar_subquery()
+
+
 def _is_anything_old(dialect: Dialect) -> Any:
     return prune.IS_ANYTHING_OLD
 
@@ -56,6 +60,7 @@ _QUESTIONS = {
     "renewals": _renewals,
     "is_anything_old": _is_anything_old,
     "next_tick": _next_tick,
+    "next_offer": _next_offer,
 }
 
 

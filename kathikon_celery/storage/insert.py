@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Connection, bindparam, null, or_, select
 
 from kathikon_celery.job import Cause, Hold, Job, State
-from kathikon_celery.storage import transitions
+from kathikon_celery.storage import limits, transitions
 from kathikon_celery.storage.dialects.parameters import Upsert
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
@@ -22,10 +24,14 @@ _BROUGHT = ("queue", "task", "priority", "publication", "max_attempts", "root_id
 _PAYLOAD = ("expires_at", "envelope", "body")
 
 
+_LIMITED = ("limits", "line", "gate")
+
+
 @lru_cache(maxsize=8)
-def _published(later: bool, own: bool) -> Upsert:
-    columns = {name: bindparam(f"new_{name}", type_=jobs.c[name].type) for name in _BROUGHT + _PAYLOAD}
-    return transitions.published(columns, later, own)
+def _published(later: bool, own: bool, limited: bool) -> Upsert:
+    names = _BROUGHT + _PAYLOAD + (_LIMITED if limited else ())
+    columns = {name: bindparam(f"new_{name}", type_=jobs.c[name].type) for name in names}
+    return transitions.published(columns, later, own, limited)
 
 
 _OWN = (
@@ -74,6 +80,9 @@ def _values(job: Job) -> dict[str, Any]:
         "new_envelope": job.envelope if (own_key, queue_key) == (job.id, job.queue) else envelope_of(job),
         "new_body": job.body,
     }
+    if job.limits:
+        line = limits.line_of(job.limits)
+        values |= {"new_limits": limits.written(job.limits), "new_line": line, "new_gate": line}
     if job.scheduled_at is not None:
         values["new_scheduled_at"] = job.scheduled_at
         values["new_state"] = (State.RETRYABLE if job.state is State.RETRYABLE else State.SCHEDULED).value
@@ -97,11 +106,11 @@ def insert(database: Database, job: Job, hold: Hold | None = None, soon: bool = 
     """
     values = _values(job)
 
-    own, later = hold is not None, job.scheduled_at is not None
+    own, later, limited = hold is not None, job.scheduled_at is not None, bool(job.limits)
     claim = {"number": hold.seq, "held_fence": hold.fence, "holder": hold.node_id} if hold else {}
 
     def publish(again: bool) -> bool:
-        if own or (later and not soon):
+        if own or limited or (later and not soon):
             with database.write(durable=True) as connection:
                 if own:
                     rows = prepared.rows(connection, _OWN, claim)
@@ -111,17 +120,19 @@ def insert(database: Database, job: Job, hold: Hold | None = None, soon: bool = 
                         connection.execute(_REVOKED, {"number": claim["number"]})
                         database.events.changed(connection, ids=[values["new_id"]])
                         return True
-                database.dialect.upsert(connection, _published(later, own), values)
+                database.dialect.upsert(connection, _published(later, own, limited), values)
                 if soon:
                     _announce(database, connection, [job])
                 database.events.published(connection, [job])
         else:
             with database.once(durable=True) as connection:
-                database.dialect.publish(connection, _published(later, False), values, later, again)
+                database.dialect.publish(connection, _published(later, False, False), values, later, again)
                 database.events.published(connection, [job])
         return True
 
-    return database.patiently(publish)
+    is_published = database.patiently(publish)
+    offer(database, [job])
+    return is_published
 
 
 def insert_many(database: Database, batch: Sequence[Job]) -> None:
@@ -132,22 +143,34 @@ def insert_many(database: Database, batch: Sequence[Job]) -> None:
             publish(database, connection, batch)
 
     database.patiently(write)
+    offer(database, batch)
+
+
+def offer(database: Database, batch: Iterable[Job]) -> None:
+    """Let out of their lines what may start, after *batch* was published and committed.
+
+    In a transaction of the caller's, this is done in that transaction, so that a `limits.sweep` may have to follow.
+    """
+    keys = limits.keys_of(batch)
+    if keys:
+        database.patiently(lambda again: limits.offer(database, keys))
 
 
 def publish(database: Database, connection: Connection, batch: Sequence[Job]) -> None:
-    """Publish *batch* as a part of a transaction."""
-    for later in (False, True):
-        chosen = [job for job in batch if (job.scheduled_at is not None) is later]
-        if chosen:
-            rows = [_values(job) for job in chosen]
-            database.dialect.upsert_many(connection, _published(later, False), rows)
+    """Publish *batch* as a part of a transaction; call `offer` after its commit."""
+    kinds: defaultdict[tuple[bool, bool], list[Job]] = defaultdict(list)
+    for job in batch:
+        kinds[job.scheduled_at is not None, bool(job.limits)].append(job)
+    for (later, limited), chosen in sorted(kinds.items(), key=itemgetter(0)):
+        rows = [_values(job) for job in chosen]
+        database.dialect.upsert_many(connection, _published(later, False, limited), rows)
     _announce(database, connection, batch)
     database.events.published(connection, batch)
 
 
 def _announce(database: Database, connection: Connection, batch: Sequence[Job]) -> None:
-    at_once = [key(job.queue or "") for job in batch if job.scheduled_at is None]
+    at_once = [key(job.queue or "") for job in batch if job.scheduled_at is None and not job.limits]
     if at_once:
         database.dialect.wake(connection, set(at_once), len(at_once))
-    if len(at_once) < len(batch):
+    if any(job.scheduled_at is not None for job in batch):
         database.dialect.ring(connection)

@@ -29,7 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.sql.expression import ColumnElement
 
 from kathikon_celery.job import Hold, State
-from kathikon_celery.storage import acts, transitions
+from kathikon_celery.storage import acts, limits, transitions
 from kathikon_celery.storage.clock import now, seconds, seconds_until
 from kathikon_celery.storage.dialects import Dialect, dialect_of
 from kathikon_celery.storage.dialects.parameters import Change
@@ -282,4 +282,5 @@ def remove(database: Database, node_id: int, renewal: str | None = None) -> int 
             delete_queue(connection, name)
         connection.execute(_DISOWNED, {"node": node_id})
         database.dialect.ring(connection)
+    limits.sweep_all(database)
     return len(held)

@@ -25,6 +25,7 @@ from sqlalchemy import (
 from sqlalchemy.types import NullType
 
 from kathikon_celery.job import Cause, Job, State, in_brief
+from kathikon_celery.storage import limits
 from kathikon_celery.storage.clock import Instant, now
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.tables import DUE, jobs, ready_in
@@ -52,6 +53,8 @@ def _job_of(row: Any) -> Job:
     """Return the job of *row*. Raises `ValueError`, `TypeError` or `AttributeError` for a corrupt one."""
     values = dict(row)
     values.pop("publication", None)  # a job that is inserted after it was read is another publication
+    values.pop("line", None)
+    values["limits"] = limits.read(values.get("limits"))
     values["state"] = State(values["state"])
     values["cause"] = cause_of(values.get("cause"))
     values["errors"] = errors_of(values["errors"])
@@ -116,6 +119,8 @@ def _converted(column: Column[Any], value: Any) -> Any:
         return State(value)
     if column.name == "errors":
         return errors_of(value)
+    if column.name == "limits":
+        limits.read(value)
     if value is None:
         return None
     if isinstance(column.type, Instant):

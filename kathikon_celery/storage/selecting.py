@@ -15,7 +15,7 @@ from kathikon_celery.job import HELD as HELD_STATES
 from kathikon_celery.job import TERMINAL, WAITING, Cause, Job, State
 from kathikon_celery.storage.names import key, printable
 from kathikon_celery.storage.reading import jobs_of
-from kathikon_celery.storage.tables import DUE, ENDED, HELD, READY, fits, jobs, state_in
+from kathikon_celery.storage.tables import BLOCKED, DUE, ENDED, HELD, READY, fits, jobs, state_in
 
 #: The columns of a page: what may be large stays in the table.
 _COLUMNS = [column for column in jobs.c if column.name not in ("body", "result", "traceback", "meta")]
@@ -116,6 +116,8 @@ def _order(state: State | None) -> tuple[TextClause | None, list[_By]]:
     if state is State.AVAILABLE:
         claimed_first: list[_By] = [(jobs.c.priority, True), (jobs.c.available_at, False), (jobs.c.seq, False)]
         return READY, [(jobs.c.queue, False), *claimed_first]
+    if state is State.BLOCKED:
+        return BLOCKED, [(jobs.c.gate, False), (jobs.c.queue, False), (jobs.c.priority, True), (jobs.c.seq, False)]
     if state in HELD_STATES:
         return HELD, [(jobs.c.node_id, False), (jobs.c.seq, False)]
     return None, [(jobs.c.seq, False)]

@@ -92,9 +92,13 @@ def settle(database: Database, ending: TaskEnd, bodies: Mapping[str, TaskEnd], o
                 raise Incomplete(missing)
             if sent:
                 insert.publish(database, connection, sent)
+        published[:] = sent
         return True
 
-    return database.patiently(write)
+    published: list[Job] = []
+    is_written = database.patiently(write)
+    insert.offer(database, published)
+    return is_written
 
 
 def _end(database: Database, connection: Connection, end: JobEnd) -> bool:

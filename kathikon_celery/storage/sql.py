@@ -14,6 +14,7 @@ from kathikon_celery.storage import (
     claim,
     finish,
     insert,
+    limits,
     nodes,
     pauses,
     promote,
@@ -108,6 +109,9 @@ class SQLBackend(StorageBackend):
     ) -> tuple[int, list[Job]]:
         return claim.complete_and_claim(self.database, connection, holds, queue, limit, node_id, front, waiting)
 
+    def take_again(self, connection: Connection, held: Sequence[Job]) -> None:
+        limits.take_again(self.database, connection, held)
+
     def claim_again(self, connection: Connection, holds: Sequence[Hold], node_id: int) -> int:
         return claim.claim_again(self.database, connection, holds, node_id)
 
@@ -180,6 +184,18 @@ class SQLBackend(StorageBackend):
 
     def next_due(self) -> float | None:
         return self._read(promote.next_due)
+
+    def offer(self, keys: Collection[str]) -> int:
+        return self._tried(limits.offer, self.database, keys)
+
+    def offer_due(self) -> int:
+        return self._tried(limits.offer_due, self.database)
+
+    def next_offer(self) -> float | None:
+        return self._read(limits.next_offer)
+
+    def sweep(self, after: str = "") -> str:
+        return self._tried(limits.sweep, self.database, after)
 
     def discard_expired(self) -> int:
         return self._tried(promote.expire, self.database)

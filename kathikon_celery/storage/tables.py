@@ -77,6 +77,10 @@ jobs = Table(
     Column("rerun_of", Name),
     #: When the job was revoked while a worker held it: then it does not run again.
     Column("revoked_at", Instant),
+    #: `job.Use` of each limit, as JSON; the key of the first one; and of the one in whose line the job waits.
+    Column("limits", Long),
+    Column("line", Name),
+    Column("gate", Name),
     UniqueConstraint("id", name="kathikon_jobs_id"),
 )
 
@@ -90,6 +94,12 @@ ENDED = text("ended_at IS NOT NULL")
 UNREPORTED = text("state IN ('dead', 'cancelled', 'discarded') AND status IS NULL")
 EXPIRING = text("expires_at IS NOT NULL AND state IN ('scheduled', 'retryable', 'available')")
 FREE = text("node_id IS NULL")
+BLOCKED = text("state = 'blocked'")
+EXPIRING_BLOCKED = text("expires_at IS NOT NULL AND state = 'blocked'")
+#: Was let out of the line of its first limit, and has not started.
+OFFERED = text("line IS NOT NULL AND (state = 'available' OR (state = 'blocked' AND gate <> line))")
+#: Was let out of the line of another limit than its first.
+OFFERED_LATER = text("gate <> line AND state = 'available'")
 
 Index(
     "kathikon_jobs_ready",
@@ -120,6 +130,31 @@ def values_of(column: Column[Any], condition: ColumnElement[bool] | TextClause) 
     following = select(func.min(column)).where(condition, column > found.c.value).scalar_subquery()
     found = found.union_all(select(following).where(found.c.value.is_not(None)))
     return select(found.c.value).where(found.c.value.is_not(None))
+
+
+Index(
+    "kathikon_jobs_blocked",
+    jobs.c.gate,
+    jobs.c.queue,
+    desc(jobs.c.priority),
+    jobs.c.seq,
+    postgresql_where=BLOCKED,
+    sqlite_where=BLOCKED,
+)
+Index("kathikon_jobs_offered", jobs.c.line, jobs.c.queue, postgresql_where=OFFERED, sqlite_where=OFFERED)
+Index(
+    "kathikon_jobs_offered_later",
+    jobs.c.gate,
+    jobs.c.queue,
+    postgresql_where=OFFERED_LATER,
+    sqlite_where=OFFERED_LATER,
+)
+Index(
+    "kathikon_jobs_expiring_blocked",
+    jobs.c.expires_at,
+    postgresql_where=EXPIRING_BLOCKED,
+    sqlite_where=EXPIRING_BLOCKED,
+)
 
 
 class ready_in(FunctionElement[bool]):  # noqa: N801 (reads as the SQL function that it might be)
@@ -428,3 +463,50 @@ schedules = Table(
     Column("followed", String(40)),
 )
 Index("kathikon_schedules_next", schedules.c.next_at)
+
+#: The limits by name: the numbers of the code, as the worker that was started last knows it, and those of an operator.
+limits = Table(
+    "kathikon_limits",
+    metadata,
+    Column("name", Name, primary_key=True),
+    Column("label", Long, nullable=False),
+    Column("concurrency", Integer),
+    Column("rate", Integer),
+    Column("per", Double, nullable=False),
+    Column("burst", Integer, nullable=False),
+    #: Whether an operator's numbers count, who set them, when and why.
+    Column("is_set", Boolean(create_constraint=False), nullable=False),
+    Column("set_concurrency", Integer),
+    Column("set_rate", Integer),
+    Column("set_per", Double),
+    Column("set_burst", Integer),
+    Column("operator", Long),
+    Column("reason", Long),
+    Column("changed_at", Instant),
+)
+
+#: The keys of the limits: one for each value of a limit's fields. Whoever lets jobs start locks their rows.
+limit_keys = Table(
+    "kathikon_limit_keys",
+    metadata,
+    Column("key", Name, primary_key=True),
+    Column("name", Name, nullable=False),
+    #: Seconds since 1970: the rate's state (see `storage.rates`), and until when a task has closed the key.
+    Column("next_token", Double),
+    Column("closed_until", Double),
+    #: When jobs that wait for a token are to be let out; NULL: none waits for a moment.
+    Column("wake_at", Instant),
+)
+Index("kathikon_limit_keys_wake", limit_keys.c.wake_at)
+Index("kathikon_limit_keys_name", limit_keys.c.name)
+
+#: What is taken of a key: by a run of a job, as long as a node holds its row under that fence, or else by a node.
+slots = Table(
+    "kathikon_slots",
+    metadata,
+    Column("key", Name, primary_key=True),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("fence", Integer, primary_key=True, autoincrement=False),
+    Column("node_id", BigInteger),
+    Column("weight", Integer, nullable=False),
+)

@@ -5,6 +5,7 @@ A `Change` becomes an UPDATE, an `Upsert` an INSERT that may change an existing 
 A job becomes
 
 - ``scheduled``, ``retryable`` or ``available`` by `published`, and by `put_back`, `returned` and `promoted`,
+- ``blocked`` by `published` and `promoted`, if it has limits, and by `parked`; ``available`` then by `offered`,
 - ``claimed`` by `claimed`,
 - ``running`` by `started`,
 - ``completed``, ``dead``, ``cancelled`` or ``discarded`` by `ended`; if no worker holds it, by `expired`, `revoked` and
@@ -92,28 +93,29 @@ def _becomes(state: State, *where: Condition, **more: Any) -> Change:
 # --- published
 
 
-def _due(later: bool) -> dict[str, Any]:
+def _due(later: bool, ready: State) -> dict[str, Any]:
     """Return state and times of a published job. *later*: it has a due time, the parameter ``new_scheduled_at``."""
     if not later:
-        return {"scheduled_at": null(), "available_at": now(), "state": State.AVAILABLE.value}
+        return {"scheduled_at": null(), "available_at": now(), "state": ready.value}
     due = bindparam("new_scheduled_at", type_=Instant())
     ahead, state = due > now(), bindparam("new_state", type_=jobs.c.state.type)
     return {
         "scheduled_at": due,
         "available_at": case((ahead, due), else_=now()),
-        "state": case((ahead, state), else_=State.AVAILABLE.value),
+        "state": case((ahead, state), else_=ready.value),
     }
 
 
-def published(brought: Mapping[str, Any], later: bool, own: bool) -> Upsert:
+def published(brought: Mapping[str, Any], later: bool, own: bool, limited: bool = False) -> Upsert:
     """A new row for a job; an existing row with the same id waits again, if it is of another publication.
 
     Arguments:
         brought: columns of the message -> their parameters.
         later: the job has a due time.
         own: the caller has locked the existing row, which waits again without a condition.
+        limited: the job has limits: it waits in a line until there is room.
     """
-    columns = {**brought, **_due(later)}
+    columns = {**brought, **_due(later, State.BLOCKED if limited else State.AVAILABLE)}
     values = {
         "id": bindparam("new_id", type_=jobs.c.id.type),
         "fence": first_fence(),
@@ -144,8 +146,14 @@ def published(brought: Mapping[str, Any], later: bool, own: bool) -> Upsert:
 
 
 def promoted() -> Change:
-    """Due rows become ready."""
-    return Change(jobs, {"state": State.AVAILABLE.value})
+    """Due rows become ready; those with limits wait in their lines."""
+    ready = case((jobs.c.line.is_(None), State.AVAILABLE.value), else_=State.BLOCKED.value)
+    return Change(jobs, {"state": ready, "gate": jobs.c.line})
+
+
+def offered() -> Change:
+    """Blocked rows become ready, behind those that are ready: so the keys of a limit take turns."""
+    return Change(jobs, {"state": State.AVAILABLE.value, "available_at": now()})
 
 
 # --- held
@@ -159,6 +167,19 @@ def claimed(*where: Condition) -> Change:
         **BRINGS[State.CLAIMED],
     }
     return Change(jobs, values, where)
+
+
+def parked() -> Change:
+    """The held rows, whose tasks have not begun, wait in the line of the limit ``at_gate``."""
+    values = {
+        "state": State.BLOCKED.value,
+        "gate": bindparam("at_gate", type_=jobs.c.gate.type),
+        "node_id": null(),
+        "claimed_at": null(),
+        "fence": next_fence(jobs),
+        "attempts": jobs.c.attempts - 1,
+    }
+    return Change(jobs, values, (IS_HELD,))
 
 
 def started(*where: Condition, **more: Any) -> Change:

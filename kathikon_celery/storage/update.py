@@ -16,7 +16,7 @@ from kathikon_celery.storage.names import key
 from kathikon_celery.storage.reading import fetch
 from kathikon_celery.storage.tables import jobs
 
-_KEPT = ("seq", "id", "fence", "state", "publication", "rerun_of")
+_KEPT = ("seq", "id", "fence", "state", "publication", "rerun_of", "limits", "line", "gate")
 _COLUMNS = [column for column in jobs.c if column.name not in _KEPT]
 _NAMES = ("queue", "root_id", "parent_id", "group_id")
 

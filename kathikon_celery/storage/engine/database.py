@@ -136,6 +136,8 @@ class Database:
         self.patience = 0.0
         #: Whether claims have to know what is paused. False in a worker that has read that nothing is: see `pauses`.
         self.knows_pauses = True
+        #: Whether this process has claimed a job with limits, whose keys it locks: see `limits.admit`.
+        self.knows_limits = False
         #: Number of connections made so far; it grows after a loss.
         self.opened = 0
         #: Called before the connections are closed: by objects that have connections of their own.

@@ -1,4 +1,7 @@
-"""The promoter makes due jobs available, to the millisecond and all together, so that priority decides among them."""
+"""The promoter makes due jobs available, to the millisecond and all together, so that priority decides among them.
+
+It also lets jobs out of the lines of limits, when a rate has a token again, or when a lost process has not done so.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from time import monotonic, sleep
 from typing import Any
 
 from kathikon_celery.storage.idle_query import Questions
+from kathikon_celery.storage.limits import SWEEP_INTERVAL
 from kathikon_celery.storage.promote import CHUNK
 from kathikon_celery.worker.services.service import Service
 
@@ -21,13 +25,14 @@ class Promoter(Service):
 
     heeds_calls = True
     _last, _rests = 0.0, False
+    _swept, _line = 0.0, ""
 
     def questions(self) -> Questions:
-        return {"next_due": {}}
+        return {"next_due": {}, "next_offer": {}}
 
     def spare(self, answers: Mapping[str, Any]) -> float:
-        due: float | None = answers["next_due"]
-        return self.interval if due is None else min(self.interval, due)
+        due: list[float] = [one for one in answers.values() if one is not None]
+        return min([self.interval, *due])
 
     def step(self) -> float:
         earliest = self._last + GAP
@@ -36,6 +41,7 @@ class Promoter(Service):
         too_early = earliest - monotonic()
         if too_early > 0:
             sleep(too_early)
+        offered_in = self._offer()
         due = self.storage.next_due()
         promoted = 0
         if due is not None and due <= 0:
@@ -46,4 +52,18 @@ class Promoter(Service):
         # If a due job was not promoted, it is promoted in a moment; if it is overdue, another process has locked it.
         self._rests = promoted > 0 or (due is not None and due < -GAP)
         self._last = monotonic()
-        return self.interval if due is None else min(self.interval, max(due, TICK))
+        return min(self.interval, offered_in, self.interval if due is None else max(due, TICK))
+
+    def _offer(self) -> float:
+        """Let jobs out of the lines of limits; return the seconds until the next time."""
+        backend = self.storage.backend
+        ahead = backend.next_offer()
+        if ahead is None:
+            return self.interval
+        if ahead <= 0:
+            backend.offer_due()
+            ahead = backend.next_offer()
+        if monotonic() >= self._swept + SWEEP_INTERVAL:
+            self._line = backend.sweep(self._line)
+            self._swept = monotonic()
+        return self.interval if ahead is None else max(ahead, TICK)

@@ -1,0 +1,438 @@
+"""Limits: which jobs may start, and which wait in the lines of limits that have no room.
+
+A job with limits waits as ``blocked`` in the line of a limit, outside of the jobs that claims look at. `offer` lets as
+many jobs out of a line as its limit has room for. They are candidates: a claim takes them as any job, and `admit`,
+which follows, decides under the locks of their limits. A job that finds one of its limits full waits in the line of
+that one.
+
+What is in use is no counter. A slot names the row and the fence of a run: it is in use as long as a node holds the row
+under that fence. So nothing has to be given back, whatever ends a run. After each change that may make room, `offer` is
+called; to call it once more, or at the same time elsewhere, does no harm.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from itertools import chain
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Connection,
+    Double,
+    Integer,
+    and_,
+    bindparam,
+    case,
+    delete,
+    desc,
+    exists,
+    func,
+    insert,
+    literal_column,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.sql.expression import ColumnElement
+
+from kathikon_celery.job import Hold, Job, State, Use
+from kathikon_celery.storage import transitions
+from kathikon_celery.storage.clock import Instant, now, seconds_until
+from kathikon_celery.storage.column_types import rows_of
+from kathikon_celery.storage.dialects.parameters import Pick, Upsert
+from kathikon_celery.storage.engine import prepared
+from kathikon_celery.storage.engine.database import Database
+from kathikon_celery.storage.rates import Rate
+from kathikon_celery.storage.tables import BLOCKED, OFFERED, OFFERED_LATER, jobs, limit_keys, nodes, slots, values_of
+from kathikon_celery.storage.tables import limits as numbers
+
+logger = logging.getLogger(__name__)
+
+#: How many lines one sweep looks at.
+SWEPT = 500
+#: Seconds between two sweeps, which find what a process that was killed has left undone.
+SWEEP_INTERVAL = 1.0
+#: Slots of runs that are over are deleted when a key has more of them than this, and than slots in use.
+RUBBISH = 20
+
+
+# --- the column
+
+
+def written(limits: Sequence[Use]) -> str | None:
+    """Return the text of the column ``limits``."""
+    return json.dumps([list(use) for use in limits], separators=(",", ":")) if limits else None
+
+
+def read(text: str | None) -> tuple[Use, ...]:
+    """Return what `written` has written. Raises `ValueError` for another text."""
+    if text is None:
+        return ()
+    try:
+        return tuple(Use(*one) for one in json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"no list of limits: {error}") from error
+
+
+def line_of(limits: Sequence[Use]) -> str | None:
+    """Return the key of the limit in whose line a job waits first."""
+    return limits[0].key if limits else None
+
+
+def keys_of(batch: Iterable[Job]) -> set[str]:
+    """Return the keys of all limits of these jobs."""
+    return {use.key for job in batch for use in job.limits}
+
+
+# --- what there is room for
+
+_KEYS = rows_of("keys")
+_KEY: ColumnElement[str] = _KEYS.c.value
+_RUNS = exists().where(jobs.c.seq == slots.c.seq, jobs.c.fence == slots.c.fence, jobs.c.node_id.is_not(None))
+_LIVES = and_(slots.c.node_id.is_not(None), exists().where(nodes.c.id == slots.c.node_id))
+_IN_USE = or_(_RUNS, _LIVES)
+_LINE = (
+    select(jobs.c.limits, jobs.c.queue)
+    .where(BLOCKED, jobs.c.gate == _KEY)
+    .order_by(jobs.c.queue, desc(jobs.c.priority), jobs.c.seq)
+    .limit(1)
+    .correlate(_KEYS)
+)
+
+
+def _set_or(name: str) -> ColumnElement[Any]:
+    """Return the number of a limit that counts: the operator's, or else the code's."""
+    column = numbers.c[name]
+    return case((numbers.c.is_set, numbers.c[f"set_{name}"]), else_=column).label(name)
+
+
+def _looking(with_lines: bool) -> Any:
+    """SELECT what `_Key` knows of each of ``keys``."""
+    in_use = select(func.coalesce(func.sum(case((_IN_USE, slots.c.weight), else_=0)), 0)).where(slots.c.key == _KEY)
+    taken = select(func.coalesce(func.sum(slots.c.weight), 0)).where(slots.c.key == _KEY)
+    columns: list[Any] = [
+        _KEY,
+        limit_keys.c.key.is_not(None),
+        numbers.c.name.is_not(None),
+        *(_set_or(name) for name in ("concurrency", "rate", "per", "burst")),
+        limit_keys.c.next_token,
+        limit_keys.c.closed_until,
+        limit_keys.c.wake_at,
+        now(),
+        in_use.correlate(_KEYS).scalar_subquery(),
+        taken.correlate(_KEYS).scalar_subquery(),
+    ]
+    if with_lines:
+        last = select(func.max(jobs.c.queue)).where(BLOCKED, jobs.c.gate == _KEY).correlate(_KEYS)
+        columns += [
+            _LINE.with_only_columns(jobs.c.limits).scalar_subquery(),
+            _LINE.with_only_columns(jobs.c.queue).scalar_subquery(),
+            last.scalar_subquery(),
+        ]
+    known = _KEYS.outerjoin(limit_keys, limit_keys.c.key == _KEY)
+    return select(*columns).select_from(known.outerjoin(numbers, numbers.c.name == limit_keys.c.name))
+
+
+_LOOK, _LOOK_AT_LINES = _looking(False), _looking(True)
+_LOCK = (
+    select(limit_keys.c.key)
+    .select_from(_KEYS.join(limit_keys, limit_keys.c.key == _KEY))
+    .order_by(limit_keys.c.key)
+    .with_for_update(of=limit_keys)
+)
+_NEW_KEY = Upsert(
+    limit_keys,
+    (limit_keys.c.key,),
+    {
+        "key": bindparam("new_key", type_=limit_keys.c.key.type),
+        "name": bindparam("new_name", type_=limit_keys.c.name.type),
+    },
+)
+_SLOT = {
+    "key": bindparam("of_key", type_=slots.c.key.type),
+    "seq": bindparam("of_seq", type_=BigInteger()),
+    "fence": bindparam("of_fence", type_=Integer()),
+    "node_id": bindparam("of_node", type_=BigInteger()),
+    "weight": bindparam("of_weight", type_=Integer()),
+}
+_TAKE = insert(slots).values(_SLOT)
+_CHARGE = (
+    update(limit_keys)
+    .where(limit_keys.c.key == bindparam("of_key"))
+    .values(next_token=bindparam("token", type_=Double()), wake_at=bindparam("wake", type_=Instant()))
+)
+_WAKE = (
+    update(limit_keys).where(limit_keys.c.key == bindparam("of_key")).values(wake_at=bindparam("wake", type_=Instant()))
+)
+_CLEAN = delete(slots).where(slots.c.key == bindparam("of_key"), ~_IN_USE)
+
+
+@dataclass
+class _Key:
+    """The room of one key, as `_LOOK` has read it."""
+
+    key: str
+    is_known: bool
+    has_numbers: bool
+    concurrency: int | None
+    rate: int | None
+    per: float | None
+    burst: int | None
+    state: float | None
+    closed_until: float | None
+    wake_at: datetime | None
+    now: datetime
+    in_use: int
+    taken: int
+    head: str | None = None
+    first_queue: str | None = None
+    last_queue: str | None = None
+    is_charged: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.at = self.now.timestamp()
+        self._use(self.concurrency, self.rate, self.per, self.burst)
+
+    def _use(self, concurrency: int | None, rate: int | None, per: float | None, burst: int | None) -> None:
+        self.most = concurrency
+        self.tokens = Rate(rate, per or 1.0, min(burst or 1, rate)) if rate else None
+        self.is_shut = rate == 0 or (self.closed_until or 0.0) > self.at
+
+    def as_code_says(self, use: Use) -> _Key:
+        """Take the numbers from *use*, unless the database has numbers."""
+        if not self.has_numbers:
+            self._use(use.concurrency, use.rate, use.per, use.burst)
+        return self
+
+    def room(self, weight: int) -> int:
+        """Return how many runs of *weight* may start now."""
+        if self.is_shut:
+            return 0
+        found = []
+        if self.most is not None:
+            # More weight than there is at all: such a job runs alone.
+            found.append((self.most - self.in_use) // max(1, min(weight, self.most)))
+        if self.tokens is not None:
+            found.append(self.tokens.tokens(self.state, self.at) // min(weight, self.tokens.burst))
+        return max(0, min(found, default=2**31 - 1))
+
+    def take(self, weight: int) -> None:
+        self.in_use += weight
+        if self.tokens is not None:
+            self.state = self.tokens.taken(self.state, self.at, weight)
+            self.is_charged = True
+
+    def next_room(self, weight: int) -> datetime | None:
+        """Return when there is room for a run of *weight* by the clock alone; `None`: no clock makes room."""
+        moments = []
+        if (self.closed_until or 0.0) > self.at:
+            moments.append(self.closed_until or 0.0)
+        if self.tokens is not None:
+            moments.append(self.tokens.next_at(self.state, self.at, weight))
+        return datetime.fromtimestamp(max(moments), timezone.utc) if moments else None
+
+
+def _locked(database: Database, connection: Connection, uses: Mapping[str, Use]) -> dict[str, _Key]:
+    """Lock the keys, in order, and return what there is of each."""
+    names = sorted(uses)
+    if len(prepared.rows(connection, _LOCK, {"keys": names})) < len(names):
+        for name in names:
+            database.dialect.upsert(connection, _NEW_KEY, {"new_key": name, "new_name": uses[name].name})
+        prepared.rows(connection, _LOCK, {"keys": names})
+    # A statement of its own: what was committed before we had the locks is seen only by a later snapshot.
+    rows = prepared.rows(connection, _LOOK, {"keys": names})
+    return {row[0]: _Key(*row).as_code_says(uses[row[0]]) for row in rows}
+
+
+def admit(database: Database, connection: Connection, found: list[Job]) -> list[Job]:
+    """Return those of the jobs *found*, just claimed by this node, that may start; the others wait in lines."""
+    limited = [job for job in found if job.limits]
+    if not limited:
+        return found
+    database.knows_limits = True
+    uses = {use.key: use for job in limited for use in job.limits}
+    parked: defaultdict[str, list[Hold]] = defaultdict(list)
+    taken = []
+    with database.dialect.atomic(connection):
+        known = _locked(database, connection, uses)
+        for job in limited:
+            full = next((use for use in job.limits if not known[use.key].room(use.weight)), None)
+            if full is not None:
+                parked[full.key].append(job.hold)
+                continue
+            for use in job.limits:
+                known[use.key].take(use.weight)
+                of_run = {"of_seq": job.seq, "of_fence": job.fence, "of_node": None}
+                taken.append({"of_key": use.key, "of_weight": use.weight, **of_run})
+        if taken:
+            prepared.many(connection, _TAKE, taken)
+        for one in known.values():
+            if one.is_charged:
+                values = {"of_key": one.key, "token": one.state, "wake": one.next_room(1)}
+                prepared.count(connection, _CHARGE, values)
+            if one.taken - one.in_use > max(RUBBISH, one.in_use):
+                prepared.count(connection, _CLEAN, {"of_key": one.key})
+        for gate, holds in parked.items():
+            which = database.events.which()
+            database.dialect.change_held(connection, _PARKED, holds, {"at_gate": gate}, which=which)
+            database.events.entered(connection, which, State.BLOCKED)
+    if not parked:
+        return found
+    gone = set(chain.from_iterable(parked.values()))
+    # What was released before the jobs were seen in their lines; and what they were let out of another line for.
+    offer_by(database, connection, keys_of(job for job in limited if job.hold in gone))
+    return [job for job in found if job.hold not in gone]
+
+
+_PARKED = transitions.parked()
+
+
+def take_again(database: Database, connection: Connection, held: Iterable[Job]) -> None:
+    """Take the slots of jobs that this node runs, if a crashed server has forgotten that they were taken."""
+    for job in held:
+        for use in job.limits:
+            values = {"of_key": use.key, "of_seq": job.seq, "of_fence": job.fence, "of_node": None}
+            database.dialect.upsert(connection, _TAKE_AGAIN, {**values, "of_weight": use.weight})
+
+
+_TAKE_AGAIN = Upsert(slots, (slots.c.key, slots.c.seq, slots.c.fence), _SLOT)
+
+
+# --- letting jobs out of lines
+
+
+def _offered(condition: Any, column: Any) -> Any:
+    found: Any = select(literal_column("1")).where(condition, column == bindparam("of_gate"), _IN_QUEUE).limit(_ROOM)
+    return select(func.count()).select_from(found.subquery()).scalar_subquery()
+
+
+_IN_QUEUE = jobs.c.queue == bindparam("of_queue", type_=jobs.c.queue.type)
+_ROOM = bindparam("room", type_=Integer())
+_LEFT = _ROOM - _offered(OFFERED, jobs.c.line) - _offered(OFFERED_LATER, jobs.c.gate)
+_NEXT = (
+    select(jobs.c.seq)
+    .where(BLOCKED, jobs.c.gate == bindparam("of_gate", type_=jobs.c.gate.type), _IN_QUEUE)
+    .order_by(desc(jobs.c.priority), jobs.c.seq)
+    .limit(case((_LEFT > 0, _LEFT), else_=0))
+)
+_PICK_NEXT = Pick(jobs, (_NEXT,), "kathikon_jobs_blocked")
+_OFFERED = transitions.offered()
+_NEXT_QUEUE = select(func.min(jobs.c.queue)).where(
+    BLOCKED,
+    jobs.c.gate == bindparam("of_gate", type_=jobs.c.gate.type),
+    jobs.c.queue > bindparam("of_queue", type_=jobs.c.queue.type),
+)
+
+
+def offer(database: Database, keys: Collection[str]) -> int:
+    """Let as many jobs out of the lines of *keys* as there is room for, and wake nodes for them; return their number.
+
+    Call this after the commit of what may have made room, or has put jobs into these lines.
+    """
+    if not keys:
+        return 0
+    with database.once() as connection:
+        return offer_by(database, connection, keys)
+
+
+def offer_by(database: Database, connection: Connection, keys: Collection[str]) -> int:
+    """`offer` by a connection of `Database.once`, or as a part of its transaction."""
+    rows = prepared.rows(connection, _LOOK_AT_LINES, {"keys": sorted(keys)})
+    waiting = [one for one in (_Key(*row) for row in rows) if one.head is not None or one.wake_at is not None]
+    if not waiting:
+        return 0
+    with database.dialect.atomic(connection):
+        return sum(_offer(database, connection, one) for one in waiting)
+
+
+def _offer(database: Database, connection: Connection, line: _Key) -> int:
+    if line.head is None or line.first_queue is None:  # nobody waits for the moment any more
+        prepared.count(connection, _WAKE, {"of_key": line.key, "wake": None})
+        return 0
+    use = _use_of(line.head, line.key)
+    if not line.is_known:
+        database.dialect.upsert(connection, _NEW_KEY, {"new_key": line.key, "new_name": use.name})
+        line = _Key(*prepared.rows(connection, _LOOK_AT_LINES, {"keys": [line.key]})[0])
+        if line.head is None or line.first_queue is None:
+            return 0
+    room = line.as_code_says(use).room(use.weight)
+    if not room:
+        wake = line.next_room(use.weight)
+        if wake is not None and wake != line.wake_at:
+            prepared.count(connection, _WAKE, {"of_key": line.key, "wake": wake})
+            database.dialect.ring(connection)
+        return 0
+    number, queue = 0, line.first_queue
+    while queue is not None:
+        which = database.events.which()
+        values = {"of_gate": line.key, "of_queue": queue, "room": room}
+        taken = database.dialect.pick_and_change(connection, _OFFERED, _PICK_NEXT, (), values, which=which)
+        database.events.entered(connection, which, State.AVAILABLE)
+        if taken.number:
+            database.dialect.wake(connection, [queue], taken.number)
+        number += taken.number
+        if queue == line.last_queue:
+            break
+        queue = prepared.rows(connection, _NEXT_QUEUE, {"of_gate": line.key, "of_queue": queue})[0][0]
+    return number
+
+
+def _use_of(text: str, key: str) -> Use:
+    try:
+        found = next((use for use in read(text) if use.key == key), None)
+    except ValueError:
+        found = None
+    return found or Use(key, key)  # a corrupt row: the worker will say so
+
+
+_WAKES = select(seconds_until(limit_keys.c.wake_at)).where(limit_keys.c.wake_at.is_not(None))
+_NEXT_WAKE = _WAKES.order_by(limit_keys.c.wake_at).limit(1).scalar_subquery()
+_IS_ANY_BLOCKED = select(jobs.c.seq).where(BLOCKED).order_by(jobs.c.gate).limit(1).scalar_subquery().is_not(None)
+#: Seconds until `offer_due` has something to do; NULL: no job waits for a limit.
+NEXT_OFFER = select(
+    case(
+        (_IS_ANY_BLOCKED, case((_NEXT_WAKE < SWEEP_INTERVAL, _NEXT_WAKE), else_=SWEEP_INTERVAL)),
+        else_=_NEXT_WAKE,
+    )
+)
+_DUE = (
+    select(limit_keys.c.key)
+    .where(limit_keys.c.wake_at <= now())
+    .order_by(limit_keys.c.wake_at)
+    .limit(bindparam("at_most", type_=Integer()))
+)
+_GATES = values_of(jobs.c.gate, and_(BLOCKED, jobs.c.gate > bindparam("after", type_=jobs.c.gate.type))).limit(SWEPT)
+
+
+def next_offer(connection: Connection) -> float | None:
+    """Return the seconds until `offer_due` has something to do (negative: overdue), or `None`."""
+    value = prepared.rows(connection, NEXT_OFFER, {})[0][0]
+    return None if value is None else float(value)
+
+
+def offer_due(database: Database) -> int:
+    """`offer` for the keys whose rate has a token again."""
+    with database.read() as connection:
+        due = [key for (key,) in prepared.rows(connection, _DUE, {"at_most": SWEPT})]
+    return offer(database, due)
+
+
+def sweep(database: Database, after: str = "") -> str:
+    """`offer` for the next `SWEPT` lines behind the key *after*; return the last one, empty if there are no more."""
+    with database.read() as connection:
+        gates = [key for (key,) in prepared.rows(connection, _GATES, {"after": after})]
+    offer(database, gates)
+    return gates[-1] if len(gates) == SWEPT else ""
+
+
+def sweep_all(database: Database) -> None:
+    """`offer` for all lines: a process was lost that may not have done so."""
+    after = sweep(database)
+    while after:
+        after = sweep(database, after)
