@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 from kombu.transport import TRANSPORT_ALIASES
 
 if TYPE_CHECKING:
+    from kathikon_celery.limits import Limit, RateLimited
     from kathikon_celery.operate.kathikon import Kathikon
     from kathikon_celery.publish.bulk import bulk
     from kathikon_celery.publish.enqueue_in import enqueue_in
     from kathikon_celery.results.completion import current_session
     from kathikon_celery.worker.embedded import EmbeddedWorker
 
-__all__ = ["EmbeddedWorker", "Kathikon", "bulk", "current_session", "enqueue_in"]
+__all__ = ["EmbeddedWorker", "Kathikon", "Limit", "RateLimited", "bulk", "current_session", "enqueue_in"]
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,8 @@ TRANSPORT_ALIASES["kathikon"] = "kathikon_celery.transport:Transport"
 _AT_FIRST_USE = {
     "EmbeddedWorker": "kathikon_celery.worker.embedded",
     "Kathikon": "kathikon_celery.operate.kathikon",
+    "Limit": "kathikon_celery.limits",
+    "RateLimited": "kathikon_celery.limits",
     "bulk": "kathikon_celery.publish.bulk",
     "current_session": "kathikon_celery.results.completion",
     "enqueue_in": "kathikon_celery.publish.enqueue_in",

@@ -71,6 +71,9 @@ class Transaction:
             return True
         self._recovery.written(now, batch.reports)
         ledger.written(batch.started, claimed)
+        if self._database.has_taken_tokens:
+            self._database.has_taken_tokens = False
+            subscriptions.pool.on_call()
         return bool(claimed or batch.to_mark or reported)
 
     def _write(

@@ -33,6 +33,7 @@ from kathikon_celery.internals import SENDING, is_usable
 from kathikon_celery.job import Job
 from kathikon_celery.publish.destination import publish_new
 from kathikon_celery.publish.envelope import PUBLICATION, checked_priority, common, dumps_call, fold_call
+from kathikon_celery.publish.limiting import AppLimits
 from kathikon_celery.publish.unconsumed import watch
 from kathikon_celery.routing import Router
 from kathikon_celery.storage import Storage
@@ -88,6 +89,7 @@ class _Route(NamedTuple):
 
     queue: str
     delivery_mode: int
+    is_limited: bool
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,8 @@ class Sender:
             options["parent_id"] = options.get("parent_id") or parent.request.id
         task_id = options.get("task_id") or new_id()
         job = self._job(known, way, task_id, name, args or (), kwargs or {}, options)
+        if way.is_limited:
+            job.limits = AppLimits.of(app).uses(job, args, kwargs)
         try:
             publish_new(known.storage, job)
         except (*LOST, DBAPIError):  # kombu tries again, and raises its own error
@@ -208,7 +212,7 @@ class Sender:
                     watch(known.storage, queue.name)
                 if len(known.ways) >= _MEMO:
                     known.ways.clear()
-                known.ways[name, options.get("queue")] = self._way(queue) if queue is not None else None
+                known.ways[name, options.get("queue")] = self._way(name, queue) if queue is not None else None
                 self._cache = known
             return known
         return None
@@ -258,9 +262,10 @@ class Sender:
             return None
         return queue
 
-    def _way(self, queue: Queue) -> _Route:
+    def _way(self, name: str, queue: Queue) -> _Route:
         mode = queue.exchange.delivery_mode or self._app.conf.task_default_delivery_mode
-        return _Route(queue.name, maybe_delivery_mode(mode))
+        is_limited = bool(AppLimits.of(self._app).of_call(name, queue.name))
+        return _Route(queue.name, maybe_delivery_mode(mode), is_limited)
 
 
 @lru_cache(maxsize=_MEMO, typed=True)

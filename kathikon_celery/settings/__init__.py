@@ -101,6 +101,8 @@ class Settings:
 
     #: Whether a task that raised is retried: after its n-th failure in ``min(n² * 5, 86400)`` seconds, as in Kathikon.
     retry_failed: bool = _setting(False, checks.boolean)
+    #: Whether Celery's ``rate_limit`` is for each worker, as in Celery, or for all workers together ("fleet").
+    rate_limits: str = _setting("worker", checks.rate_limits)
 
     #: Rows in one transaction of a bulk insert.
     insert_many_chunk_size: int = _setting(500, checks.whole_number(1, 10000))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from difflib import get_close_matches
 from typing import Any, cast
@@ -35,6 +35,9 @@ class QueueSettings:
     concurrency: int | None = DEFAULT_CONCURRENCY
     #: Names of tasks, or patterns with ``*``, ``?`` and ``[…]``.
     tasks: tuple[str, ...] = ()
+    #: How many of its jobs all workers together run at once, and how many they start in a time (``"600/m"``).
+    fleet: int | None = None
+    rate: str | None = None
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
@@ -142,13 +145,13 @@ def _check_queue(name: Any, value: Any) -> QueueSettings:
     if not isinstance(name, str) or not name.strip():
         raise ValueError("queue names that are strings and not empty")
     if isinstance(value, QueueSettings):
-        value = {"concurrency": value.concurrency, "tasks": value.tasks}
+        value = {one.name: getattr(value, one.name) for one in fields(value) if one.name != "name"}
     elif not isinstance(value, Mapping):
         value = {"concurrency": value}
-    for key in value.keys() - {"concurrency", "tasks"}:
+    for key in value.keys() - {"concurrency", "tasks", "fleet", "rate"}:
         raise ValueError(
-            f"the keys concurrency and tasks for queue {name!r}, not {key!r}"
-            + did_you_mean(str(key), ("concurrency", "tasks"))
+            f"the keys concurrency, tasks, fleet and rate for queue {name!r}, not {key!r}"
+            + did_you_mean(str(key), ("concurrency", "tasks", "fleet", "rate"))
         )
     concurrency = _check_concurrency(
         value.get("concurrency", DEFAULT_CONCURRENCY),
@@ -158,7 +161,41 @@ def _check_queue(name: Any, value: Any) -> QueueSettings:
     tasks = (tasks,) if isinstance(tasks, str) else tasks
     if not isinstance(tasks, list | tuple | set | frozenset) or not all(isinstance(it, str) and it for it in tasks):
         raise ValueError(f"for queue {name!r} tasks that are a list of task names or patterns such as 'proj.mail.*'")
-    return QueueSettings(name, concurrency, tuple(tasks))
+    fleet, most = value.get("fleet"), value.get("rate")
+    if fleet is not None:
+        fleet = _check_concurrency(fleet, f"for queue {name!r} a fleet that is a whole number from 1, or None")
+    if most is not None:
+        try:
+            rate(most)
+        except ValueError as error:
+            raise ValueError(f"for queue {name!r} as its rate {error}") from None
+    return QueueSettings(name, concurrency, tuple(tasks), fleet, None if most is None else str(most))
+
+
+#: Celery's words for the windows of a rate, and a day.
+_WINDOWS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def rate(value: Any) -> tuple[int, float]:
+    """Return a rate, a number a second or a text such as ``"60/m"``, as so many in so many seconds."""
+    allowed = 'a rate such as "10/s", "60/m", "100/h" or "1000/d", or a number a second, above 0'
+    number, slash, window = str(value).strip().partition("/")
+    try:
+        if isinstance(value, bool) or (slash and window.strip() not in _WINDOWS):
+            raise ValueError
+        many, per = float(number), _WINDOWS[window.strip()] if slash else 1.0
+    except ValueError:
+        raise ValueError(f"{allowed}, not {value!r}") from None
+    if not 0 < many <= 1_000_000:
+        raise ValueError(f"{allowed} and up to 1,000,000, not {value!r}")
+    return (int(many), per) if many == int(many) else (1, per / many)
+
+
+def rate_limits(value: Any) -> str:
+    """Take what Celery's own rate limits are for."""
+    if value not in ("worker", "fleet"):
+        raise ValueError('"worker" (Celery\'s: each worker for itself) or "fleet" (all workers together)')
+    return str(value)
 
 
 def queues_of(value: Any) -> dict[str, QueueSettings]:

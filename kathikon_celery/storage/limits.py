@@ -26,12 +26,14 @@ from sqlalchemy import (
     Connection,
     Double,
     Integer,
+    Text,
     and_,
     bindparam,
     case,
     delete,
     desc,
     exists,
+    false,
     func,
     insert,
     literal_column,
@@ -48,6 +50,7 @@ from kathikon_celery.storage.column_types import rows_of
 from kathikon_celery.storage.dialects.parameters import Pick, Upsert
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
+from kathikon_celery.storage.names import label
 from kathikon_celery.storage.rates import Rate
 from kathikon_celery.storage.tables import BLOCKED, OFFERED, OFFERED_LATER, jobs, limit_keys, nodes, slots, values_of
 from kathikon_celery.storage.tables import limits as numbers
@@ -276,6 +279,7 @@ def admit(database: Database, connection: Connection, found: list[Job]) -> list[
             if one.is_charged:
                 values = {"of_key": one.key, "token": one.state, "wake": one.next_room(1)}
                 prepared.count(connection, _CHARGE, values)
+                database.has_taken_tokens = True
             if one.taken - one.in_use > max(RUBBISH, one.in_use):
                 prepared.count(connection, _CLEAN, {"of_key": one.key})
         for gate, holds in parked.items():
@@ -436,3 +440,55 @@ def sweep_all(database: Database) -> None:
     after = sweep(database)
     while after:
         after = sweep(database, after)
+
+
+# --- numbers
+
+_NUMBERS = ("concurrency", "rate", "per", "burst")
+_NAMED = {
+    "name": bindparam("of_name", type_=numbers.c.name.type),
+    "label": bindparam("of_label", type_=Text()),
+}
+_OF_CODE = {name: bindparam(f"new_{name}", type_=numbers.c[name].type) for name in _NUMBERS}
+_DEFINE = Upsert(
+    numbers,
+    (numbers.c.name,),
+    {**_NAMED, **_OF_CODE, "is_set": false()},
+    lambda new: {name: new[name] for name in _NUMBERS},
+)
+
+
+def define(database: Database, uses: Iterable[Use]) -> None:
+    """Write the numbers that the code has for these limits. Those that an operator has set stay, and count."""
+    rows = [
+        {"of_name": use.name, "of_label": label(use.name), **{f"new_{name}": getattr(use, name) for name in _NUMBERS}}
+        for use in sorted(uses, key=lambda use: use.name)
+    ]
+
+    def write(again: bool) -> None:
+        with database.write() as connection:
+            database.dialect.upsert_many(connection, _DEFINE, rows)
+
+    if rows:
+        database.patiently(write, patient=False)
+
+
+def close(database: Database, key: str, seconds: float) -> None:
+    """Let no job with the limit *key* start for so many *seconds*."""
+
+    def write(again: bool) -> None:
+        with database.write() as connection:
+            known = _locked(database, connection, {key: Use(key, key)})[key]
+            until = max(known.at + seconds, known.closed_until or 0.0)
+            wake = datetime.fromtimestamp(until, timezone.utc)
+            connection.execute(_CLOSE, {"of_key": key, "until": until, "wake": wake})
+            database.dialect.ring(connection)
+
+    database.patiently(write)
+
+
+_CLOSE = (
+    update(limit_keys)
+    .where(limit_keys.c.key == bindparam("of_key"))
+    .values(closed_until=bindparam("until", type_=Double()), wake_at=bindparam("wake", type_=Instant()))
+)

@@ -9,16 +9,17 @@ from __future__ import annotations
 from math import floor
 from typing import NamedTuple
 
-#: How late a token may be taken without being lost, and how unevenly starts may follow their tokens: as a part of the
-#: window, and at most so many seconds.
+#: How late a token may be taken without being lost: as a part of the window, and at most so many seconds.
 SLACK, MOST_SLACK = 0.02, 0.2
+#: How unevenly starts may follow their tokens, in the same units.
+JITTER, MOST_JITTER = 0.01, 0.05
 
 
 class Rate(NamedTuple):
     """At most *number* tokens in any window of *per* seconds, of which *burst* at once.
 
     A window may begin with a burst. So that it has no more than *number* tokens, the others come more slowly than at
-    the rate: with a burst of 1 at 96 % of the rate or more, with a larger one at less.
+    the rate: with a burst of 1 at 97 % of the rate or more, with a larger one at less.
     """
 
     number: int
@@ -32,7 +33,8 @@ class Rate(NamedTuple):
     @property
     def step(self) -> float:
         """Seconds between two tokens."""
-        return (self.per + 2 * self.slack) / (self.number - self.burst + 1)
+        window = self.per + self.slack + min(JITTER * self.per, MOST_JITTER)
+        return window / (self.number - self.burst + 1)
 
     def _from(self, state: float | None, at: float) -> float:
         latest = at - self.slack

@@ -109,14 +109,15 @@ class Transport(virtual.Transport):
         self._complained = False
 
     @property
-    def _app(self) -> Celery | None:
+    def app(self) -> Celery | None:
+        """The app of this connection, if there is one."""
         return app_of_connection(self._options)
 
     @property
     def storage(self) -> Storage:
         """The storage on the database of the connection's URL, or on one of its URLs."""
         if self._storage is None:
-            app = self._app
+            app = self.app
             settings = Settings.load(app.conf if app is not None else None)
             given = [url for url in self.client.alt or [self.client.hostname] if url is not None]
             # Kombu has cut the scheme off the first URL. If the transport was given as a class, no URL has a scheme.
@@ -210,7 +211,7 @@ class Transport(virtual.Transport):
 
     def local_zone(self) -> timezone:
         """Return the time zone of times without one: the app's."""
-        app = self._app
+        app = self.app
         return cast(timezone, app.timezone) if app is not None else timezone.utc
 
     def corrupt(self, delivery: Delivery, error: Exception) -> None:

@@ -12,7 +12,9 @@ from celery.worker.consumer.gossip import Gossip
 from celery.worker.consumer.mingle import Mingle
 from celery.worker.consumer.tasks import Tasks
 
+from kathikon_celery.publish.limiting import AppLimits
 from kathikon_celery.settings import mask
+from kathikon_celery.storage import limits
 from kathikon_celery.transport.transport import Transport
 from kathikon_celery.worker.celery_pool import CeleryPool
 from kathikon_celery.worker.completing import end_transactions
@@ -54,6 +56,7 @@ class ConsumerStep(bootsteps.StartStopStep):
             end_transactions(task)
             carry_results(task, intake.storage)
         report_errors(c.pool)
+        limits.define(intake.storage.database, [limit.use_of(limit.name) for limit in AppLimits.of(c.app).all()])
         self.pool = intake.pool = CeleryPool(c, intake.storage)
 
     def stop(self, c: Any) -> None:

@@ -13,7 +13,9 @@ from kathikon_celery import frameworks
 from kathikon_celery.backports import mark_what_is_revoked
 from kathikon_celery.internals import LIBPQ, PARTS, PREFORK, REQUESTS, SHUTDOWN, is_usable
 from kathikon_celery.nodes.own import OwnNode
+from kathikon_celery.publish.limiting import AppLimits
 from kathikon_celery.routing import configure, declare_queues
+from kathikon_celery.settings import Settings
 from kathikon_celery.settings.brokers import is_kathikon
 from kathikon_celery.storage import Storage
 from kathikon_celery.worker import shutdown
@@ -53,6 +55,8 @@ def install(sender: Any, **kwargs: Any) -> None:
     show_scheduled()
     app.steps["worker"].update([*STEPS, SentJobs, MetricsStep])
     app.steps["consumer"].add(ConsumerStep)
+    if Settings.load(app.conf).rate_limits == "fleet":
+        app.conf.worker_disable_rate_limits = True  # those of each worker for itself
     has_requests = is_usable(REQUESTS)
     if has_requests and app.Task.Request == "celery.worker.request:Request":
         app.Task.Request = "kathikon_celery.worker.request:Request"
@@ -63,6 +67,7 @@ def install(sender: Any, **kwargs: Any) -> None:
             is_usable(part)
     app.finalize()
     frameworks.register_tasks()
+    AppLimits.of(app).all()  # a wrong one ends the worker here
     signals.worker_process_init.connect(partial(_in_child, app, storage), weak=False, dispatch_uid="kathikon-tracers")
     for task in app.tasks.values():
         if has_requests:

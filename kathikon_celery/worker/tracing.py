@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import wraps
 from typing import Any
 
@@ -9,10 +10,12 @@ from celery.app.trace import task_has_custom
 
 from kathikon_celery.internals import TRACING, is_usable
 from kathikon_celery.job import Hold
+from kathikon_celery.limits import RateLimited
 from kathikon_celery.publish import outbox
 from kathikon_celery.results.backend import KathikonBackend
 from kathikon_celery.results.carrier import CARRIED, Carried, Carrier
-from kathikon_celery.storage import Storage
+from kathikon_celery.storage import Storage, limits
+from kathikon_celery.storage.names import key
 from kathikon_celery.storage.settle import TaskEnd
 
 
@@ -24,7 +27,11 @@ def collect_successors(task: Any, storage: Storage) -> None:
 
     @wraps(run)
     def run_and_collect(*args: Any, **kwargs: Any) -> Any:
-        value = run(*args, **kwargs)
+        try:
+            value = run(*args, **kwargs)
+        except RateLimited as limited:
+            _wait(task, storage, limited)
+            raise
         request = task.request
         if (request.callbacks or request.chain) and not request.called_directly and not request.is_eager:
             backend = task.backend
@@ -35,6 +42,15 @@ def collect_successors(task: Any, storage: Storage) -> None:
 
     run_and_collect.collects_successors = True  # type: ignore[attr-defined]
     task.run = run_and_collect
+
+
+def _wait(task: Any, storage: Storage, limited: RateLimited) -> None:
+    """Close the limit for all, and let the job of *task* wait as long, if it is one of ours."""
+    limits.close(storage.database, key(limited.key), limited.retry_after)
+    request = task.request
+    if not request.called_directly and not request.is_eager:
+        request.retries = (request.retries or 0) - 1  # `retry` adds 1: this is none
+        task.retry(exc=limited, countdown=limited.retry_after, max_retries=sys.maxsize, throw=False)
 
 
 def carry_results(task: Any, storage: Storage) -> None:

@@ -138,6 +138,8 @@ class Database:
         self.knows_pauses = True
         #: Whether this process has claimed a job with limits, whose keys it locks: see `limits.admit`.
         self.knows_limits = False
+        #: Set when this process has taken tokens of a rate: its promoter has to ask when the next one is there.
+        self.has_taken_tokens = False
         #: Number of connections made so far; it grows after a loss.
         self.opened = 0
         #: Called before the connections are closed: by objects that have connections of their own.

@@ -146,6 +146,12 @@ class Ahead:
             return free
 
 
+def is_limited(request: Any) -> bool:
+    """Whether a job counts for limits: behind another job it would keep others from starting."""
+    delivery = getattr(request, "_delivery", None)
+    return bool(delivery is not None and getattr(delivery.item, "limits", ()))
+
+
 def is_atomic(job: Any) -> bool:
     """Whether a job is written into a pipe as a whole or not at all."""
     first, _, rest = job._payload
@@ -272,7 +278,8 @@ class ReadAheadPool(asynpool.AsynPool):
             request = request_of(job)
             lapses = request is not None and bool(request.expires or request.stamped_headers)
             if behind:
-                pipe = self._pipe_with_room() if self._goes_ahead and is_atomic(job) and not lapses else None
+                may = self._goes_ahead and is_atomic(job) and not lapses and not is_limited(request)
+                pipe = self._pipe_with_room() if may else None
             elif lapses and self._has_lapsed(job, request):
                 continue
             if pipe is None:

@@ -1,0 +1,117 @@
+"""Which limits a call counts for: those of its task and its queue, and Celery's ``rate_limit`` for the fleet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from kombu import serialization
+
+from kathikon_celery.job import Job, Use
+from kathikon_celery.limits import Limit, LimitError, limits_of, signature_of
+from kathikon_celery.settings import Settings
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+_apps: WeakKeyDictionary[Celery, AppLimits] = WeakKeyDictionary()
+
+
+class AppLimits:
+    """The limits of one app's calls."""
+
+    def __init__(self, app: Celery, settings: Settings) -> None:
+        self._app, self._settings = app, settings
+        self._of_queues = {
+            queue.name: Limit(
+                f"queue:{queue.name}".replace("{", "{{").replace("}", "}}"), concurrency=queue.fleet, rate=queue.rate
+            )
+            for queue in settings.queues.values()
+            if queue.fleet is not None or queue.rate is not None
+        }
+        self._of_tasks: dict[str, tuple[Any, tuple[Limit, ...]]] = {}
+
+    @classmethod
+    def of(cls, app: Celery) -> AppLimits:
+        """Return those of *app*, whose settings are read once."""
+        found = _apps.get(app)
+        if found is None:
+            found = _apps[app] = cls(app, Settings.load(app.conf))
+        return found
+
+    def all(self) -> list[Limit]:
+        """Return every limit of the app. Raises `LimitError` for a wrong one."""
+        found = [limit for name in list(self._app.tasks) for limit in self.of_task(name)]
+        return [*found, *self._of_queues.values()]
+
+    def of_task(self, name: str) -> tuple[Limit, ...]:
+        """Return the limits of the task called *name*, the narrow ones first."""
+        task = self._app.tasks.get(name)
+        if task is None:
+            return ()
+        known = self._of_tasks.get(name)
+        if known is None or known[0] is not task:
+            found = limits_of(task)
+            if self._settings.rate_limits == "fleet" and (rate := rate_limit_of(self._app, task)) is not None:
+                found += (Limit(name_for(name), rate=rate),)
+            narrow_first = sorted(found, key=lambda limit: not (limit.fields or limit.key))
+            known = self._of_tasks[name] = task, tuple(narrow_first)
+        return known[1]
+
+    def of_call(self, name: str, queue: str | None) -> tuple[Limit, ...]:
+        """Return the limits of calls of a task that go to *queue*."""
+        of_queue = self._of_queues.get(queue or "")
+        return self.of_task(name) + ((of_queue,) if of_queue is not None else ())
+
+    def uses(self, job: Job, args: Any, kwargs: Any) -> tuple[Use, ...]:
+        """Return what a run of *job* takes of its limits. Raises `LimitError` if the call lacks a field."""
+        limits = self.of_call(job.task, job.queue)
+        if not limits:
+            return ()
+        args, arguments = tuple(args or ()), dict(kwargs or {})
+        task = self._app.tasks.get(job.task)
+        if task is not None and any(limit.fields for limit in limits):
+            try:
+                bound = signature_of(task).bind(*args, **(kwargs or {}))
+            except TypeError as error:
+                raise LimitError(f"task {job.task}: its limits need its arguments: {error}") from None
+            bound.apply_defaults()
+            arguments = dict(bound.arguments)
+            for one in signature_of(task).parameters.values():
+                if one.kind is one.VAR_KEYWORD:
+                    arguments |= arguments.pop(one.name, {})
+        found = (limit.use(args, kwargs or {}, arguments) for limit in limits)
+        return tuple({use.key: use for use in found if use is not None}.values())
+
+
+def rate_limit_of(app: Celery, task: Any) -> Any:
+    """Return Celery's rate limit of a task; `None`: it has none."""
+    return task.rate_limit if task.rate_limit is not None else app.conf.task_default_rate_limit
+
+
+def name_for(task: str) -> str:
+    """Return the name of the limit that stands for the ``rate_limit`` of the task called *task*."""
+    return f"task:{task}".replace("{", "{{").replace("}", "}}")
+
+
+def limit(app: Celery, job: Job, message: Mapping[str, Any]) -> None:
+    """Note on *job*, which was made of *message*, what it takes of its limits."""
+    limits = AppLimits.of(app)
+    if not limits.of_call(job.task, job.queue):
+        return
+    try:
+        payload = serialization.loads(
+            message["body"], message.get("content-type"), message.get("content-encoding"), accept=_accepted(app)
+        )
+    except (serialization.ContentDisallowed, serialization.DecodeError) as error:
+        raise LimitError(f"task {job.task}: its limits need its arguments, which cannot be read: {error}") from error
+    if isinstance(payload, Mapping):  # protocol 1
+        args, kwargs = payload.get("args"), payload.get("kwargs")
+    else:
+        args, kwargs = payload[0], payload[1]
+    job.limits = limits.uses(job, args, kwargs)
+
+
+def _accepted(app: Celery) -> Any:
+    return serialization.prepare_accept_content(app.conf.accept_content)
