@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import psutil
 from sqlalchemy import URL, Connection, ScalarSelect, Table, Text, and_, bindparam, func, literal_column, select, tuple_
 from sqlalchemy.dialects import sqlite
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import ColumnElement
 
@@ -356,6 +356,8 @@ class SQLite(ReturningDialect):
         return descriptor
 
     def _explained(self, error: Exception) -> Exception:
+        if not isinstance(error, DBAPIError | sqlite3.Error):
+            return error
         said = in_words(error)
         if "locked" in said:
             return self._locked()
