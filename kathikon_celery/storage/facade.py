@@ -150,6 +150,24 @@ class Storage:
         """Return the seconds until the next job is due (negative: overdue), or `None` if no job has a due time."""
         return self.backend.next_due()
 
+    def next_offer(self) -> float | None:
+        """Return the seconds until jobs may leave the lines of limits (negative: overdue); `None`: no job waits there.
+
+        While any waits, that is at most a second: for a `sweep`.
+        """
+        return self.backend.next_offer()
+
+    def offer_due(self) -> int:
+        """Let jobs out of the lines of limits whose rate has a token again; return their number."""
+        return self.backend.offer_due()
+
+    def sweep(self, after: str = "") -> str:
+        """Let jobs out of the next lines behind the one called *after*; return the last line, empty at the end.
+
+        This finds room that a lost process has left unnoticed.
+        """
+        return self.backend.sweep(after)
+
     def discard_expired(self) -> int:
         """Discard jobs that expired while they waited; return their number."""
         return self.backend.discard_expired()

@@ -59,6 +59,9 @@ def drain(app: Celery | None = None, *, scheduled: bool = False) -> list[AsyncRe
         catch_up()
         storage.discard_expired()
         tell(app, storage)
+        for job in storage.all(state=State.BLOCKED):  # nothing else runs meanwhile
+            job.state = State.AVAILABLE
+            storage.update(job)
         jobs = [job for job in storage.all(state=State.AVAILABLE) if job.id not in put_back]
         if not jobs and scheduled:
             jobs = _next_due(storage)

@@ -44,6 +44,8 @@ ROOT = "kathikon_jobs_root"
 GROUP = "kathikon_jobs_group"
 CHORDS = "kathikon_chords_inserted"
 EXPIRING = "kathikon_jobs_expiring"
+EXPIRING_BLOCKED = "kathikon_jobs_expiring_blocked"
+BLOCKED = "kathikon_jobs_blocked"
 MESSAGES_HELD = "kathikon_messages_held"
 SCHEDULES = "kathikon_schedules_next"
 MESSAGES_READY = "kathikon_messages_ready"
@@ -171,7 +173,10 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
     "result in between": (lambda plans: results.store(plans.database, HOLDS[1], **result(None)), {BY_SEQ: ""}),
     "promote": (lambda plans: promote.promote(plans.database), {DUE: "available_at", BY_SEQ: ""}),
     "next due": (reading(lambda plans, conn: promote.next_due(conn)), {DUE: ""}),
-    "expire": (lambda plans: promote.expire(plans.database), {EXPIRING: "expires_at", BY_SEQ: ""}),
+    "expire": (
+        lambda plans: promote.expire(plans.database),
+        {EXPIRING: "expires_at", EXPIRING_BLOCKED: "expires_at", BY_SEQ: ""},
+    ),
     "prunable": (
         reading(lambda plans, conn: prune.prunable(conn, {State.COMPLETED: 600000.0})),
         {ENDED: "ended_at"},
@@ -184,7 +189,10 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
     "delete": (lambda plans: prune.delete_keys(plans.database, ["id-1", "id-2", "id-3"]), {BY_ID: "id"}),
     "purge": (writing(lambda plans, conn: prune.purge(conn, "queue-0")), {READY: "queue", DUE: ""}),
     "orphans": (reading(lambda plans, conn: nodes.orphans(conn)), {HELD: "", MESSAGES_HELD: ""}),
-    "rescue": (lambda plans: nodes.remove(plans.database, 3), {HELD: "node_id", MESSAGES_HELD: "node_id"}),
+    "rescue": (
+        lambda plans: nodes.remove(plans.database, 3),
+        {HELD: "node_id", MESSAGES_HELD: "node_id", BLOCKED: ""},
+    ),
     "take messages": (
         writing(lambda plans, conn: messages.take(plans.database, conn, "queue-1", 10, plans.worker.id, True)),
         {MESSAGES_READY: "queue", MESSAGE_BY_SEQ: ""},

@@ -194,7 +194,8 @@ class TestSchema:
             "ALTER TABLE jobs.kathikon_jobs DROP COLUMN cause, DROP COLUMN rerun_of, DROP COLUMN revoked_at",
             "ALTER TABLE jobs.kathikon_chords DROP COLUMN failed",
             "DROP TABLE jobs.kathikon_pauses, jobs.kathikon_acts, jobs.kathikon_history",
-            "DROP TABLE jobs.kathikon_schedules",
+            "DROP TABLE jobs.kathikon_schedules, jobs.kathikon_limits, jobs.kathikon_limit_keys, jobs.kathikon_slots",
+            "ALTER TABLE jobs.kathikon_jobs DROP COLUMN limits, DROP COLUMN line, DROP COLUMN gate",
             "ALTER TABLE jobs.kathikon_nodes DROP COLUMN consumes",
             "UPDATE jobs.kathikon_version SET version_num = '0001'",
         )

@@ -142,7 +142,7 @@ def test_claim_answers_with_its_columns_as_they_are_then(
     storage: Storage, dialect: Dialect, worker: Worker, connection: Connection
 ) -> None:
     before = [new_job(str(number), priority=number) for number in range(3)]
-    dialect.upsert_many(connection, _published(False, False), [_values(job) for job in before])
+    dialect.upsert_many(connection, _published(False, False, False), [_values(job) for job in before])
     fences = {row.id: row.fence for row in connection.execute(select(jobs.c.id, jobs.c.fence))}
     rows = dialect.claim(connection, CLAIM, claims(worker, 2))
     assert {tuple(row[1:5]) for row in rows} == {(name, "claimed", fences[name] + 1, worker.id) for name in "12"}
@@ -163,7 +163,7 @@ def test_claim_takes_one_part_after_another(
     storage: Storage, dialect: Dialect, worker: Worker, connection: Connection
 ) -> None:
     batch = [new_job(str(number), priority=number // 2) for number in range(6)]
-    dialect.upsert_many(connection, _published(False, False), [_values(job) for job in batch])
+    dialect.upsert_many(connection, _published(False, False, False), [_values(job) for job in batch])
     found = [{row[1] for row in dialect.claim(connection, IN_TURN, claims(worker, 3))} for _ in range(2)]
     assert ({"4", "5"} < found[0], set().union(*found), [len(one) for one in found]) == (True, {*"2345"}, [3, 1])
 
@@ -508,11 +508,11 @@ def test_publish_wakes_who_waits(storage: Storage, dialect: Dialect, wakeup: Wak
     when = datetime.now(timezone.utc) + timedelta(hours=1) if later else None
     job = new_job(scheduled_at=when)
     with storage.database.once(durable=True) as connection:
-        dialect.publish(connection, _published(later, False), _values(job), later, False)
+        dialect.publish(connection, _published(later, False, False), _values(job), later, False)
     assert wakeup.wait(60)
     assert (wakeup.called_all, the_job(storage).state) == (later, State.SCHEDULED if later else State.AVAILABLE)
     with storage.database.once(durable=True) as connection:
-        dialect.publish(connection, _published(later, False), _values(job), later, True)
+        dialect.publish(connection, _published(later, False, False), _values(job), later, True)
     assert len(storage.all()) == 1
 
 
@@ -621,7 +621,7 @@ WRITING: dict[str, Callable[[Dialect, Connection, Job, Worker, Hold], Any]] = {
         connection, KEPT, {"group": "one", "members": "1"}
     ),
     "upsert_many": lambda dialect, connection, job, worker, hold: dialect.upsert_many(
-        connection, _published(False, False), [_values(new_job("5"))]
+        connection, _published(False, False, False), [_values(new_job("5"))]
     ),
     "wait_for": lambda dialect, connection, job, worker, hold: dialect.wait_for(connection, worker.id, ["other"]),
     "wake": lambda dialect, connection, job, worker, hold: dialect.wake(connection, ["default"], 5),

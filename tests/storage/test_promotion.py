@@ -97,7 +97,7 @@ def test_only_what_waits_expires(storage: Storage, set_row: Callable[..., None],
     storage.insert(new_job("for ever"))
     for job_id in ("job", "fresh", "for ever"):
         set_row(job_id, state=state.value)
-    waits = state in (State.SCHEDULED, State.RETRYABLE, State.AVAILABLE)
+    waits = state in (State.SCHEDULED, State.RETRYABLE, State.AVAILABLE, State.BLOCKED)
     assert storage.discard_expired() == waits
     job = the_job(storage)
     if waits:

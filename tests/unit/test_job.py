@@ -40,9 +40,11 @@ def test_kinds_of_states() -> None:
 def test_of_a_state(state: State) -> None:
     """A job may be published again from anywhere; what has ended does nothing else, but that the dead are given up."""
     following = TRANSITIONS[state]
-    assert following >= {State.AVAILABLE, State.SCHEDULED, State.RETRYABLE}
+    assert following >= {State.AVAILABLE, State.BLOCKED, State.SCHEDULED, State.RETRYABLE}
     if state in TERMINAL:
-        assert following - {State.AVAILABLE, *WAITING} == ({State.DISCARDED} if state is State.DEAD else set())
+        assert following - {State.AVAILABLE, State.BLOCKED, *WAITING} == (
+            {State.DISCARDED} if state is State.DEAD else set()
+        )
     else:
         assert following >= {State.CANCELLED, State.DISCARDED}
     assert (State.CLAIMED in following) == (state is State.AVAILABLE)

@@ -40,6 +40,7 @@ DEFAULTS = {
     "retention_period": {"completed": 604800.0, "cancelled": 604800.0, "discarded": 604800.0, "dead": None},
     "max_attempts": 20,
     "retry_failed": False,
+    "rate_limits": "worker",
     "insert_many_chunk_size": 500,
     "timezone": "UTC",
     "result": "store",

@@ -56,14 +56,13 @@ class Promoter(Service):
 
     def _offer(self) -> float:
         """Let jobs out of the lines of limits; return the seconds until the next time."""
-        backend = self.storage.backend
-        ahead = backend.next_offer()
+        ahead = self.storage.next_offer()
         if ahead is None:
             return self.interval
         if ahead <= 0:
-            backend.offer_due()
-            ahead = backend.next_offer()
+            self.storage.offer_due()
+            ahead = self.storage.next_offer()
         if monotonic() >= self._swept + SWEEP_INTERVAL:
-            self._line = backend.sweep(self._line)
+            self._line = self.storage.sweep(self._line)
             self._swept = monotonic()
         return self.interval if ahead is None else max(ahead, TICK)
