@@ -196,6 +196,7 @@ class TestSchema:
             "DROP TABLE jobs.kathikon_pauses, jobs.kathikon_acts, jobs.kathikon_history",
             "DROP TABLE jobs.kathikon_schedules, jobs.kathikon_limits, jobs.kathikon_limit_keys, jobs.kathikon_slots",
             "ALTER TABLE jobs.kathikon_jobs DROP COLUMN limits, DROP COLUMN line, DROP COLUMN gate",
+            "DROP INDEX jobs.kathikon_jobs_expiring_blocked",
             "ALTER TABLE jobs.kathikon_nodes DROP COLUMN consumes",
             "UPDATE jobs.kathikon_version SET version_num = '0001'",
         )
