@@ -42,9 +42,8 @@ def test_of_a_state(state: State) -> None:
     following = TRANSITIONS[state]
     assert following >= {State.AVAILABLE, State.BLOCKED, State.SCHEDULED, State.RETRYABLE}
     if state in TERMINAL:
-        assert following - {State.AVAILABLE, State.BLOCKED, *WAITING} == (
-            {State.DISCARDED} if state is State.DEAD else set()
-        )
+        published = {State.AVAILABLE, State.BLOCKED, *WAITING}
+        assert following - published == ({State.DISCARDED} if state is State.DEAD else set())
     else:
         assert following >= {State.CANCELLED, State.DISCARDED}
     assert (State.CLAIMED in following) == (state is State.AVAILABLE)
