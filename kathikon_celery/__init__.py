@@ -22,9 +22,20 @@ if TYPE_CHECKING:
     from kathikon_celery.publish.bulk import bulk
     from kathikon_celery.publish.enqueue_in import enqueue_in
     from kathikon_celery.results.completion import current_session
+    from kathikon_celery.unique import NotUnique, Unique
     from kathikon_celery.worker.embedded import EmbeddedWorker
 
-__all__ = ["EmbeddedWorker", "Kathikon", "Limit", "RateLimited", "bulk", "current_session", "enqueue_in"]
+__all__ = [
+    "EmbeddedWorker",
+    "Kathikon",
+    "Limit",
+    "NotUnique",
+    "RateLimited",
+    "Unique",
+    "bulk",
+    "current_session",
+    "enqueue_in",
+]
 
 __version__ = "0.1.0"
 
@@ -36,7 +47,9 @@ _AT_FIRST_USE = {
     "EmbeddedWorker": "kathikon_celery.worker.embedded",
     "Kathikon": "kathikon_celery.operate.kathikon",
     "Limit": "kathikon_celery.limits",
+    "NotUnique": "kathikon_celery.unique",
     "RateLimited": "kathikon_celery.limits",
+    "Unique": "kathikon_celery.unique",
     "bulk": "kathikon_celery.publish.bulk",
     "current_session": "kathikon_celery.results.completion",
     "enqueue_in": "kathikon_celery.publish.enqueue_in",

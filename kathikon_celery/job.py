@@ -49,6 +49,8 @@ class Cause(str, Enum):
     GIVEN_UP = "given_up"  # discarded by hand
     CHILDREN = "children"  # a job that replaced the task has not succeeded
     REVOKED = "revoked"  # revoked before the task ran, or terminated while the task ran
+    DUPLICATE = "duplicate"  # a job with the same unique key was there
+    REPLACED = "replaced"  # a newer job with the same unique key has taken its place
 
     def __str__(self) -> str:
         return self.value
@@ -165,6 +167,20 @@ class Use(NamedTuple):
     burst: int = 1
 
 
+class UniqueKey(NamedTuple):
+    """What a job may be the only one with, and what becomes of another one."""
+
+    key: str
+    #: How long the job has the key: while it "waiting", "active" (has not ended), or "kept" (is in the table).
+    while_: str
+    #: Seconds since its publication after which it has the key no longer; `None`: that does not matter.
+    within: float | None = None
+    #: What a publication does if another job has the key: "return", "raise", "drop" or "replace".
+    on_conflict: str = "return"
+    #: Whether the publisher can take the id of the other job; otherwise the new job is discarded.
+    answers: bool = False
+
+
 @dataclass(slots=True, kw_only=True)
 class Job:
     """One row of ``kathikon_jobs``. Times are aware datetimes in UTC, set by the database's clock."""
@@ -226,6 +242,10 @@ class Job:
     limits: tuple[Use, ...] = ()
     #: The key of the limit in whose line it waits while it is blocked, or has waited last.
     gate: str | None = None
+    #: Of a publication: the key that no other job may have.
+    unique: UniqueKey | None = None
+    #: Of a publication: the id of the job that has the key, so that this one was not written.
+    duplicate_of: str | None = None
 
     @property
     def hold(self) -> Hold:

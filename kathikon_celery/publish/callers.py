@@ -24,11 +24,16 @@ finders: list[Callable[[], Caller | None]] = []
 class Caller:
     """A transaction of the caller's.
 
+    Attributes:
+        is_late: what is written is written later, when the sending call has returned.
+
     Arguments:
         connection: returns the connection of the transaction, as SQLAlchemy's.
         on_commit: calls a function after the commit; `None`: nobody knows of the commit.
         savepoint: returns a value that changes with the innermost open savepoint.
     """
+
+    is_late = False
 
     def __init__(
         self,

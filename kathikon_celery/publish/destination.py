@@ -10,6 +10,7 @@ from celery._state import get_current_task
 from kathikon_celery.job import Hold, Job
 from kathikon_celery.publish import callers, outbox
 from kathikon_celery.storage import Storage
+from kathikon_celery.unique import instead
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +38,19 @@ def publish_new(storage: Storage, job: Job) -> None:
         ending.jobs.append(job)
         return
     caller, chunks = callers.current(), outbox.scope().chunks
-    if chunks is not None and chunks.place == (caller and caller.place):
+    found = instead.get() if job.unique is not None else None
+    if job.unique is not None and found is not None:
+        is_now = caller is None or not (caller.is_late or caller.guest(storage) is None)
+        job.unique = job.unique._replace(answers=is_now)
+    if chunks is not None and chunks.place == (caller and caller.place) and not (job.unique and job.unique.answers):
         chunks.add(storage, job)
     elif caller is not None:
         caller.write(storage, lambda there: there.backend.insert(job, soon=_is_soon(storage, job)), [job.id])
     else:
         callers.check_alone(storage)
         storage.backend.insert(job, soon=_is_soon(storage, job))
+    if job.duplicate_of is not None and found is not None:
+        found.append(job.duplicate_of)
 
 
 def _hold_on(job_id: str) -> Hold | None:

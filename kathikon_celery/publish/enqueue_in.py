@@ -74,6 +74,8 @@ class AsyncCaller(Caller):
         run: awaits a function of the connection, which may block.
     """
 
+    is_late = True
+
     def __init__(self, run: Callable[[Callable[[Caller], None]], Any]) -> None:
         super().__init__(_unknown, None)
         self._run = run

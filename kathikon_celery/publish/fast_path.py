@@ -38,6 +38,7 @@ from kathikon_celery.publish.unconsumed import watch
 from kathikon_celery.routing import Router
 from kathikon_celery.storage import Storage
 from kathikon_celery.storage.errors import LOST, StorageError
+from kathikon_celery.unique import answering
 
 #: Options of a plain call. With any other option that is not None, a call is not plain.
 _PLAIN = {
@@ -89,7 +90,7 @@ class _Route(NamedTuple):
 
     queue: str
     delivery_mode: int
-    is_limited: bool
+    is_marked: bool
 
 
 @dataclass(frozen=True)
@@ -119,33 +120,46 @@ class Sender:
         """Send the task called *name*; see `celery.Celery.send_task`."""
         app, parent = self._app, get_current_worker_task()
         if more or not _is_plain(args, kwargs, options) or (parent is not None and not _is_child(parent, options)):
-            return type(app).send_task(app, name, args, kwargs, *more, **options)
+            return self._by_celery(name, args, kwargs, *more, **options)
         known, key = self._cache, (name, options.get("queue"))
         if known is None or not self._is_current(known) or key not in known.ways:
             known = self._lookup(name, args, kwargs, options)
         way = known.ways.get(key) if known is not None else None
         if known is None or way is None or (known.calls_backend and not options.get("ignore_result")):
-            return type(app).send_task(app, name, args, kwargs, **options)
+            return self._by_celery(name, args, kwargs, **options)
         producer = options.get("producer")
         if producer is not None and not _is_for(producer, known.storage):
-            return type(app).send_task(app, name, args, kwargs, **options)
+            return self._by_celery(name, args, kwargs, **options)
         if parent is not None:
             options["root_id"] = options.get("root_id") or parent.request.root_id or parent.request.id
             options["parent_id"] = options.get("parent_id") or parent.request.id
         task_id = options.get("task_id") or new_id()
         job = self._job(known, way, task_id, name, args or (), kwargs or {}, options)
-        if way.is_limited:
-            job.limits = AppLimits.of(app).uses(job, args, kwargs)
+        if way.is_marked:
+            AppLimits.of(app).mark(job, args, kwargs)
         try:
-            publish_new(known.storage, job)
+            if job.unique is None:
+                publish_new(known.storage, job)
+            else:
+                with answering(options.get("task_id") is None):
+                    publish_new(known.storage, job)
         except (*LOST, DBAPIError):  # kombu tries again, and raises its own error
             options |= {"task_id": task_id, PUBLICATION: job.publication}
-            return type(app).send_task(app, name, args, kwargs, **options)
+            return self._by_celery(name, args, kwargs, **options)
+        if job.duplicate_of is not None:
+            task_id = job.duplicate_of
         result = (options.get("result_cls") or app.AsyncResult)(task_id)
         result.ignored = options.get("ignore_result", _IGNORES)
         if parent is not None and options.get("add_to_parent", True):
             parent.add_trail(result)
         return result
+
+    def _by_celery(self, name: str, args: Any, kwargs: Any, *more: Any, **options: Any) -> Any:
+        app = self._app
+        is_unique = AppLimits.of(app).unique_of(name) is not None
+        with answering(is_unique and options.get("task_id") is None) as found:
+            result = type(app).send_task(app, name, args, kwargs, *more, **options)
+        return (options.get("result_cls") or app.AsyncResult)(found[0]) if found else result
 
     def _job(
         self, known: _Cache, way: _Route, task_id: str, name: str, args: Any, kwargs: Any, options: dict[str, Any]
@@ -264,8 +278,8 @@ class Sender:
 
     def _way(self, name: str, queue: Queue) -> _Route:
         mode = queue.exchange.delivery_mode or self._app.conf.task_default_delivery_mode
-        is_limited = bool(AppLimits.of(self._app).of_call(name, queue.name))
-        return _Route(queue.name, maybe_delivery_mode(mode), is_limited)
+        is_marked = AppLimits.of(self._app).is_marked(name, queue.name)
+        return _Route(queue.name, maybe_delivery_mode(mode), is_marked)
 
 
 @lru_cache(maxsize=_MEMO, typed=True)

@@ -1,4 +1,7 @@
-"""Which limits a call counts for: those of its task and its queue, and Celery's ``rate_limit`` for the fleet."""
+"""What a call is marked with: its unique key, and the limits it counts for.
+
+The limits are those of its task and its queue, and Celery's ``rate_limit`` if that is the fleet's.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from kombu import serialization
 from kathikon_celery.job import Job, Use
 from kathikon_celery.limits import Limit, LimitError, limits_of, signature_of
 from kathikon_celery.settings import Settings
+from kathikon_celery.unique import Unique, unique_of
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -41,8 +45,11 @@ class AppLimits:
         return found
 
     def all(self) -> list[Limit]:
-        """Return every limit of the app. Raises `LimitError` for a wrong one."""
-        found = [limit for name in list(self._app.tasks) for limit in self.of_task(name)]
+        """Return every limit of the app. Raises `LimitError` and `UniqueError` for a wrong one."""
+        names = list(self._app.tasks)
+        for name in names:
+            self.unique_of(name)
+        found = [limit for name in names for limit in self.of_task(name)]
         return [*found, *self._of_queues.values()]
 
     def of_task(self, name: str) -> tuple[Limit, ...]:
@@ -63,6 +70,28 @@ class AppLimits:
         """Return the limits of calls of a task that go to *queue*."""
         of_queue = self._of_queues.get(queue or "")
         return self.of_task(name) + ((of_queue,) if of_queue is not None else ())
+
+    def unique_of(self, name: str) -> Unique | None:
+        """Return the option ``unique`` of the task called *name*. Raises `UniqueError` for a wrong one."""
+        task = self._app.tasks.get(name)
+        if task is None or getattr(task, "unique", None) is None:
+            return None
+        return unique_of(task, signature_of(task))
+
+    def is_marked(self, name: str, queue: str | None) -> bool:
+        """Whether calls of a task that go to *queue* have limits or a unique key."""
+        return bool(self.of_call(name, queue)) or self.unique_of(name) is not None
+
+    def mark(self, job: Job, args: Any, kwargs: Any) -> None:
+        """Note on *job* what it takes of which limits, and its unique key. Raises `LimitError` and `UniqueError`."""
+        job.limits = self.uses(job, args, kwargs)
+        if (found := self.unique_of(job.task)) is None:
+            return
+        key = found.key_of(job.task, signature_of(self._app.tasks[job.task]), tuple(args or ()), kwargs or {})
+        if found.on_conflict == "after":
+            job.limits = (Use(f"unique:{key}", "unique", concurrency=1), *job.limits)
+        else:
+            job.unique = found.of(key)
 
     def uses(self, job: Job, args: Any, kwargs: Any) -> tuple[Use, ...]:
         """Return what a run of *job* takes of its limits. Raises `LimitError` if the call lacks a field."""
@@ -95,22 +124,24 @@ def name_for(task: str) -> str:
     return f"task:{task}".replace("{", "{{").replace("}", "}}")
 
 
-def limit(app: Celery, job: Job, message: Mapping[str, Any]) -> None:
-    """Note on *job*, which was made of *message*, what it takes of its limits."""
+def mark(app: Celery, job: Job, message: Mapping[str, Any]) -> None:
+    """Note on *job*, which was made of *message*, what it takes of its limits, and its unique key."""
     limits = AppLimits.of(app)
-    if not limits.of_call(job.task, job.queue):
+    if not limits.is_marked(job.task, job.queue):
         return
     try:
         payload = serialization.loads(
             message["body"], message.get("content-type"), message.get("content-encoding"), accept=_accepted(app)
         )
     except (serialization.ContentDisallowed, serialization.DecodeError) as error:
-        raise LimitError(f"task {job.task}: its limits need its arguments, which cannot be read: {error}") from error
+        raise LimitError(
+            f"task {job.task}: its limits and its unique key need its arguments, which cannot be read: {error}"
+        ) from error
     if isinstance(payload, Mapping):  # protocol 1
         args, kwargs = payload.get("args"), payload.get("kwargs")
     else:
         args, kwargs = payload[0], payload[1]
-    job.limits = limits.uses(job, args, kwargs)
+    limits.mark(job, args, kwargs)
 
 
 def _accepted(app: Celery) -> Any:

@@ -47,6 +47,17 @@ class MovedOn(StorageError):
     """The job was claimed, given back or published since it was read."""
 
 
+class NotUnique(StorageError):
+    """A job with the same unique key is there; nothing was sent. `job_id`: its id."""
+
+    def __init__(self, task: str, job_id: str) -> None:
+        super().__init__(f"task {task}: job {job_id} has the same unique key")
+        self.task, self.job_id = task, job_id
+
+    def __reduce__(self) -> tuple[type[NotUnique], tuple[str, str]]:
+        return NotUnique, (self.task, self.job_id)
+
+
 #: Errors after which a call may succeed on a new connection.
 LOST = (Unavailable, OperationalError, InterfaceError, DisconnectionError, PoolTimeout)
 

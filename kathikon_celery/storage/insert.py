@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, null, or_, select
 
 from kathikon_celery.job import Cause, Hold, Job, State
-from kathikon_celery.storage import limits, transitions
+from kathikon_celery.storage import limits, transitions, unique
 from kathikon_celery.storage.dialects.parameters import Upsert
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
@@ -107,10 +107,11 @@ def insert(database: Database, job: Job, hold: Hold | None = None, soon: bool = 
     values = _values(job)
 
     own, later, limited = hold is not None, job.scheduled_at is not None, bool(job.limits)
+    unique_one = job.unique is not None and not own  # its own run publishes it again: it has the key
     claim = {"number": hold.seq, "held_fence": hold.fence, "holder": hold.node_id} if hold else {}
 
     def publish(again: bool) -> bool:
-        if own or limited or (later and not soon):
+        if own or limited or unique_one or (later and not soon):
             with database.write(durable=True) as connection:
                 if own:
                     rows = prepared.rows(connection, _OWN, claim)
@@ -120,7 +121,10 @@ def insert(database: Database, job: Job, hold: Hold | None = None, soon: bool = 
                         connection.execute(_REVOKED, {"number": claim["number"]})
                         database.events.changed(connection, ids=[values["new_id"]])
                         return True
-                database.dialect.upsert(connection, _published(later, own, limited), values)
+                if not unique_one:
+                    database.dialect.upsert(connection, _published(later, own, limited), values)
+                elif not unique.publish(database, connection, job, values, _published(later, False, limited)):
+                    return True
                 if soon:
                     _announce(database, connection, [job])
                 database.events.published(connection, [job])
@@ -159,11 +163,18 @@ def offer(database: Database, batch: Iterable[Job]) -> None:
 def publish(database: Database, connection: Connection, batch: Sequence[Job]) -> None:
     """Publish *batch* as a part of a transaction; call `offer` after its commit."""
     kinds: defaultdict[tuple[bool, bool], list[Job]] = defaultdict(list)
+    gone = set()
     for job in batch:
+        if job.unique is not None:
+            upsert = _published(job.scheduled_at is not None, False, bool(job.limits))
+            if not unique.publish(database, connection, job, _values(job), upsert):
+                gone.add(id(job))
+            continue
         kinds[job.scheduled_at is not None, bool(job.limits)].append(job)
     for (later, limited), chosen in sorted(kinds.items(), key=itemgetter(0)):
         rows = [_values(job) for job in chosen]
         database.dialect.upsert_many(connection, _published(later, False, limited), rows)
+    batch = [job for job in batch if id(job) not in gone] if gone else batch
     _announce(database, connection, batch)
     database.events.published(connection, batch)
 

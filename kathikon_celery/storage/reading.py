@@ -28,13 +28,14 @@ from kathikon_celery.job import Cause, Job, State, in_brief
 from kathikon_celery.storage import limits
 from kathikon_celery.storage.clock import Instant, now
 from kathikon_celery.storage.names import key
-from kathikon_celery.storage.tables import DUE, jobs, ready_in
+from kathikon_celery.storage.tables import DUE, UNIQUE, jobs, ready_in
 
 _BY_ID = select(jobs).where(jobs.c.id == bindparam("job_id"))
 _LOCKED = _BY_ID.with_for_update()
 _COUNTS = select(jobs.c.queue, jobs.c.state, func.count()).group_by(jobs.c.queue, jobs.c.state)
 _ENVELOPE = select(jobs.c.envelope).where(jobs.c.queue == bindparam("of_queue")).limit(1)
 _FAILURE = {"attempt", "reason"}
+_OF_PUBLICATIONS = ("line", *(f"{name}_key" for name in UNIQUE))
 _CAUSES = frozenset(cause.value for cause in Cause)
 #: The columns without conversion.
 _RAW = [type_coerce(column, NullType()).label(column.name) for column in jobs.c]
@@ -53,7 +54,8 @@ def _job_of(row: Any) -> Job:
     """Return the job of *row*. Raises `ValueError`, `TypeError` or `AttributeError` for a corrupt one."""
     values = dict(row)
     values.pop("publication", None)  # a job that is inserted after it was read is another publication
-    values.pop("line", None)
+    for name in _OF_PUBLICATIONS:
+        values.pop(name, None)
     values["limits"] = limits.read(values.get("limits"))
     values["state"] = State(values["state"])
     values["cause"] = cause_of(values.get("cause"))

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 #: The newest migration in ``migrations/versions``, a number of four digits. Code can use the tables of a newer version
 #: with the same first digit: such migrations only add what older code does not need. So a fleet may be upgraded worker
 #: by worker, and its old workers may restart.
-HEAD = "0007"
+HEAD = "0008"
 #: Seconds for which an upgrade is tried while other transactions use the tables, and between two tries.
 PATIENCE, PAUSE = 120.0, 0.5
 #: Where alembic keeps the version of the tables.

@@ -81,6 +81,10 @@ jobs = Table(
     Column("limits", Long),
     Column("line", Name),
     Column("gate", Name),
+    #: The job's `job.UniqueKey.key`, in the column that says how long it has the key.
+    Column("waiting_key", Name),
+    Column("active_key", Name),
+    Column("kept_key", Name),
     UniqueConstraint("id", name="kathikon_jobs_id"),
 )
 
@@ -155,6 +159,22 @@ Index(
     postgresql_where=EXPIRING_BLOCKED,
     sqlite_where=EXPIRING_BLOCKED,
 )
+
+
+#: How long a job has a unique key -> the condition of the index that keeps out others.
+UNIQUE = {
+    "waiting": text("waiting_key IS NOT NULL AND state IN ('scheduled', 'retryable', 'available', 'blocked')"),
+    "active": text("active_key IS NOT NULL AND ended_at IS NULL"),
+    "kept": text("kept_key IS NOT NULL"),
+}
+for _name, _condition in UNIQUE.items():
+    Index(
+        f"kathikon_jobs_unique_{_name}",
+        jobs.c[f"{_name}_key"],
+        unique=True,
+        postgresql_where=_condition,
+        sqlite_where=_condition,
+    )
 
 
 class ready_in(FunctionElement[bool]):  # noqa: N801 (reads as the SQL function that it might be)

@@ -72,7 +72,12 @@ WRITTEN = {name: bindparam(f"new_{name}", type_=Text()) for name in ("status", "
 _END: dict[str, Any] = {"ended_at": now(), "node_id": null()}
 #: The columns that change whenever a job enters a state, by the database's clock.
 BRINGS: Mapping[State, Mapping[str, Any]] = {
-    State.CLAIMED: {"claimed_at": now(), "fence": next_fence(jobs), "attempts": one_more(jobs.c.attempts)},
+    State.CLAIMED: {
+        "claimed_at": now(),
+        "fence": next_fence(jobs),
+        "attempts": one_more(jobs.c.attempts),
+        "waiting_key": null(),  # for good: another job may have the key when this one waits again
+    },
     State.RUNNING: {"started_at": now()},
     State.WAITING_FOR_CHILDREN: {"node_id": null()},
     # A job that ends before its start is written keeps started_at NULL; claimed_at is the best estimate then.
@@ -318,8 +323,8 @@ def put_back(job: Job, old: State) -> dict[str, Any]:
         return {"state": job.state.value, **BRINGS[job.state], **progress}
     due = job.scheduled_at if job.state in WAITING and job.scheduled_at else now()
     waits: dict[str, Any] = {"available_at": due, "acked": false(), "fence": next_fence(jobs)}
-    if old in TERMINAL:
-        waits |= {"attempts": 0, "crashes": 0}
+    if old in TERMINAL:  # another job may have its unique key by now
+        waits |= {"attempts": 0, "crashes": 0, "waiting_key": null(), "active_key": null()}
     return {"state": job.state.value, **dict.fromkeys(OF_A_RUN, null()), **waits}
 
 

@@ -14,9 +14,20 @@ from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.errors import MovedOn, NotFound
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.reading import fetch
-from kathikon_celery.storage.tables import jobs
+from kathikon_celery.storage.tables import UNIQUE, jobs
 
-_KEPT = ("seq", "id", "fence", "state", "publication", "rerun_of", "limits", "line", "gate")
+_KEPT = {
+    "seq",
+    "id",
+    "fence",
+    "state",
+    "publication",
+    "rerun_of",
+    "limits",
+    "line",
+    "gate",
+    *(f"{name}_key" for name in UNIQUE),
+}
 _COLUMNS = [column for column in jobs.c if column.name not in _KEPT]
 _NAMES = ("queue", "root_id", "parent_id", "group_id")
 

@@ -21,7 +21,7 @@ from kathikon_celery.publish import callers, outbox
 from kathikon_celery.publish.destination import publish
 from kathikon_celery.publish.enqueue_in import enqueue_in
 from kathikon_celery.publish.envelope import check_call, fold, loads, priority_of, task_of, to_job, unfold
-from kathikon_celery.publish.limiting import limit
+from kathikon_celery.publish.limiting import mark
 from kathikon_celery.publish.unconsumed import watch
 from kathikon_celery.results.carrier import CARRIED
 from kathikon_celery.storage import Storage, messages, prune, topology
@@ -337,7 +337,7 @@ class Channel(virtual.Channel):
         watch(self._storage, queues[0])
         job = to_job(message, task, queues[0], attempts, self._transport.local_zone())
         if (app := self._transport.app) is not None:
-            limit(app, job, message)
+            mark(app, job, message)
         publish(self._storage, job)
 
     def _put(self, queues: list[str], message: dict[str, Any], **kwargs: Any) -> None:

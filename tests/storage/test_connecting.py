@@ -195,7 +195,8 @@ class TestSchema:
             "ALTER TABLE jobs.kathikon_chords DROP COLUMN failed",
             "DROP TABLE jobs.kathikon_pauses, jobs.kathikon_acts, jobs.kathikon_history",
             "DROP TABLE jobs.kathikon_schedules, jobs.kathikon_limits, jobs.kathikon_limit_keys, jobs.kathikon_slots",
-            "ALTER TABLE jobs.kathikon_jobs DROP COLUMN limits, DROP COLUMN line, DROP COLUMN gate",
+            "ALTER TABLE jobs.kathikon_jobs DROP COLUMN limits, DROP COLUMN line, DROP COLUMN gate,"
+            " DROP COLUMN waiting_key, DROP COLUMN active_key, DROP COLUMN kept_key",
             "DROP INDEX jobs.kathikon_jobs_expiring_blocked",
             "ALTER TABLE jobs.kathikon_nodes DROP COLUMN consumes",
             "UPDATE jobs.kathikon_version SET version_num = '0001'",

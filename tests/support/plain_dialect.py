@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Column, ColumnElement, Connection, Table, delete, insert, literal, select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.sql.visitors import replacement_traverse
 
 from kathikon_celery.job import Hold
@@ -23,6 +24,13 @@ class PlainDialect(SQLite):
     # --- publishing
 
     def upsert(self, connection: Connection, upsert: Upsert, values: Mapping[str, Any]) -> bool:
+        if not upsert.key:
+            try:
+                with connection.begin_nested():
+                    _run(connection, insert(upsert.table).values(dict(upsert.values)), values)
+            except IntegrityError:
+                return False
+            return True
         new = _New(upsert)
         key = [column == new[column.name] for column in upsert.key]
         with self.atomic(connection):

@@ -78,7 +78,7 @@ class Upsert:
     """An INSERT of a row, which changes the existing row with the same key if there is one.
 
     Arguments:
-        key: the columns of a primary key or a unique constraint.
+        key: the columns of a primary key or a unique constraint; empty, without *changes*: of any unique index.
         values: values of the new row by column.
         changes: takes the new row, and returns new values for the existing row by column, which read its columns as
             they were; `None`: the existing row stays as it is.

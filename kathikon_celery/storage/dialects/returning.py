@@ -219,7 +219,7 @@ def upserting(dialect: ReturningDialect, upsert: Upsert) -> Insert:
     """Return the statement of `Dialect.upsert`."""
     insert = dialect._insert(upsert.table).values(dict(upsert.values))
     if upsert.changes is None:
-        return insert.on_conflict_do_nothing(index_elements=upsert.key)
+        return insert.on_conflict_do_nothing(index_elements=upsert.key or None)
     return insert.on_conflict_do_update(
         index_elements=upsert.key,
         set_=dict(upsert.changes(insert.excluded)),
