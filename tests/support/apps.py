@@ -27,6 +27,7 @@ from celery.worker.request import create_request_cls
 from celery.worker.strategy import default
 from kombu.utils.imports import symbol_by_name
 
+from kathikon_celery import Unique
 from kathikon_celery.publish import fast_path
 from kathikon_celery.storage import Unavailable
 
@@ -463,3 +464,28 @@ def how_delivered(self: Task, path: str) -> list[bool]:
     if len(lines) == 2:
         raise Reject("once more", requeue=True)
     return [line == "True" for line in lines]
+
+
+@shared_task(unique=Unique("path"))
+def unique_wait(path: str, again: int = 0) -> int:
+    """Run until the file ``path`` appears; at most one job for each path."""
+    wait_for_file(path)
+    return again
+
+
+@shared_task(unique=Unique("name", while_="waiting", on_conflict="replace"))
+def debounced(path: str, name: str, line: str) -> str:
+    """Append the line of the last call."""
+    append_line(path, line)
+    return line
+
+
+@shared_task(unique=Unique("path", on_conflict="after"))
+def one_after_another(path: str, line: str) -> str:
+    """Append when this starts and when it ends."""
+    return start_and_end(path, line)
+
+
+@shared_task(unique=Unique(while_="kept", on_conflict="raise"))
+def once(path: str, line: str) -> None:
+    append_line(path, line)
