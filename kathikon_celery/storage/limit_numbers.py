@@ -301,27 +301,28 @@ def _change(database: Database, name: str, act: Act, new: Any) -> bool:
     return is_changed
 
 
+_AT_MOST: Any = bindparam("at_most", type_=Integer())
 _AFTER = bindparam("after", type_=limit_keys.c.key.type)
 _AHEAD: Any = bindparam("latest", type_=Double())
 _LATE_TOKENS = (
     select(limit_keys.c.key)
     .where(limit_keys.c.name == _NAME, limit_keys.c.next_token > _AHEAD)
     .order_by(limit_keys.c.key)
-    .limit(CHUNK)
+    .limit(_AT_MOST)
     .with_for_update()
 )
 _CHOSEN = rows_of("keys")
 _EARLIER = (
     update(limit_keys)
     .where(limit_keys.c.key.in_(select(_CHOSEN.c.value)))
-    .values(next_token=case((limit_keys.c.next_token > _AHEAD, _AHEAD), else_=limit_keys.c.next_token))
+    .values(next_token=case((limit_keys.c.next_token > _AHEAD, _AHEAD), else_=limit_keys.c.next_token), wake_at=None)
 )
 _LINES = (
     select(limit_keys.c.key)
     .where(limit_keys.c.name == _NAME, limit_keys.c.key > _AFTER)
     .where(exists().where(BLOCKED, jobs.c.gate == limit_keys.c.key))
     .order_by(limit_keys.c.key)
-    .limit(CHUNK)
+    .limit(_AT_MOST)
 )
 _NOW = select(now())
 
@@ -345,7 +346,7 @@ def _forget_slow_tokens(database: Database, name: str) -> None:
     if not counting.rate:
         return
     rate = Rate(counting.rate, counting.per, min(counting.burst, counting.rate))
-    values = {"of_name": name, "latest": at + rate.burst * rate.step}
+    values = {"of_name": name, "latest": at + rate.burst * rate.step, "at_most": CHUNK}
     number = CHUNK
     while number == CHUNK:
         with database.write() as connection:
@@ -362,7 +363,7 @@ _HAS_RUBBISH = (
     .where(slots.c.key > _AFTER, ~rooms.IN_USE)
     .group_by(slots.c.key)
     .order_by(slots.c.key)
-    .limit(CHUNK)
+    .limit(_AT_MOST)
 )
 _LOCKED_KEYS = (
     select(limit_keys.c.key)
@@ -379,7 +380,7 @@ _IDLE = (
     .where(or_(limit_keys.c.closed_until.is_(None), limit_keys.c.closed_until < bindparam("past", type_=Double())))
     .where(or_(limit_keys.c.wake_at.is_(None), limit_keys.c.wake_at < now(seconds("minus_later"))))
     .order_by(limit_keys.c.key)
-    .limit(CHUNK)
+    .limit(_AT_MOST)
     .with_for_update(skip_locked=True)
 )
 _DELETE_KEYS = delete(limit_keys).where(limit_keys.c.key.in_(select(_CHOSEN.c.value)))
@@ -397,7 +398,7 @@ def prune(database: Database) -> bool:
     after: str | None = ""
     while after is not None:
         with database.write() as connection:
-            values = {"after": after, "past": past, "minus_later": -LATER}
+            values = {"after": after, "past": past, "minus_later": -LATER, "at_most": CHUNK}
             idle = [one for (one,) in connection.execute(_IDLE, values)]
             if idle:
                 connection.execute(_DELETE_KEYS, {"keys": idle})
@@ -410,7 +411,7 @@ def _chunks(database: Database, query: Any, values: dict[str, Any]) -> Iterator[
     after: str | None = ""
     while after is not None:
         with database.read() as connection:
-            found = [one for (one,) in connection.execute(query, {**values, "after": after})]
+            found = [one for (one,) in connection.execute(query, {**values, "after": after, "at_most": CHUNK})]
         if found:
             yield found
         after = found[-1] if len(found) == CHUNK else None
