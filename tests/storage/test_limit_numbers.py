@@ -286,7 +286,7 @@ def test_in_chunks(storage: Storage, hands: Limits, worker: Worker, monkeypatch:
     assert len(running) == 14
     worker.complete(*running)
     with storage.database.write() as connection:
-        connection.execute(update(limit_keys).values(next_token=1.0))
+        connection.execute(update(limit_keys).values(next_token=1.0, wake_at=None))
     with counted("DELETE") as statements:
         assert not storage.prune_limits()
     assert len(statements) == 6
