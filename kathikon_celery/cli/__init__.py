@@ -2,6 +2,7 @@
 
 import kathikon_celery.cli.acting
 import kathikon_celery.cli.jobs
+import kathikon_celery.cli.limits
 import kathikon_celery.cli.queues
 import kathikon_celery.cli.schedules
 import kathikon_celery.cli.tables

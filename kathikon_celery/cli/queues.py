@@ -106,15 +106,15 @@ def _show_top(status: Status, running: list[Any]) -> None:
 
 def _show_queues(status: Status) -> None:
     rows: list[tuple[str, ...]] = [
-        ("queue", "ready", "oldest", "scheduled", "claimed", "running", "dead", "workers", "paused")
+        ("queue", "ready", "oldest", "blocked", "scheduled", "claimed", "running", "dead", "workers", "paused")
     ]
     for one in status.queues:
-        numbers = (one.scheduled, one.claimed, one.running, one.dead)
+        numbers = (one.blocked, one.scheduled, one.claimed, one.running, one.dead)
         oldest = "" if one.oldest is None else _age(one.oldest)
         workers = "?" if one.workers is None else str(one.workers)
         paused = "" if one.paused is None else _until(one.paused)
         rows.append((legible(one.name), capped(one.ready), oldest, *map(capped, numbers), workers, paused))
-    show_table(rows, right=frozenset(range(1, 8)))
+    show_table(rows, right=frozenset(range(1, 9)))
     for pause in status.pauses:
         click.echo(legible(str(pause)))
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from celery.bin.base import CLIContext
 
 #: The states of a job that still needs a worker.
-WAITING = {State.AVAILABLE, State.SCHEDULED, State.RETRYABLE}
+WAITING = {State.AVAILABLE, State.BLOCKED, State.SCHEDULED, State.RETRYABLE}
 #: Shown as the queue of rows that are only a result, such as that of a chord's body that never ran.
 NO_QUEUE = "(none)"
 

@@ -81,6 +81,7 @@ class Collector:
             self._count()
             yield from self._counters()
         yield from self._queues()
+        yield from self._limits()
         yield from self._workers()
         yield from self._schedules()
 
@@ -142,9 +143,19 @@ class Collector:
             values = (one.ready, workers, workers, one.oldest or 0.0, one.paused is not None)
             for family, value in zip(families.values(), values, strict=True):
                 family.add_metric((one.name,), float(value))
-            for state in ("ready", "scheduled", "claimed", "running", "dead"):
+            for state in ("ready", "blocked", "scheduled", "claimed", "running", "dead"):
                 states.add_metric((one.name, state), getattr(one, state))
         yield from (*families.values(), states)
+
+    def _limits(self) -> Iterator[Metric]:
+        in_use = GaugeMetricFamily("kathikon_limit_in_use", "What running jobs take of the limit.", labels=("limit",))
+        blocked = GaugeMetricFamily(
+            "kathikon_limit_blocked", "Jobs that wait for the limit, at most 10,000.", labels=("limit",)
+        )
+        for one in self._kathikon.limits.all():
+            in_use.add_metric((one.name,), one.in_use)
+            blocked.add_metric((one.name,), one.blocked)
+        yield from (in_use, blocked)
 
     def _workers(self) -> Iterator[Metric]:
         up = GaugeMetricFamily("celery_worker_up", "1 for each living worker.", labels=("hostname",))

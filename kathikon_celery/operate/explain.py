@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from sqlalchemy import Connection
 
 from kathikon_celery.job import TERMINAL, WAITING, Job, State
-from kathikon_celery.storage import Storage, nodes, pauses, reading
+from kathikon_celery.storage import Storage, limit_numbers, nodes, pauses, reading
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Explanation:
     """Why a job does not run, or how it ended.
 
     Arguments:
-        why: for programs: ``"paused"``, ``"not_due"``, ``"overdue"``, ``"expired"``, ``"no_consumer"``, ``"in_line"``,
-            ``"claimed"``, ``"running"``, ``"children"``, or the state in which the job has ended.
+        why: for programs: ``"paused"``, ``"not_due"``, ``"overdue"``, ``"expired"``, ``"no_consumer"``, ``"limit"``,
+            ``"in_line"``, ``"claimed"``, ``"running"``, ``"children"``, or the state in which the job has ended.
         text: for people.
     """
 
@@ -62,10 +62,22 @@ def _explained(connection: Connection, job: Job) -> tuple[str, str]:
             return "paused", f"it waits: {pause}"
     if job.queue is None or nodes.without_consumer([job.queue], nodes.consumed(connection)):
         return "no_consumer", f"it waits: no live worker consumes its queue {job.queue!r}"
+    if job.state is State.BLOCKED:
+        return "limit", _in_line(connection, job)
     before = reading.ready_before(connection, job)
     if not before:
         return "in_line", f"it is the next one of its queue {job.queue!r}, whose workers have no free slot"
     return "in_line", f"it waits in its queue {job.queue!r}: {before} jobs are before it"
+
+
+def _in_line(connection: Connection, job: Job) -> str:
+    use = next((use for use in job.limits if use.key == job.gate), None)
+    if use is None:  # a corrupt row
+        return f"it waits in the line of the limit {job.gate!r}"
+    key = limit_numbers.of_key(connection, use)
+    if key.has_room:
+        return f"it waits in the line of the limit {use.key!r}: others were let out before it"
+    return f"it waits for the limit {use.key!r}: {key}"
 
 
 def _at(moment: datetime | None) -> str:

@@ -12,6 +12,7 @@ from kathikon_celery.job import HELD, Cause, Job, State
 from kathikon_celery.operate import verbs
 from kathikon_celery.operate.explain import Explanation, explain
 from kathikon_celery.operate.history import history
+from kathikon_celery.operate.limits import Limits
 from kathikon_celery.operate.schedules import Schedules
 from kathikon_celery.operate.selection import Selection
 from kathikon_celery.operate.verbs import NotAllowed
@@ -60,6 +61,11 @@ class Kathikon:
     def schedules(self) -> Schedules:
         """The schedules, to see and to change."""
         return Schedules(self.storage, self._app, self.operator)
+
+    @property
+    def limits(self) -> Limits:
+        """The limits, to see and to change at run time."""
+        return Limits(self.storage, self.operator)
 
     # --- one job
 

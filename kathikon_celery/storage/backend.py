@@ -276,6 +276,22 @@ class StorageBackend(ABC):
         """End a pause; return false if there is none."""
 
     @abstractmethod
+    def set_limit(self, name: str, given: Mapping[str, int | float | None], act: Act) -> bool:
+        """Let an operator's numbers count for a limit; return whether that changed anything.
+
+        Arguments:
+            given: of ``concurrency``, ``rate``, ``per`` and ``burst``; `None`: not limited.
+        """
+
+    @abstractmethod
+    def reset_limit(self, name: str, act: Act) -> bool:
+        """Let the code's numbers count again; return false if they count."""
+
+    @abstractmethod
+    def prune_limits(self) -> bool:
+        """Delete what nothing needs of limits; return whether keys are left."""
+
+    @abstractmethod
     def clear_jobs(self) -> None:
         """Delete all jobs (for tests)."""
 

@@ -40,7 +40,7 @@ class Refused(StorageError):
 
 
 class NotFound(StorageError):
-    """There is no job with that id."""
+    """There is no job with that id, or no schedule or limit with that name."""
 
 
 class MovedOn(StorageError):

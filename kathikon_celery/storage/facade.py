@@ -185,6 +185,10 @@ class Storage:
         """
         return self.backend.prune(self._retention(), limit)
 
+    def prune_limits(self) -> bool:
+        """Delete what nothing needs of limits: slots of runs that are over, idle keys; return whether keys are left."""
+        return self.backend.prune_limits()
+
     def _retention(self) -> dict[State, float | None]:
         return {State(state): age for state, age in self.settings.retention_period.items()}
 

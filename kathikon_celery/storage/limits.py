@@ -99,7 +99,8 @@ _KEYS = rows_of("keys")
 _KEY: ColumnElement[str] = _KEYS.c.value
 _RUNS = exists().where(jobs.c.seq == slots.c.seq, jobs.c.fence == slots.c.fence, jobs.c.node_id.is_not(None))
 _LIVES = and_(slots.c.node_id.is_not(None), exists().where(nodes.c.id == slots.c.node_id))
-_IN_USE = or_(_RUNS, _LIVES)
+#: The condition that a slot counts.
+IN_USE = or_(_RUNS, _LIVES)
 _LINE = (
     select(jobs.c.limits, jobs.c.queue)
     .where(BLOCKED, jobs.c.gate == _KEY)
@@ -116,8 +117,8 @@ def _set_or(name: str) -> ColumnElement[Any]:
 
 
 def _looking(with_lines: bool) -> Any:
-    """SELECT what `_Key` knows of each of ``keys``."""
-    in_use = select(func.coalesce(func.sum(case((_IN_USE, slots.c.weight), else_=0)), 0)).where(slots.c.key == _KEY)
+    """SELECT what `Room` knows of each of ``keys``."""
+    in_use = select(func.coalesce(func.sum(case((IN_USE, slots.c.weight), else_=0)), 0)).where(slots.c.key == _KEY)
     taken = select(func.coalesce(func.sum(slots.c.weight), 0)).where(slots.c.key == _KEY)
     columns: list[Any] = [
         _KEY,
@@ -173,11 +174,11 @@ _CHARGE = (
 _WAKE = (
     update(limit_keys).where(limit_keys.c.key == bindparam("of_key")).values(wake_at=bindparam("wake", type_=Instant()))
 )
-_CLEAN = delete(slots).where(slots.c.key == bindparam("of_key"), ~_IN_USE)
+_CLEAN = delete(slots).where(slots.c.key == bindparam("of_key"), ~IN_USE)
 
 
 @dataclass
-class _Key:
+class Room:
     """The room of one key, as `_LOOK` has read it."""
 
     key: str
@@ -207,7 +208,7 @@ class _Key:
         self.tokens = Rate(rate, per or 1.0, min(burst or 1, rate)) if rate else None
         self.is_shut = rate == 0 or (self.closed_until or 0.0) > self.at
 
-    def as_code_says(self, use: Use) -> _Key:
+    def as_code_says(self, use: Use) -> Room:
         """Take the numbers from *use*, unless the database has numbers."""
         if not self.has_numbers:
             self._use(use.concurrency, use.rate, use.per, use.burst)
@@ -233,6 +234,8 @@ class _Key:
 
     def next_room(self, weight: int) -> datetime | None:
         """Return when there is room for a run of *weight* by the clock alone; `None`: no clock makes room."""
+        if self.most is not None and self.most - self.in_use < min(weight, self.most or 1):
+            return None
         moments = []
         if (self.closed_until or 0.0) > self.at:
             moments.append(self.closed_until or 0.0)
@@ -241,16 +244,20 @@ class _Key:
         return datetime.fromtimestamp(max(moments), timezone.utc) if moments else None
 
 
-def _locked(database: Database, connection: Connection, uses: Mapping[str, Use]) -> dict[str, _Key]:
+def _locked(database: Database, connection: Connection, uses: Mapping[str, Use]) -> dict[str, Room]:
     """Lock the keys, in order, and return what there is of each."""
     names = sorted(uses)
-    if len(prepared.rows(connection, _LOCK, {"keys": names})) < len(names):
+    while len(prepared.rows(connection, _LOCK, {"keys": names})) < len(names):  # again: a pruner may delete one
         for name in names:
             database.dialect.upsert(connection, _NEW_KEY, {"new_key": name, "new_name": uses[name].name})
-        prepared.rows(connection, _LOCK, {"keys": names})
     # A statement of its own: what was committed before we had the locks is seen only by a later snapshot.
     rows = prepared.rows(connection, _LOOK, {"keys": names})
-    return {row[0]: _Key(*row).as_code_says(uses[row[0]]) for row in rows}
+    return {row[0]: Room(*row).as_code_says(uses[row[0]]) for row in rows}
+
+
+def look(connection: Connection, keys: Collection[str]) -> list[Room]:
+    """Return the room of these keys, without locks: as it is now."""
+    return [Room(*row) for row in prepared.rows(connection, _LOOK, {"keys": sorted(keys)})]
 
 
 def admit(database: Database, connection: Connection, found: list[Job]) -> list[Job]:
@@ -258,7 +265,7 @@ def admit(database: Database, connection: Connection, found: list[Job]) -> list[
     limited = [job for job in found if job.limits]
     if not limited:
         return found
-    database.knows_limits = True
+    database.knows_limits = database.has_limits_to_prune = True
     uses = {use.key: use for job in limited for use in job.limits}
     parked: defaultdict[str, list[Hold]] = defaultdict(list)
     taken = []
@@ -348,29 +355,30 @@ def offer(database: Database, keys: Collection[str]) -> int:
 def offer_by(database: Database, connection: Connection, keys: Collection[str]) -> int:
     """`offer` by a connection of `Database.once`, or as a part of its transaction."""
     rows = prepared.rows(connection, _LOOK_AT_LINES, {"keys": sorted(keys)})
-    waiting = [one for one in (_Key(*row) for row in rows) if one.head is not None or one.wake_at is not None]
+    waiting = [one for one in (Room(*row) for row in rows) if one.head is not None or one.wake_at is not None]
     if not waiting:
         return 0
     with database.dialect.atomic(connection):
         return sum(_offer(database, connection, one) for one in waiting)
 
 
-def _offer(database: Database, connection: Connection, line: _Key) -> int:
+def _offer(database: Database, connection: Connection, line: Room) -> int:
     if line.head is None or line.first_queue is None:  # nobody waits for the moment any more
         prepared.count(connection, _WAKE, {"of_key": line.key, "wake": None})
         return 0
     use = _use_of(line.head, line.key)
     if not line.is_known:
         database.dialect.upsert(connection, _NEW_KEY, {"new_key": line.key, "new_name": use.name})
-        line = _Key(*prepared.rows(connection, _LOOK_AT_LINES, {"keys": [line.key]})[0])
+        line = Room(*prepared.rows(connection, _LOOK_AT_LINES, {"keys": [line.key]})[0])
         if line.head is None or line.first_queue is None:
             return 0
     room = line.as_code_says(use).room(use.weight)
     if not room:
         wake = line.next_room(use.weight)
-        if wake is not None and wake != line.wake_at:
+        if wake != line.wake_at:
             prepared.count(connection, _WAKE, {"of_key": line.key, "wake": wake})
-            database.dialect.ring(connection)
+            if wake is not None:
+                database.dialect.ring(connection)
         return 0
     number, queue = 0, line.first_queue
     while queue is not None:

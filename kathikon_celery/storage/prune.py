@@ -30,6 +30,7 @@ from kathikon_celery.storage.clock import Instant, now, seconds
 from kathikon_celery.storage.dialects.parameters import Pick
 from kathikon_celery.storage.engine.database import Database
 from kathikon_celery.storage.tables import (
+    BLOCKED,
     DUE,
     ENDED,
     EXPIRING,
@@ -130,7 +131,11 @@ def prune(
 
 _DELETE = delete(jobs).where(jobs.c.id.in_(bindparam("keys", expanding=True)))
 _FROM = bindparam("from_queue", type_=jobs.c.queue.type)
-_WAITS: list[tuple[Any, ...]] = [(ready_in(_FROM),), (jobs.c.queue == _FROM, DUE)]
+_WAITS: list[tuple[Any, ...]] = [
+    (ready_in(_FROM),),
+    (jobs.c.queue == _FROM, DUE),
+    (jobs.c.queue == _FROM, BLOCKED),
+]
 _OLD_GROUPS = delete(groups).where(groups.c.inserted_at < now(seconds("minus_age")))
 
 
@@ -183,7 +188,7 @@ def delete_rows(connection: Connection, keys: Sequence[str]) -> int:
 
 
 def purge(connection: Connection, queue: str) -> int:
-    """Delete the jobs of *queue* (a key) that are ready, scheduled or retryable; return their number."""
+    """Delete the jobs of *queue* (a key) that are ready, blocked, scheduled or retryable; return their number."""
     if acts.is_any(connection):
         for waits in _WAITS:
             acts.forget_of(connection, select(jobs.c.id).where(*waits), {"from_queue": queue})

@@ -14,6 +14,7 @@ from kathikon_celery.storage import (
     claim,
     finish,
     insert,
+    limit_numbers,
     limits,
     nodes,
     pauses,
@@ -235,6 +236,15 @@ class SQLBackend(StorageBackend):
 
     def resume(self, kind: Kind, name: str, act: Act) -> bool:
         return pauses.resume(self.database, kind, name, act)
+
+    def set_limit(self, name: str, given: Mapping[str, int | float | None], act: Act) -> bool:
+        return limit_numbers.set_numbers(self.database, name, given, act)
+
+    def reset_limit(self, name: str, act: Act) -> bool:
+        return limit_numbers.reset(self.database, name, act)
+
+    def prune_limits(self) -> bool:
+        return self._tried(limit_numbers.prune, self.database)
 
     def all(self, queue: str | None, state: State | None) -> list[Job]:
         return self._read(reading.select_all, queue, state)

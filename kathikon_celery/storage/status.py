@@ -14,7 +14,7 @@ from kathikon_celery.storage.clock import now, seconds, seconds_until
 from kathikon_celery.storage.names import key
 from kathikon_celery.storage.pauses import Kind, Pause
 from kathikon_celery.storage.reading import queue_of
-from kathikon_celery.storage.tables import DUE, ENDED, HELD, READY, jobs, ready_in, values_of
+from kathikon_celery.storage.tables import BLOCKED, DUE, ENDED, HELD, READY, jobs, ready_in, values_of
 
 #: The highest number that is counted.
 MOST = 10_000
@@ -34,6 +34,7 @@ class QueueStatus:
     Arguments:
         ready: jobs that wait for a worker.
         oldest: seconds for which the oldest of them is ready; `None`: none is.
+        blocked: jobs that wait in the lines of limits; they are not ready.
         scheduled: jobs that wait for their time, also for a retry.
         claimed, running: jobs that workers hold.
         dead: of the `MOST` jobs that died last, those of this queue.
@@ -44,6 +45,7 @@ class QueueStatus:
     name: str
     ready: int = 0
     oldest: float | None = None
+    blocked: int = 0
     scheduled: int = 0
     claimed: int = 0
     running: int = 0
@@ -94,6 +96,7 @@ def _by_queue(of: Any) -> Any:
 _OF = select(jobs.c.queue, jobs.c.state)
 _SCHEDULED = _by_queue(_OF.where(DUE).order_by(jobs.c.available_at))
 _HELD = _by_queue(_OF.where(HELD))
+_BLOCKED = _by_queue(_OF.where(BLOCKED).order_by(jobs.c.gate))
 
 
 def _ended(state: State) -> Any:
@@ -113,6 +116,7 @@ _LATELY = {
 _COLUMNS = {
     State.SCHEDULED: "scheduled",
     State.RETRYABLE: "scheduled",
+    State.BLOCKED: "blocked",
     State.CLAIMED: "claimed",
     State.RUNNING: "running",
     State.DEAD: "dead",
@@ -135,7 +139,7 @@ def status(connection: Connection) -> Status:
             ages.append(age)
             one.name = queue_of(name, envelope) if name.startswith("#") else name
         one.oldest = max(ages, default=None)
-    for query in (_SCHEDULED, _HELD, _DEAD):
+    for query in (_SCHEDULED, _BLOCKED, _HELD, _DEAD):
         for name, state, number in connection.execute(query).all():
             if column := _COLUMNS.get(state):
                 one = of(name)

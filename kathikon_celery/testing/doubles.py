@@ -49,7 +49,7 @@ def _database_double() -> Database:
     # A real dialect, since statements are built with it. It opens no file: only a database would.
     database.url = make_url("sqlite:///no-file")
     database.dialect = dialect_for(database.url)
-    database.patience = 0.0
+    database.patience, database.has_limits_to_prune = 0.0, False
     database.on_close, database.on_replaced = [], []
     database.hearing.side_effect = lambda listener: Wakeup()
     database.patiently.side_effect = lambda call, patient=True: call(False)

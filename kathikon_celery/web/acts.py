@@ -128,6 +128,17 @@ def act_on_schedule(visit: Visit, form: Form) -> Done:
     return Done("/schedules", f"{name} was {'replaced' if was_there else 'added'}.")
 
 
+def act_on_limit(visit: Visit, form: Form) -> Done:
+    """Set or reset the numbers of a limit."""
+    verb, name = _member("verb", form, ("set", "reset")), form.get("name", "")
+    if verb == "reset":
+        was_set = visit.kathikon.limits.reset(name, reason=_reason(form))
+        return Done("/limits", f"{name} was reset." if was_set else f"The code's numbers of {name} count already.")
+    given = {one: form[one] for one in ("concurrency", "rate", "burst") if form.get(one)}
+    hands: Any = visit.kathikon.limits
+    return Done("/limits", f"{name}: {hands.set(name, reason=_reason(form), **given).numbers}.")
+
+
 _JSON: dict[str, type] = {"args": list, "kwargs": dict, "options": dict}
 
 
@@ -172,4 +183,5 @@ ACTS: dict[str, Act] = {
     "/act/pause": pause,
     "/act/resume": resume,
     "/act/schedule": act_on_schedule,
+    "/act/limit": act_on_limit,
 }

@@ -44,7 +44,7 @@ TEXTS = ("queue", "task", "error", "cause", "argument", "root", "group")
 MOMENTS = ("since", "until", "ended_since", "ended_until")
 FIELDS = ("state", *TEXTS, *MOMENTS)
 #: Parameters of the pages' addresses.
-KNOWN = frozenset({*FIELDS, "after", "id"})
+KNOWN = frozenset({*FIELDS, "after", "id", "limit"})
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def overview(visit: Visit) -> Data:
     status = visit.status()
     totals = {
         name: sum(getattr(one, name) for one in status.queues)
-        for name in ("ready", "scheduled", "claimed", "running", "dead")
+        for name in ("ready", "blocked", "scheduled", "claimed", "running", "dead")
     }
     ended = {state.value: number for state, number in status.ended.items()}
     sample = {"ready": totals["ready"], "running": totals["running"], **ended}
@@ -192,6 +192,12 @@ def schedules(visit: Visit) -> Data:
     return {"schedules": [(one, lag(one)) for one in visit.kathikon.schedules.every()]}
 
 
+def limits(visit: Visit) -> Data:
+    """All limits, and the keys of one."""
+    hands, name = visit.kathikon.limits, visit.query.get("limit")
+    return {"limits": hands.all(), "name": name, "keys": hands.keys(name) if name else []}
+
+
 def acts(visit: Visit) -> Data:
     """What operators did."""
     found = visit.kathikon.acts(100)
@@ -215,5 +221,6 @@ PAGES: dict[str, tuple[Page, str]] = {
     "/job": (job, "job.html"),
     "/workers": (workers, "workers.html"),
     "/schedules": (schedules, "schedules.html"),
+    "/limits": (limits, "limits.html"),
     "/acts": (acts, "acts.html"),
 }

@@ -23,7 +23,7 @@ from kathikon_celery.worker.completing import complete_in_transaction, end_trans
 from kathikon_celery.worker.consumer_step import ConsumerStep, SentJobs
 from kathikon_celery.worker.log_filters import add_filters
 from kathikon_celery.worker.metrics_step import MetricsStep
-from kathikon_celery.worker.panel import show_scheduled
+from kathikon_celery.worker.panel import replace_commands
 from kathikon_celery.worker.prefork.pool import TaskPool
 from kathikon_celery.worker.request import Request, acknowledge_at_the_end, joined
 from kathikon_celery.worker.retrying import retry_failed
@@ -52,7 +52,7 @@ def install(sender: Any, **kwargs: Any) -> None:
     configure(app)
     declare_queues(app)
     mark_what_is_revoked()
-    show_scheduled()
+    replace_commands()
     app.steps["worker"].update([*STEPS, SentJobs, MetricsStep])
     app.steps["consumer"].add(ConsumerStep)
     if Settings.load(app.conf).rate_limits == "fleet":

@@ -187,7 +187,7 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
         {ENDED: "ended_at", BY_SEQ: ""},
     ),
     "delete": (lambda plans: prune.delete_keys(plans.database, ["id-1", "id-2", "id-3"]), {BY_ID: "id"}),
-    "purge": (writing(lambda plans, conn: prune.purge(conn, "queue-0")), {READY: "queue", DUE: ""}),
+    "purge": (writing(lambda plans, conn: prune.purge(conn, "queue-0")), {READY: "queue", DUE: "", BLOCKED: ""}),
     "orphans": (reading(lambda plans, conn: nodes.orphans(conn)), {HELD: "", MESSAGES_HELD: ""}),
     "rescue": (
         lambda plans: nodes.remove(plans.database, 3),
@@ -227,7 +227,10 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
     "page of what is due later": (lambda plans: page(plans, State.SCHEDULED), {DUE: "available_at"}),
     "page of what has ended": (lambda plans: page(plans, State.COMPLETED), {ENDED: "ended_at"}),
     "page of what is held": (lambda plans: page(plans, State.RUNNING), {HELD: ""}),
-    "status": (reading(lambda plans, conn: status.status(conn)), {READY: "", DUE: "", HELD: "", ENDED: "state"}),
+    "status": (
+        reading(lambda plans, conn: status.status(conn)),
+        {READY: "", DUE: "", BLOCKED: "", HELD: "", ENDED: "state"},
+    ),
     "what has ended since": (
         reading(lambda plans, conn: list(figures.ended_between(conn, A_MINUTE_AGO, IN_AN_HOUR, (0.1, 1.0)))),
         {ENDED: "ended_at"},

@@ -128,6 +128,6 @@ def test_purge_deletes_what_waits_in_one_queue(storage: Storage, worker: Worker,
     for state in State:
         set_row(state.value, state=state.value)
     with storage.database.write() as connection:
-        assert prune.purge(connection, "default") == 3
-    waiting = {"scheduled", "retryable", "available"}
+        assert prune.purge(connection, "default") == 4
+    waiting = {"scheduled", "retryable", "available", "blocked"}
     assert {job.id for job in storage.all()} == {state.value for state in State} - waiting | {"elsewhere"}

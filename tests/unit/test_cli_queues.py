@@ -35,9 +35,10 @@ def rows(app: Celery, *command: str) -> list[list[str]]:
 
 def test_queues(app: Celery) -> None:
     head, mail, other = rows(app, "queues")
-    assert head == ["queue", "ready", "oldest", "scheduled", "claimed", "running", "dead", "workers", "paused"]
-    assert (mail[:2], mail[3:]) == (["mail", "5"], ["0", "0", "0", "0", "0"])
-    assert other == ["other", "0", "0", "0", "0", "1", "0"]
+    states = ["ready", "oldest", "blocked", "scheduled", "claimed", "running", "dead"]
+    assert head == ["queue", *states, "workers", "paused"]
+    assert (mail[:2], mail[3:]) == (["mail", "5"], ["0"] * 6)
+    assert other == ["other", "0", "0", "0", "0", "0", "1", "0"]
     found = json.loads(invoke(app, "queues", "--json").output)
     assert [(one["name"], one["ready"], one["dead"], one["paused"]) for one in found] == [
         ("mail", 5, 0, None),
@@ -72,7 +73,7 @@ def test_pauses(app: Celery) -> None:
     assert " until " in said.output
     (found,) = json.loads(invoke(app, "pauses", "--json").output)
     assert (found["kind"], found["name"], found["operator"]) == ("queue", "mail", "ada")
-    assert rows(app, "queues")[1][8] == "until"
+    assert rows(app, "queues")[1][9] == "until"
     (explained,) = json.loads(invoke(app, "explain", "mail-1", "--json").output)
     assert explained["why"] == "paused"
     assert invoke(app, "resume", "--task", "proj.*").stderr == "Error: task 'proj.*' is not paused\n"

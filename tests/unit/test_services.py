@@ -16,7 +16,7 @@ from kathikon_celery.storage.dialects.sqlite import SQLite
 from kathikon_celery.worker.services import promoter
 from kathikon_celery.worker.services.lifeline import Lifeline
 from kathikon_celery.worker.services.promoter import Promoter
-from kathikon_celery.worker.services.pruner import REST, Pruner
+from kathikon_celery.worker.services.pruner import LIMITS_INTERVAL, REST, Pruner
 from kathikon_celery.worker.services.service import Service
 from tests.storage.actors import Worker, new_job
 from tests.support.clocks import clock_replaced
@@ -150,6 +150,35 @@ def test_pruner(storage: Storage) -> None:
     assert pruner.spare({"is_anything_old": True}) == 0.0
     for nothing in (False, None):
         assert 48.0 <= pruner.spare({"is_anything_old": nothing}) <= 72.0
+
+
+def test_the_pruner_looks_at_limits_after_it_has_run_limited_jobs(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    present, left, looks = [10_000.0], [True], list[bool]()
+
+    def prune() -> bool:
+        looks.append(storage.database.has_limits_to_prune)
+        return left[0]
+
+    monkeypatch.setattr("kathikon_celery.worker.services.pruner.monotonic", lambda: present[0])
+    monkeypatch.setattr(storage, "prune_limits", prune)
+    pruner = Pruner(storage=storage, interval=60.0)
+    monkeypatch.setattr(pruner, "_rest", lambda: 0.0)
+    pruner.step()
+    assert looks == []
+    storage.database.has_limits_to_prune = True
+    assert pruner.spare({"is_anything_old": False}) == 0.0
+    pruner.step()
+    assert looks == [False]
+    assert pruner.spare({"is_anything_old": False}) > 0
+    pruner.step()
+    present[0] += 2 * LIMITS_INTERVAL
+    left[0] = False
+    pruner.step()
+    assert len(looks) == 2
+    present[0] += 2 * LIMITS_INTERVAL
+    assert pruner.spare({"is_anything_old": False}) > 0
 
 
 def test_nothing_is_deleted_by_a_clock_that_has_jumped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,6 +138,8 @@ class Database:
         self.knows_pauses = True
         #: Whether this process has claimed a job with limits, whose keys it locks: see `limits.admit`.
         self.knows_limits = False
+        #: Set with it; cleared when nothing is left of limits: see `limit_numbers.prune`.
+        self.has_limits_to_prune = False
         #: Set when this process has taken tokens of a rate: its promoter has to ask when the next one is there.
         self.has_taken_tokens = False
         #: Number of connections made so far; it grows after a loss.

@@ -22,6 +22,8 @@ LONGEST_CHORD = 30 * 86400.0
 #: If the database's clock jumps ahead by more than `JUMP` seconds, nothing is deleted for `REST` seconds: by a wrong
 #: clock everything is old, and the clock may be set right meanwhile.
 JUMP, REST = 60.0, 600.0
+#: Seconds between two looks at the slots and keys of limits, in a worker that has run jobs with limits.
+LIMITS_INTERVAL = 600.0
 
 
 class Pruner(Service):
@@ -30,6 +32,8 @@ class Pruner(Service):
     #: The database's clock less the monotonic clock.
     _ahead: float | None = None
     _rests_until = 0.0
+    #: When the slots and keys of limits are looked at next.
+    _limits_at = 0.0
 
     def questions(self) -> Questions:
         retention = self.storage.settings.retention_period
@@ -40,7 +44,7 @@ class Pruner(Service):
         }
 
     def spare(self, answers: Mapping[str, Any]) -> float:
-        return 0.0 if answers["is_anything_old"] else self._pause()
+        return 0.0 if answers["is_anything_old"] or self._is_time_for_limits() else self._pause()
 
     def step(self) -> float:
         if (rest := self._rest()) > 0:
@@ -55,7 +59,15 @@ class Pruner(Service):
         if kept is not None:
             prune.old_groups(database, kept)
             chords.prune(database, max(kept, LONGEST_CHORD))
+        if self._is_time_for_limits():
+            self._limits_at = monotonic() + LIMITS_INTERVAL * uniform(0.8, 1.2)
+            database.has_limits_to_prune = False  # before: a claim meanwhile sets it again
+            if self.storage.prune_limits():
+                database.has_limits_to_prune = True
         return self._pause()
+
+    def _is_time_for_limits(self) -> bool:
+        return self.storage.database.has_limits_to_prune and monotonic() >= self._limits_at
 
     def _rest(self) -> float:
         """Seconds for which nothing may be deleted, since the database's clock has jumped ahead."""
