@@ -25,7 +25,8 @@ from tests.support.workers import WorkerProcess
 @pytest.fixture(scope="module")
 def fleet(shared_workers: Workers) -> list[WorkerProcess]:
     """Two workers, one of processes and one of threads."""
-    options: dict[str, Any] = {"app": "tests.support.limited", "concurrency": 4}
+    conf = {"kathikon_prune_interval": 0.2}
+    options: dict[str, Any] = {"app": "tests.support.limited", "concurrency": 4, "conf": conf}
     return [shared_workers(pool=pool, name=pool, **options) for pool in ("prefork", "threads")]
 
 
@@ -283,14 +284,15 @@ def charge(account, amount):
 """
 
 
+MISSPELT = (
+    "task proj.tasks.charge: limit 'a:{acount}' names {acount}, and the task has account, amount; did you mean account?"
+)
+
+
 @pytest.mark.parametrize(
     ("definition", "said"),
     [
-        (
-            "Limit('a:{acount}', concurrency=1)",
-            "task proj.tasks.charge: limit 'a:{acount}' names {acount}, and the task has account, amount;"
-            " did you mean account?",
-        ),
+        ("Limit('a:{acount}', concurrency=1)", MISSPELT),
         ("Limit('a', rate='10/x')", "limit 'a': a rate such as"),
         ("'a'", "task proj.tasks.charge: limits are a list of Limit(…), not of 'a'"),
     ],
@@ -306,7 +308,7 @@ def test_a_wrong_limit_ends_the_worker(project: Project, database_url: str, defi
 
 @on_one_database
 def test_a_call_without_the_field_sends_nothing(client: Celery, jobs: Jobs) -> None:
-    with pytest.raises(LimitError, match="the call has no 'account'; it has other"):
+    with pytest.raises(LimitError, match="the call has no 'account'; it has args, other"):
         limited.anything.delay(other=1)
     with pytest.raises(LimitError, match="limits need its arguments: missing a required argument: 'account'"):
         client.send_task(limited.charge.name, ("path",))
