@@ -100,14 +100,16 @@ class Limit:
             value = self.key(*args, **kwargs)
             if value is None:
                 return None
-            text = f"{self.name}:{value}"
+            text = f"{self.name.format()}:{value}"
         else:
             try:
-                text = self.name.format_map(arguments) if self.fields else self.name
-            except (KeyError, AttributeError, IndexError, TypeError, ValueError) as error:
+                text = self.name.format_map(arguments)
+            except KeyError as error:
                 raise LimitError(
                     f"limit {self.name!r}: the call has no {error}; it has {', '.join(arguments) or 'no arguments'}"
                 ) from None
+            except (AttributeError, IndexError, TypeError, ValueError) as error:
+                raise LimitError(f"limit {self.name!r}: the arguments of the call do not fit: {error}") from None
         weight = self.weight(*args, **kwargs) if callable(self.weight) else self.weight
         return self.use_of(text, _whole(f"limit {self.name!r}", "weight", weight))
 

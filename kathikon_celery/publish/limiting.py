@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from kombu import serialization
+from kombu.compression import decompress
 
 from kathikon_celery.job import Job, Use
 from kathikon_celery.limits import Limit, LimitError, limits_of, signature_of
@@ -19,7 +19,8 @@ from kathikon_celery.unique import Unique, unique_of
 if TYPE_CHECKING:
     from celery import Celery
 
-_apps: WeakKeyDictionary[Celery, AppLimits] = WeakKeyDictionary()
+#: Where an app keeps its `AppLimits`, which name the app: a dictionary of apps would keep each of them for ever.
+_ATTRIBUTE = "_kathikon_limits"
 
 
 class AppLimits:
@@ -39,9 +40,10 @@ class AppLimits:
     @classmethod
     def of(cls, app: Celery) -> AppLimits:
         """Return those of *app*, whose settings are read once."""
-        found = _apps.get(app)
+        found: AppLimits | None = vars(app).get(_ATTRIBUTE)
         if found is None:
-            found = _apps[app] = cls(app, Settings.load(app.conf))
+            found = cls(app, Settings.load(app.conf))
+            setattr(app, _ATTRIBUTE, found)
         return found
 
     def all(self) -> list[Limit]:
@@ -130,8 +132,12 @@ def mark(app: Celery, job: Job, message: Mapping[str, Any]) -> None:
     if not limits.is_marked(job.task, job.queue):
         return
     try:
+        body, how = message["body"], (message.get("headers") or {}).get("compression")
         payload = serialization.loads(
-            message["body"], message.get("content-type"), message.get("content-encoding"), accept=_accepted(app)
+            decompress(body, how) if how else body,
+            message.get("content-type"),
+            message.get("content-encoding"),
+            accept=_accepted(app),
         )
     except (serialization.ContentDisallowed, serialization.DecodeError) as error:
         raise LimitError(

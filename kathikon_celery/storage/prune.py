@@ -34,6 +34,7 @@ from kathikon_celery.storage.tables import (
     DUE,
     ENDED,
     EXPIRING,
+    EXPIRING_BLOCKED,
     FREE,
     chords,
     groups,
@@ -155,6 +156,7 @@ IS_ANYTHING_OLD = or_(
         for state in sorted(TERMINAL)
     ),
     _first(jobs.c.expires_at, EXPIRING) <= now(),
+    _first(jobs.c.expires_at, EXPIRING_BLOCKED) <= now(),
     _first(messages.c.expires_at) <= now(),
     _is_old("group", groups.c.inserted_at),
     _is_old("chord", chords.c.inserted_at),
