@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 from sqlalchemy import (
@@ -393,7 +394,7 @@ def offer_by(database: Database, connection: Connection, keys: Collection[str]) 
         return 0
     with database.dialect.atomic(connection):
         if not database.is_guest:
-            for line in sorted(lines, key=lambda line: line.key):  # they lock their keys, in order
+            for line in lines:  # this locks their keys, in order
                 line.set_alarm(database, connection)
         # Jobs that have waited in another line already come before those of that line: so a key with many jobs does not
         # pass all others at the limit that they share.
@@ -402,7 +403,10 @@ def offer_by(database: Database, connection: Connection, keys: Collection[str]) 
 
 
 def _look_at_lines(connection: Connection, keys: list[str]) -> list[_Key]:
-    return [_Key(*row) for row in prepared.rows(connection, _LOOK_AT_LINES, {"keys": keys})]
+    return sorted((_Key(*row) for row in prepared.rows(connection, _LOOK_AT_LINES, {"keys": keys})), key=_BY_KEY)
+
+
+_BY_KEY = attrgetter("key")
 
 
 class _Line:

@@ -77,7 +77,8 @@ def limits_hold(
             stopped = (*stopped[:2], time.monotonic())
         if killed < kills and now >= kill_at:
             victim = alive.pop(random.randrange(len(alive)))
-            victim.kill9()
+            with run.disturbance(victim):
+                victim.kill9()
             ends[victim.index] = time.monotonic()
             killed, kill_at = killed + 1, now + every
             alive += run.start(concurrency=4)
