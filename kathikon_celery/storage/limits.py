@@ -18,7 +18,9 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import lru_cache
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 from sqlalchemy import (
@@ -37,6 +39,7 @@ from sqlalchemy import (
     func,
     insert,
     literal_column,
+    null,
     or_,
     select,
     update,
@@ -73,14 +76,25 @@ def written(limits: Sequence[Use]) -> str | None:
     return json.dumps([list(use) for use in limits], separators=(",", ":")) if limits else None
 
 
+@lru_cache(maxsize=4096)
 def read(text: str | None) -> tuple[Use, ...]:
     """Return what `written` has written. Raises `ValueError` for another text."""
     if text is None:
         return ()
     try:
-        return tuple(Use(*one) for one in json.loads(text))
+        found = tuple(Use(*one) for one in json.loads(text))
     except (ValueError, TypeError) as error:
         raise ValueError(f"no list of limits: {error}") from error
+    if not all(map(_is_sound, found)) or len({use.key for use in found}) < len(found):
+        raise ValueError(f"no list of limits: {text[:200]}")
+    return found
+
+
+def _is_sound(use: Use) -> bool:
+    numbers = (use.weight, use.burst, *(one for one in (use.concurrency, use.rate) if one is not None))
+    are_texts = isinstance(use.key, str) and isinstance(use.name, str)
+    is_per = isinstance(use.per, int | float) and use.per > 0
+    return are_texts and is_per and all(isinstance(one, int) and one >= 0 for one in numbers) and use.weight > 0
 
 
 def line_of(limits: Sequence[Use]) -> str | None:
@@ -174,6 +188,12 @@ _CHARGE = (
 _WAKE = (
     update(limit_keys).where(limit_keys.c.key == bindparam("of_key")).values(wake_at=bindparam("wake", type_=Instant()))
 )
+#: Unless it was set anew.
+_STOP_ALARM = (
+    update(limit_keys)
+    .where(limit_keys.c.key == bindparam("of_key"), limit_keys.c.wake_at == bindparam("before", type_=Instant()))
+    .values(wake_at=null())
+)
 _CLEAN = delete(slots).where(slots.c.key == bindparam("of_key"), ~IN_USE)
 
 
@@ -244,12 +264,11 @@ class Room:
         return datetime.fromtimestamp(max(moments), timezone.utc) if moments else None
 
 
-def _locked(database: Database, connection: Connection, uses: Mapping[str, Use]) -> dict[str, Room]:
-    """Lock the keys, in order, and return what there is of each."""
+def _locked(connection: Connection, uses: Mapping[str, Use]) -> dict[str, Room] | None:
+    """Lock the keys, in order, and return what there is of each; `None`: one of them has no row to lock yet."""
     names = sorted(uses)
-    while len(prepared.rows(connection, _LOCK, {"keys": names})) < len(names):  # again: a pruner may delete one
-        for name in names:
-            database.dialect.upsert(connection, _NEW_KEY, {"new_key": name, "new_name": uses[name].name})
+    if len(prepared.rows(connection, _LOCK, {"keys": names})) < len(names):
+        return None
     # A statement of its own: what was committed before we had the locks is seen only by a later snapshot.
     rows = prepared.rows(connection, _LOOK, {"keys": names})
     return {row[0]: Room(*row).as_code_says(uses[row[0]]) for row in rows}
@@ -260,17 +279,36 @@ def look(connection: Connection, keys: Collection[str]) -> list[Room]:
     return [Room(*row) for row in prepared.rows(connection, _LOOK, {"keys": sorted(keys)})]
 
 
+def _enter(database: Database, connection: Connection, uses: Mapping[str, Use]) -> None:
+    """Insert those keys that are not there. Not while others are locked: a process that inserts one may wait for us."""
+    rows = [{"new_key": name, "new_name": uses[name].name} for name in sorted(uses)]
+    database.dialect.upsert_many(connection, _NEW_KEY, rows)
+
+
 def admit(database: Database, connection: Connection, found: list[Job]) -> list[Job]:
     """Return those of the jobs *found*, just claimed by this node, that may start; the others wait in lines."""
     limited = [job for job in found if job.limits]
     if not limited:
         return found
     database.knows_limits = database.has_limits_to_prune = True
+    while (parked := _admit(database, connection, limited)) is None:
+        _enter(database, connection, {use.key: use for job in limited for use in job.limits})
+    if not parked:
+        return found
+    # What was released before the jobs were seen in their lines; and what they were let out of another line for.
+    offer_by(database, connection, keys_of(job for job in limited if job.hold in parked))
+    return [job for job in found if job.hold not in parked]
+
+
+def _admit(database: Database, connection: Connection, limited: list[Job]) -> set[Hold] | None:
+    """Take slots for those that may start, and put the others into lines; return those, `None` if a key is missing."""
     uses = {use.key: use for job in limited for use in job.limits}
     parked: defaultdict[str, list[Hold]] = defaultdict(list)
     taken = []
     with database.dialect.atomic(connection):
-        known = _locked(database, connection, uses)
+        known = _locked(connection, uses)
+        if known is None:
+            return None
         for job in limited:
             full = next((use for use in job.limits if not known[use.key].room(use.weight)), None)
             if full is not None:
@@ -293,12 +331,7 @@ def admit(database: Database, connection: Connection, found: list[Job]) -> list[
             which = database.events.which()
             database.dialect.change_held(connection, _PARKED, holds, {"at_gate": gate}, which=which)
             database.events.entered(connection, which, State.BLOCKED)
-    if not parked:
-        return found
-    gone = set(chain.from_iterable(parked.values()))
-    # What was released before the jobs were seen in their lines; and what they were let out of another line for.
-    offer_by(database, connection, keys_of(job for job in limited if job.hold in gone))
-    return [job for job in found if job.hold not in gone]
+    return set(chain.from_iterable(parked.values()))
 
 
 _PARKED = transitions.parked()
@@ -334,10 +367,15 @@ _NEXT = (
 )
 _PICK_NEXT = Pick(jobs, (_NEXT,), "kathikon_jobs_blocked")
 _OFFERED = transitions.offered()
-_NEXT_QUEUE = select(func.min(jobs.c.queue)).where(
-    BLOCKED,
-    jobs.c.gate == bindparam("of_gate", type_=jobs.c.gate.type),
-    jobs.c.queue > bindparam("of_queue", type_=jobs.c.queue.type),
+_NEXT_HEAD = (
+    select(jobs.c.queue, jobs.c.limits)
+    .where(
+        BLOCKED,
+        jobs.c.gate == bindparam("of_gate", type_=jobs.c.gate.type),
+        jobs.c.queue > bindparam("of_queue", type_=jobs.c.queue.type),
+    )
+    .order_by(jobs.c.queue, desc(jobs.c.priority), jobs.c.seq)
+    .limit(1)
 )
 
 
@@ -354,53 +392,87 @@ def offer(database: Database, keys: Collection[str]) -> int:
 
 def offer_by(database: Database, connection: Connection, keys: Collection[str]) -> int:
     """`offer` by a connection of `Database.once`, or as a part of its transaction."""
-    rows = prepared.rows(connection, _LOOK_AT_LINES, {"keys": sorted(keys)})
-    waiting = [one for one in (Room(*row) for row in rows) if one.head is not None or one.wake_at is not None]
-    if not waiting:
+    looked = _look_at_lines(connection, sorted(keys))
+    new = {one.key: _use_of(one.head, one.key)[0] for one in looked if one.head is not None and not one.is_known}
+    if new and not database.is_guest:  # whose numbers an operator may have set
+        _enter(database, connection, new)
+        looked = _look_at_lines(connection, sorted(keys))
+    lines = [_Line(connection, one) for one in looked if one.head is not None or one.wake_at is not None]
+    if not lines:
         return 0
     with database.dialect.atomic(connection):
-        return sum(_offer(database, connection, one) for one in waiting)
+        if not database.is_guest:
+            for line in lines:  # this locks their keys, in order
+                line.set_alarm(database, connection)
+        # Jobs that have waited in another line already come before those of that line: so a key with many jobs does not
+        # pass all others at the limit that they share.
+        lines.sort(key=lambda line: -line.depth)
+        return sum(line.let_out(database, connection) for line in lines)
 
 
-def _offer(database: Database, connection: Connection, line: Room) -> int:
-    if line.head is None or line.first_queue is None:  # nobody waits for the moment any more
-        prepared.count(connection, _WAKE, {"of_key": line.key, "wake": None})
-        return 0
-    use = _use_of(line.head, line.key)
-    if not line.is_known:
-        database.dialect.upsert(connection, _NEW_KEY, {"new_key": line.key, "new_name": use.name})
-        line = Room(*prepared.rows(connection, _LOOK_AT_LINES, {"keys": [line.key]})[0])
-        if line.head is None or line.first_queue is None:
-            return 0
-    room = line.as_code_says(use).room(use.weight)
-    if not room:
-        wake = line.next_room(use.weight)
-        if wake != line.wake_at:
-            prepared.count(connection, _WAKE, {"of_key": line.key, "wake": wake})
-            if wake is not None:
-                database.dialect.ring(connection)
-        return 0
-    number, queue = 0, line.first_queue
-    while queue is not None:
-        which = database.events.which()
-        values = {"of_gate": line.key, "of_queue": queue, "room": room}
-        taken = database.dialect.pick_and_change(connection, _OFFERED, _PICK_NEXT, (), values, which=which)
-        database.events.entered(connection, which, State.AVAILABLE)
-        if taken.number:
-            database.dialect.wake(connection, [queue], taken.number)
-        number += taken.number
-        if queue == line.last_queue:
-            break
-        queue = prepared.rows(connection, _NEXT_QUEUE, {"of_gate": line.key, "of_queue": queue})[0][0]
-    return number
+def _look_at_lines(connection: Connection, keys: list[str]) -> list[Room]:
+    return sorted((Room(*row) for row in prepared.rows(connection, _LOOK_AT_LINES, {"keys": keys})), key=_BY_KEY)
 
 
-def _use_of(text: str, key: str) -> Use:
+_BY_KEY = attrgetter("key")
+
+
+class _Line:
+    """The jobs that wait for one limit, by queue: a queue that nobody consumes must not hold up another."""
+
+    def __init__(self, connection: Connection, key: Room) -> None:
+        self.key, self._of = key.key, key
+        #: How many lines the first job has left behind it.
+        self.depth = 0
+        self._rooms: dict[str, int] = {}
+        moments = []
+        queue, head = key.first_queue, key.head
+        while queue is not None:
+            use, depth = _use_of(head, key.key)
+            self.depth = max(self.depth, depth)
+            self._rooms[queue] = key.as_code_says(use).room(use.weight)
+            if not self._rooms[queue]:
+                moments.append(key.next_room(use.weight))
+            if queue == key.last_queue:
+                break
+            found = prepared.rows(connection, _NEXT_HEAD, {"of_gate": key.key, "of_queue": queue})
+            queue, head = found[0] if found else (None, None)
+        self._alarm = min((moment for moment in moments if moment is not None), default=None)
+
+    def set_alarm(self, database: Database, connection: Connection) -> None:
+        """Note when there will be room."""
+        before = self._of.wake_at
+        if self._alarm is None:
+            # What has been let out meanwhile sets the next alarm when it starts, or finds that it cannot.
+            if before is not None and (before <= self._of.now or not self._rooms):
+                prepared.count(connection, _STOP_ALARM, {"of_key": self.key, "before": before})
+        elif self._alarm != before:
+            prepared.count(connection, _WAKE, {"of_key": self.key, "wake": self._alarm})
+            database.dialect.ring(connection)
+
+    def let_out(self, database: Database, connection: Connection) -> int:
+        """Let as many jobs of each queue out as there is room for; return their number."""
+        number = 0
+        for queue, room in self._rooms.items():
+            if not room:
+                continue
+            which = database.events.which()
+            values = {"of_gate": self.key, "of_queue": queue, "room": room}
+            taken = database.dialect.pick_and_change(connection, _OFFERED, _PICK_NEXT, (), values, which=which)
+            database.events.entered(connection, which, State.AVAILABLE)
+            if taken.number:
+                database.dialect.wake(connection, [queue], taken.number)
+            number += taken.number
+        return number
+
+
+def _use_of(text: str | None, key: str) -> tuple[Use, int]:
+    """Return what a job with the limits *text* takes of *key*, and the place of that limit among its limits."""
     try:
-        found = next((use for use in read(text) if use.key == key), None)
+        found = next(((use, place) for place, use in enumerate(read(text)) if use.key == key), None)
     except ValueError:
         found = None
-    return found or Use(key, key)  # a corrupt row: the worker will say so
+    return found or (Use(key, key, concurrency=1), 0)  # a corrupt row: the worker will say so
 
 
 _WAKES = select(seconds_until(limit_keys.c.wake_at)).where(limit_keys.c.wake_at.is_not(None))
@@ -486,7 +558,8 @@ def close(database: Database, key: str, seconds: float) -> None:
 
     def write(again: bool) -> None:
         with database.write() as connection:
-            known = _locked(database, connection, {key: Use(key, key)})[key]
+            _enter(database, connection, {key: Use(key, key)})
+            known = (_locked(connection, {key: Use(key, key)}) or {})[key]
             until = max(known.at + seconds, known.closed_until or 0.0)
             wake = datetime.fromtimestamp(until, timezone.utc)
             connection.execute(_CLOSE, {"of_key": key, "until": until, "wake": wake})

@@ -80,7 +80,7 @@ class SQLBackend(StorageBackend):
         return self._read(reading.fetch, job_id)
 
     def claim(self, queue: str, limit: int, node_id: int | None) -> list[Job]:
-        with self.database.write() as connection:
+        with self.database.once() as connection:
             claimed = claim.claim(self.database, connection, key(queue), limit, node_id)
             return [job for one in claimed if (job := reading.fetch(connection, one.id)) is not None]
 

@@ -135,7 +135,7 @@ def published(brought: Mapping[str, Any], later: bool, own: bool, limited: bool 
     def changes(new: NewRow) -> dict[str, Any]:
         return {
             **{name: new[name] for name in columns},
-            **{name: null() for name in OF_A_RUN},
+            **{name: null() for name in (*OF_A_RUN, *(() if limited else ("limits", "line", "gate")))},
             "fence": next_fence(jobs),
             "acked": false(),
             "attempts": case((has_ended, literal_column("0")), else_=jobs.c.attempts),

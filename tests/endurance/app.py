@@ -85,6 +85,15 @@ def body(values: list[list[int]], job: int, parts: int, seconds: float) -> int:
     return WORKER
 
 
+if "ENDURANCE_LIMITED" in os.environ:  # takes a broker of ours
+    from kathikon_celery import Limit
+
+    @app.task(name="endurance.limited", limits=[Limit("key:{key}", concurrency=1), Limit("all", concurrency=10)])
+    def limited(job: int, key: int, seconds: float) -> int:
+        """As `work`, one at a time of each key, and ten in all."""
+        return work.run(job, seconds)  # type: ignore[no-any-return]
+
+
 @worker_ready.connect
 def _ready(**kwargs: object) -> None:
     journal.write(Event.READY, worker=WORKER)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from celery import chain, chord
 
-from tests.endurance.app import body, journal, part, work, work_again, work_once
+from tests.endurance.app import app, body, journal, part, work, work_again, work_once
 from tests.endurance.journal import Event
 
 #: What some of the jobs are, if they are mixed.
@@ -29,10 +29,12 @@ def send(
     parts: int = 0,
     once: int = 0,
     mixed: int = 0,
+    limited: int = 0,
 ) -> None:
     """Send jobs `first` to `first` + `count`, `rate` a second (0: as fast as they go), each once.
 
     With `parts` each is a chord of so many. With `once`, every so many is acknowledged before it starts.
+    With `limited`, they have limits on so many keys, and take 20 to 50 ms.
     With `mixed`, of ten jobs one is retried, one is due a second later, one ends a chain, and one is a chord of three.
 
     A job whose ``delay()`` raises may or may not have reached the broker, so it is recorded as refused and not sent
@@ -46,6 +48,8 @@ def send(
         try:
             if mixed and job % 10 < len(MIXED):
                 MIXED[job % 10](job, seconds)
+            elif limited:
+                app.tasks["endurance.limited"].delay(job, job % limited, 0.02 + 0.03 * (job % 7) / 6)
             elif parts:
                 chord([part.s(job, one, seconds) for one in range(parts)], body.s(job, parts, seconds)).apply_async()
             else:
@@ -69,6 +73,7 @@ def main() -> None:
     parser.add_argument("--parts", type=int, default=0, help="how many parts each job has; 0: it is no chord")
     parser.add_argument("--once", type=int, default=0, help="every so many is acknowledged before it starts; 0: none")
     parser.add_argument("--mixed", type=int, default=0, help="1: with retries, countdowns, chains and chords")
+    parser.add_argument("--limited", type=int, default=0, help="on how many keys the jobs have limits; 0: none")
     send(**vars(parser.parse_args()))
 
 

@@ -112,6 +112,9 @@ class Database:
         pool_size: connections kept for the next use, for each engine.
     """
 
+    #: Whether this is a transaction of somebody else's, which may last: it must lock no row that workers wait for.
+    is_guest = False
+
     def __init__(
         self,
         url: str | URL,

@@ -33,6 +33,8 @@ class Guest(Database):
     >>> insert.insert_many(guest, jobs)      # there when the session commits
     """
 
+    is_guest = True
+
     def __init__(self, host: Database, connection: Connection) -> None:
         self.host = host
         self.url = host.url
