@@ -44,6 +44,11 @@ def carry(path: str, size: int) -> str:
     return work(path, str(size))
 
 
+@shared_task(limits=[Limit("heavy:{path}", rate="1/d", weight=lambda path: 1_000_000_000)])
+def heavy(path: str) -> str:
+    return work(path, "heavy", 0.0)
+
+
 @shared_task(limits=[Limit("api", rate="10/s")])
 def call(path: str, line: str) -> str:
     return work(path, line, 0.0)
