@@ -39,6 +39,11 @@ def visit(path: str, tenant: str, seconds: float = 0.05) -> str:
     return work(path, tenant, seconds)
 
 
+@shared_task(limits=[Limit("turn:{key}", concurrency=1), Limit("turns", rate="10/s")])
+def take_turn(path: str, key: str) -> str:
+    return work(path, key, 0.0)
+
+
 @shared_task(limits=Limit("weights", concurrency=4, weight=lambda path, size: size))
 def carry(path: str, size: int) -> str:
     return work(path, str(size))
