@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from time import monotonic
@@ -28,7 +29,8 @@ def fleet(shared_workers: Workers) -> list[WorkerProcess]:
     """Two workers, one of processes and one of threads."""
     conf = {"kathikon_prune_interval": 0.2}
     options: dict[str, Any] = {"app": "tests.support.limited", "concurrency": 4, "conf": conf}
-    return [shared_workers(pool=pool, name=pool, **options) for pool in ("prefork", "threads")]
+    with ThreadPoolExecutor(2) as both:
+        return list(both.map(lambda pool: shared_workers(pool=pool, name=pool, **options), ("prefork", "threads")))
 
 
 @pytest.fixture
