@@ -188,6 +188,8 @@ def rate(value: Any) -> tuple[int, float]:
         raise ValueError(f"{allowed}, not {value!r}") from None
     if not 0 < many <= 1_000_000:
         raise ValueError(f"{allowed} and up to 1,000,000, not {value!r}")
+    if per / many > LONGEST_WAIT:
+        raise ValueError(f"{allowed}, and at least one in {LONGEST_WAIT:g} seconds, not {value!r}")
     return (int(many), per) if many == int(many) else (1, per / many)
 
 

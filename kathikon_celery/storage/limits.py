@@ -64,6 +64,9 @@ logger = logging.getLogger(__name__)
 SWEPT = 500
 #: Seconds between two sweeps, which find what a process that was killed has left undone.
 SWEEP_INTERVAL = 1.0
+#: The latest moment for which anybody waits, in seconds since 1970: Python has no later years. A heavy job with
+#: a slow rate may ask for one.
+LATEST = 2.5e11
 #: Slots of runs that are over are deleted when a key has more of them than this, and than slots in use.
 RUBBISH = 20
 
@@ -261,7 +264,7 @@ class Room:
             moments.append(self.closed_until or 0.0)
         if self.tokens is not None:
             moments.append(self.tokens.next_at(self.state, self.at, weight))
-        return datetime.fromtimestamp(max(moments), timezone.utc) if moments else None
+        return datetime.fromtimestamp(min(max(moments), LATEST), timezone.utc) if moments else None
 
 
 def _locked(connection: Connection, uses: Mapping[str, Use]) -> dict[str, Room] | None:

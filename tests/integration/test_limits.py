@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from time import monotonic
@@ -10,11 +11,12 @@ from typing import Any
 
 import pytest
 from celery import Celery, chain, chord, group
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, func, select
 
 from kathikon_celery import bulk, enqueue_in
 from kathikon_celery.job import State
 from kathikon_celery.limits import LimitError
+from kathikon_celery.storage.tables import limit_keys, slots
 from tests.integration.conftest import Jobs, Journal, Workers, client_of, on_one_database
 from tests.support import limited
 from tests.support.projects import Project
@@ -27,7 +29,8 @@ def fleet(shared_workers: Workers) -> list[WorkerProcess]:
     """Two workers, one of processes and one of threads."""
     conf = {"kathikon_prune_interval": 0.2}
     options: dict[str, Any] = {"app": "tests.support.limited", "concurrency": 4, "conf": conf}
-    return [shared_workers(pool=pool, name=pool, **options) for pool in ("prefork", "threads")]
+    with ThreadPoolExecutor(2) as both:
+        return list(both.map(lambda pool: shared_workers(pool=pool, name=pool, **options), ("prefork", "threads")))
 
 
 @pytest.fixture
@@ -98,6 +101,28 @@ class TestTwoWorkers:
         for key in "abcd":
             assert most([one for one in found if one[0] == key]) == 1
 
+    @pytest.mark.xfail(reason="in the line of a rate the job that was sent first is first, whatever its other key")
+    def test_keys_take_turns_in_the_line_of_a_rate(self, app: Celery, journal: Journal) -> None:
+        with bulk():
+            sent = [limited.take_turn.delay(journal.path, key) for key in "a" * 12 + "b" * 2]
+        assert len([one.get(timeout=60) for one in sent]) == 14
+        order = "".join(name for name, _, _ in sorted(runs(journal), key=lambda run: run[1]))
+        assert "bb" not in order
+        assert order.rindex("b") < 8
+
+    @pytest.mark.xfail(reason="nothing deletes the rows of keys and slots that were used once")
+    def test_keys_that_are_not_used_leave_no_rows(self, app: Celery, jobs: Jobs) -> None:
+        sent = [limited.by_key.delay(f"once {number}") for number in range(30)]
+        assert len([one.get(timeout=60) for one in sent]) == 30
+
+        def left() -> int:
+            with jobs.storage.database.read() as connection:
+                of_keys = select(func.count()).where(limit_keys.c.key.startswith("first:once"))
+                of_slots = select(func.count()).where(slots.c.key.startswith("first:once"))
+                return sum(connection.execute(one).scalar_one() for one in (of_keys, of_slots))
+
+        wait_until(lambda: not left(), 2.0, "no row of these keys")
+
     def test_a_job_counts_for_its_weight(self, app: Celery, journal: Journal) -> None:
         sent = [limited.carry.delay(journal.path, size) for size in (2, 2, 2, 2, 4, 9, 1, 1, 1, 1, 3)]
         assert len([one.get(timeout=60) for one in sent]) == 11
@@ -106,18 +131,30 @@ class TestTwoWorkers:
             at_once = [int(size) for size, start, end in found if start <= moment < end]
             assert sum(min(size, 4) for size in at_once) <= 4
 
-    @pytest.mark.parametrize("kind", ["limit", "celery", "queue"])
-    def test_no_window_has_more_than_the_rate(self, app: Celery, jobs: Jobs, journal: Journal, kind: str) -> None:
-        task = {"limit": limited.call, "celery": limited.celerys, "queue": limited.plain}[kind]
-        options = {"queue": "slow"} if kind == "queue" else {}
+    def test_more_weight_than_time_stops_no_worker(self, app: Celery, jobs: Jobs, journal: Journal) -> None:
+        assert limited.heavy.delay(journal.path).get(timeout=60) == "heavy"
+        waiting = limited.heavy.delay(journal.path)
+        assert limited.charge.delay(journal.path, "after").get(timeout=60) == "after"
+        assert jobs.of(waiting).state is State.BLOCKED
+        waiting.revoke()
+
+    def test_no_window_has_more_than_the_rate(self, app: Celery, jobs: Jobs, journal: Journal) -> None:
+        """Of a limit, of Celery's rate limits for the fleet, and of a queue's."""
         with bulk():
-            sent = [task.apply_async((journal.path, "call"), **options) for _ in range(18)]
-        assert [one.get(timeout=60) for one in sent] == ["call"] * 18
-        assert most_in(claims(jobs, sent), 1.0) <= 10
-        # Inside the tasks: as late as a busy machine may have begun some of them.
-        starts = [start for _, start, _ in runs(journal)]
-        assert most_in(starts, 1.0) <= 15
-        assert max(starts) - min(starts) > 1.0
+            sent = [
+                [limited.call.delay(journal.path, "limit") for _ in range(15)],
+                [limited.celerys.delay(journal.path, "celery") for _ in range(15)],
+                [limited.plain.apply_async((journal.path, "queue"), queue="slow") for _ in range(15)],
+            ]
+        names = ("limit", "celery", "queue")
+        for name, results in zip(names, sent, strict=True):
+            assert [one.get(timeout=60) for one in results] == [name] * 15
+        for name, results in zip(names, sent, strict=True):
+            assert most_in(claims(jobs, results), 1.0) <= 10
+            # Inside the tasks: as late as a busy machine may have begun some of them.
+            starts = [start for line, start, _ in runs(journal) if line == name]
+            assert most_in(starts, 1.0) <= 14
+            assert max(starts) - min(starts) > 1.0
 
     def test_a_queue_has_a_number_for_all_workers(self, app: Celery, journal: Journal) -> None:
         sent = [limited.plain.apply_async((journal.path, "job"), queue="narrow") for _ in range(10)]
@@ -128,16 +165,19 @@ class TestTwoWorkers:
         assert most(found) <= 2
         assert most([one for one in found if one[0] == '"a"']) == 1
 
-    @pytest.mark.parametrize("task", [limited.refused, limited.refused_and_retried])
-    def test_a_service_that_refuses_is_left_alone(self, app: Celery, jobs: Jobs, journal: Journal, task: Any) -> None:
-        sent = [task.delay(journal.path, task.name) for _ in range(4)]
-        assert [one.get(timeout=60) for one in sent] == [0, 0, 0, 0]
-        found = sorted(start for _, start, _ in runs(journal))
-        assert len(found) == 5
-        assert found[1] - found[0] >= 0.95
-        first = [jobs.of(one) for one in sent]
-        assert sorted(job.attempts for job in first) == [1, 1, 1, 2]
-        assert {job.crashes for job in first} == {0}
+    def test_a_service_that_refuses_is_left_alone(self, app: Celery, jobs: Jobs, tmp_path: Path) -> None:
+        tasks = (limited.refused, limited.refused_and_retried)
+        journals = [Journal(tmp_path / task.name) for task in tasks]
+        pairs = list(zip(tasks, journals, strict=True))
+        sent = [[task.delay(journal.path, task.name) for _ in range(4)] for task, journal in pairs]
+        for results, journal in zip(sent, journals, strict=True):
+            assert [one.get(timeout=60) for one in results] == [0, 0, 0, 0]
+            starts = sorted(start for _, start, _ in runs(journal))
+            assert len(starts) == 5
+            assert starts[1] - starts[0] >= 0.95
+            found = [jobs.of(one) for one in results]
+            assert sorted(job.attempts for job in found) == [1, 1, 1, 2]
+            assert {job.crashes for job in found} == {0}
 
     def test_a_retry_frees_its_slot(self, app: Celery, jobs: Jobs, journal: Journal) -> None:
         first = limited.again.delay(journal.path, "a", 1)
@@ -231,18 +271,20 @@ class TestTwoWorkers:
         for line in "ab":
             assert most([one for one in found if one[0] == line]) == 1
 
-    @pytest.mark.parametrize("text", ["x" * 5000, "ü\U0001f600" * 60, "a\0b", "{0}{x}", "%s", "", "\ud800", "#", "\n"])
-    def test_any_text_is_a_key(self, app: Celery, text: str) -> None:
-        sent = [limited.by_key.delay(text) for _ in range(2)]
-        sent += [limited.anything.delay(account=text) for _ in range(2)]
-        expected: list[Any] = [[[text], {}]] * 2
-        assert [one.get(timeout=60) for one in sent] == expected + [[[], {"account": text}]] * 2
+    def test_any_text_is_a_key(self, app: Celery) -> None:
+        texts = ["x" * 5000, "ü\U0001f600" * 60, "a\0b", "{0}{x}", "%s", "", "\ud800", "#", "\n"]
+        sent = [(limited.by_key.delay(text), limited.anything.delay(account=text)) for text in texts * 2]
+        for text, (by_key, by_field) in zip(texts * 2, sent, strict=True):
+            assert by_key.get(timeout=60) == [[text], {}]
+            assert by_field.get(timeout=60) == [[], {"account": text}]
 
-    @pytest.mark.parametrize("value", [None, 1, 1.5, True, [1, [2]], {"a": {"b": []}}, "x"])
-    def test_any_argument_is_a_key(self, app: Celery, journal: Journal, value: Any) -> None:
-        sent = [limited.charge.delay(journal.path, account=value) for _ in range(2)]
-        assert [one.get(timeout=60) for one in sent] == [value] * 2
-        assert most(runs(journal)) == 1
+    def test_any_argument_is_a_key(self, app: Celery, tmp_path: Path) -> None:
+        values = [None, 1, 1.5, True, [1, [2]], {"a": {"b": []}}, "x"]
+        journals = [Journal(tmp_path / str(number)) for number in range(len(values))]
+        pairs = list(zip(values, journals, strict=True))
+        sent = [limited.charge.delay(journal.path, account=value) for value, journal in pairs * 2]
+        assert [one.get(timeout=60) for one in sent] == values * 2
+        assert {most(runs(journal)) for journal in journals} == {1}
 
     def test_ways_to_send(self, app: Celery, jobs: Jobs, journal: Journal) -> None:
         call: dict[str, Any] = {"args": (journal.path, "w")}
@@ -278,32 +320,22 @@ WRONG = """
 from celery import shared_task
 from kathikon_celery import Limit
 
-@shared_task(limits=[{}])
+@shared_task(limits=[Limit('a:{acount}', concurrency=1)])
 def charge(account, amount):
     pass
 """
 
 
-MISSPELT = (
-    "task proj.tasks.charge: limit 'a:{acount}' names {acount}, and the task has account, amount; did you mean account?"
-)
-
-
-@pytest.mark.parametrize(
-    ("definition", "said"),
-    [
-        ("Limit('a:{acount}', concurrency=1)", MISSPELT),
-        ("Limit('a', rate='10/x')", "limit 'a': a rate such as"),
-        ("'a'", "task proj.tasks.charge: limits are a list of Limit(…), not of 'a'"),
-    ],
-)
 @on_one_database
-def test_a_wrong_limit_ends_the_worker(project: Project, database_url: str, definition: str, said: str) -> None:
-    project.write("proj/tasks.py", WRONG.format(definition))
+def test_a_wrong_limit_ends_the_worker(project: Project, database_url: str) -> None:
+    project.write("proj/tasks.py", WRONG)
     with pytest.raises(AssertionError) as caught, project.worker():
         pass
-    assert said in str(caught.value)
     assert "exited with 1" in str(caught.value)
+    assert (
+        "task proj.tasks.charge: limit 'a:{acount}' names {acount}, and the task has account, amount;"
+        " did you mean account?"
+    ) in str(caught.value)
 
 
 @on_one_database

@@ -39,9 +39,19 @@ def visit(path: str, tenant: str, seconds: float = 0.05) -> str:
     return work(path, tenant, seconds)
 
 
+@shared_task(limits=[Limit("turn:{key}", concurrency=1), Limit("turns", rate="10/s")])
+def take_turn(path: str, key: str) -> str:
+    return work(path, key, 0.0)
+
+
 @shared_task(limits=Limit("weights", concurrency=4, weight=lambda path, size: size))
 def carry(path: str, size: int) -> str:
     return work(path, str(size))
+
+
+@shared_task(limits=[Limit("heavy:{path}", rate="1/d", weight=lambda path: 1_000_000_000)])
+def heavy(path: str) -> str:
+    return work(path, "heavy", 0.0)
 
 
 @shared_task(limits=[Limit("api", rate="10/s")])

@@ -76,7 +76,9 @@ def test_a_wrong_definition_says_what_is_allowed(given: dict[str, Any], said: st
     assert str(caught.value) == said
 
 
-@pytest.mark.parametrize("rate", ["nan/s", "inf", "-1/m", "1/0", "/m", "", True, [], "1000001/s", "٣/x", "1e400"])
+@pytest.mark.parametrize(
+    "rate", ["nan/s", "inf", "-1/m", "1/0", "/m", "", True, [], "1000001/s", "٣/x", "1e400", "1e-320", "1e-9/d"]
+)
 def test_no_rate(rate: Any) -> None:
     with pytest.raises(LimitError, match="a rate such as"):
         Limit("a", rate=rate)
