@@ -121,7 +121,7 @@ IN_USE = or_(_RUNS, _LIVES)
 _LINE = (
     select(jobs.c.limits, jobs.c.queue)
     .where(BLOCKED, jobs.c.gate == _KEY)
-    .order_by(jobs.c.queue, desc(jobs.c.priority), jobs.c.seq)
+    .order_by(jobs.c.queue, desc(jobs.c.priority), jobs.c.available_at, jobs.c.seq)
     .limit(1)
     .correlate(_KEYS)
 )
@@ -365,7 +365,7 @@ _LEFT = _ROOM - _offered(OFFERED, jobs.c.line) - _offered(OFFERED_LATER, jobs.c.
 _NEXT = (
     select(jobs.c.seq)
     .where(BLOCKED, jobs.c.gate == bindparam("of_gate", type_=jobs.c.gate.type), _IN_QUEUE)
-    .order_by(desc(jobs.c.priority), jobs.c.seq)
+    .order_by(desc(jobs.c.priority), jobs.c.available_at, jobs.c.seq)
     .limit(case((_LEFT > 0, _LEFT), else_=0))
 )
 _PICK_NEXT = Pick(jobs, (_NEXT,), "kathikon_jobs_blocked")
@@ -377,7 +377,7 @@ _NEXT_HEAD = (
         jobs.c.gate == bindparam("of_gate", type_=jobs.c.gate.type),
         jobs.c.queue > bindparam("of_queue", type_=jobs.c.queue.type),
     )
-    .order_by(jobs.c.queue, desc(jobs.c.priority), jobs.c.seq)
+    .order_by(jobs.c.queue, desc(jobs.c.priority), jobs.c.available_at, jobs.c.seq)
     .limit(1)
 )
 

@@ -117,7 +117,13 @@ def _order(state: State | None) -> tuple[TextClause | None, list[_By]]:
         claimed_first: list[_By] = [(jobs.c.priority, True), (jobs.c.available_at, False), (jobs.c.seq, False)]
         return READY, [(jobs.c.queue, False), *claimed_first]
     if state is State.BLOCKED:
-        return BLOCKED, [(jobs.c.gate, False), (jobs.c.queue, False), (jobs.c.priority, True), (jobs.c.seq, False)]
+        return BLOCKED, [
+            (jobs.c.gate, False),
+            (jobs.c.queue, False),
+            (jobs.c.priority, True),
+            (jobs.c.available_at, False),
+            (jobs.c.seq, False),
+        ]
     if state in HELD_STATES:
         return HELD, [(jobs.c.node_id, False), (jobs.c.seq, False)]
     return None, [(jobs.c.seq, False)]

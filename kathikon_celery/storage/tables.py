@@ -141,6 +141,7 @@ Index(
     jobs.c.gate,
     jobs.c.queue,
     desc(jobs.c.priority),
+    jobs.c.available_at,
     jobs.c.seq,
     postgresql_where=BLOCKED,
     sqlite_where=BLOCKED,

@@ -176,9 +176,12 @@ def claimed(*where: Condition) -> Change:
 
 def parked() -> Change:
     """The held rows, whose tasks have not begun, wait in the line of the limit ``at_gate``."""
+    gate = bindparam("at_gate", type_=jobs.c.gate.type)
     values = {
         "state": State.BLOCKED.value,
-        "gate": bindparam("at_gate", type_=jobs.c.gate.type),
+        "gate": gate,
+        # In its own line it is where it was; in the line of a limit of others, behind those that came before.
+        "available_at": case((gate == jobs.c.line, jobs.c.inserted_at), else_=jobs.c.available_at),
         "node_id": null(),
         "claimed_at": null(),
         "fence": next_fence(jobs),

@@ -101,7 +101,6 @@ class TestTwoWorkers:
         for key in "abcd":
             assert most([one for one in found if one[0] == key]) == 1
 
-    @pytest.mark.xfail(reason="in the line of a rate the job that was sent first is first, whatever its other key")
     def test_keys_take_turns_in_the_line_of_a_rate(self, app: Celery, journal: Journal) -> None:
         with bulk():
             sent = [limited.take_turn.delay(journal.path, key) for key in "a" * 12 + "b" * 2]
@@ -110,7 +109,6 @@ class TestTwoWorkers:
         assert "bb" not in order
         assert order.rindex("b") < 8
 
-    @pytest.mark.xfail(reason="nothing deletes the rows of keys and slots that were used once")
     def test_keys_that_are_not_used_leave_no_rows(self, app: Celery, jobs: Jobs) -> None:
         sent = [limited.by_key.delay(f"once {number}") for number in range(30)]
         assert len([one.get(timeout=60) for one in sent]) == 30

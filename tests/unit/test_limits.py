@@ -15,7 +15,7 @@ from celery.exceptions import Retry
 from kathikon_celery import Limit, RateLimited
 from kathikon_celery.job import Job, Use
 from kathikon_celery.limits import LimitError, limits_of
-from kathikon_celery.publish.limiting import AppLimits, limit
+from kathikon_celery.publish.limiting import AppLimits, mark
 from tests.support.apps import create_app
 
 
@@ -292,7 +292,7 @@ class TestMessages:
 
             def publish(message: Any, exchange: str, routing_key: str, **kwargs: Any) -> None:
                 job = Job(id="one", task=charge.name, queue=routing_key)
-                limit(app, job, message)
+                mark(app, job, message)
                 found.append(job.limits)
 
             channel.basic_publish, channel.body_encoding = publish, None
@@ -309,7 +309,7 @@ class TestMessages:
         body = pickle.dumps((("a",), {}, {}))
         message = {"body": body, "content-type": "application/x-python-serialize", "content-encoding": "binary"}
         with pytest.raises(LimitError, match=r"^task charge: its limits need its arguments, which cannot be read: "):
-            limit(app, Job(id="one", task="charge", queue="default"), message)
+            mark(app, Job(id="one", task="charge", queue="default"), message)
 
 
 def test_an_app_is_not_kept() -> None:

@@ -23,7 +23,9 @@ def upgrade() -> None:
     """Add columns, indexes and tables. Workers of older versions know no limits: they run what has left the lines."""
     for name, kind in (("limits", Long), ("line", Name), ("gate", Name)):
         op.add_column("kathikon_jobs", sa.Column(name, kind))
-    _index("kathikon_jobs_blocked", ["gate", "queue", sa.text("priority DESC"), "seq"], "state = 'blocked'")
+    _index(
+        "kathikon_jobs_blocked", ["gate", "queue", sa.text("priority DESC"), "available_at", "seq"], "state = 'blocked'"
+    )
     _index("kathikon_jobs_offered", ["line", "queue"], OFFERED)
     _index("kathikon_jobs_offered_later", ["gate", "queue"], "gate <> line AND state = 'available'")
     _index("kathikon_jobs_expiring_blocked", ["expires_at"], "expires_at IS NOT NULL AND state = 'blocked'")
