@@ -22,7 +22,7 @@ from tests.support.waiting import wait_until
 pytest.importorskip("playwright")
 pytest.importorskip("starlette")
 
-PAGES = ("/", "/queues", "/jobs", "/jobs?state=dead", "/workers", "/schedules", "/acts")
+PAGES = ("/", "/queues", "/jobs", "/jobs?state=dead", "/workers", "/schedules", "/limits", "/acts")
 #: Where the pictures of the docs are written, if they are wanted.
 PICTURES = os.environ.get("KATHIKON_TEST_PICTURES")
 

@@ -15,7 +15,8 @@ import pytest
 from celery import Celery
 
 from kathikon_celery import Kathikon
-from kathikon_celery.job import State
+from kathikon_celery.job import Job, State, Use
+from kathikon_celery.storage import limits
 from tests.integration.conftest import on_one_database
 from tests.support import apps
 from tests.support.dashboards import Dashboard
@@ -389,3 +390,31 @@ def test_secrets_in_a_canvas(client: Celery) -> None:
         for one in sent:
             page = httpx.get(f"{root}/job", params={"id": one.id}, auth=("ada", "secret"))
             assert (page.status_code, "s3cret" in page.text, "bob" in page.text) == (200, False, True)
+
+
+def test_limits_are_seen_set_and_reset(client: Celery) -> None:
+    testing = pytest.importorskip("starlette.testclient")
+    operator = Kathikon(client)
+    use = Use("account:7", "account:{account}", 1, 1, None, 1.0, 1)
+    limits.define(operator.storage.database, [use])
+    for number in range(3):
+        operator.storage.insert(Job(id=str(number), queue="mail", task="proj.send", limits=(use,)))
+    dashboard = web.create_app(client, auth=lambda request: web.User("ada"), live=False)
+    browser = testing.TestClient(dashboard, base_url="https://testserver")
+    page = browser.get("/limits?limit=account:{account}")
+    assert page.status_code == 200
+    assert "Keys of account:{account}" in page.text
+    assert "1 at once" in page.text
+    assert "account:7" in page.text
+    assert ">2</a>" in browser.get("/queues").text
+    assert "wait for limits" in browser.get("/").text
+    assert browser.get("/jobs?state=blocked").text.count('<tr id="job-') == 2
+    form = {"token": form_token(page), "verb": "set", "name": "account:{account}", "concurrency": "2", "rate": "60/m"}
+    assert "account:{account}: 2 at once, 60/m." in browser.post("/act/limit", data=form).text
+    assert (
+        "a concurrency is a whole number from 0" in browser.post("/act/limit", data={**form, "concurrency": "x"}).text
+    )
+    assert operator.limits.get("account:{account}").operator == "ada"
+    assert "was reset" in browser.post("/act/limit", data={**form, "verb": "reset"}).text
+    assert "count already" in browser.post("/act/limit", data={**form, "verb": "reset"}).text
+    assert browser.get("/limits?limit=none").status_code == 404
