@@ -109,7 +109,7 @@ def keys_of(batch: Iterable[Job]) -> set[str]:
 
 # --- what there is room for
 
-_KEYS = rows_of("keys")
+_KEYS = rows_of("keys", hides_length=True)
 _KEY: ColumnElement[str] = _KEYS.c.value
 _RUNS = exists().where(jobs.c.seq == slots.c.seq, jobs.c.fence == slots.c.fence, jobs.c.node_id.is_not(None))
 _LIVES = and_(slots.c.node_id.is_not(None), exists().where(nodes.c.id == slots.c.node_id))
