@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from sqlalchemy import BigInteger, Dialect, Integer, String, Text, bindparam, column
+from sqlalchemy import BigInteger, Dialect, Integer, String, Text, bindparam, column, select
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import FunctionElement, TableValuedAlias
@@ -52,10 +52,17 @@ def _(element: _rows_of, compiler: Any, **options: Any) -> str:
     return f"unnest({compiler.process(element.clauses, **options)})"
 
 
-def rows_of(parameter: str) -> TableValuedAlias:
-    """Return the parameter, a list of texts of any length, as a table with the column ``value``."""
+def rows_of(parameter: str, hides_length: bool = False) -> TableValuedAlias:
+    """Return the parameter, a list of texts of any length, as a table with the column ``value``.
+
+    *hides_length*: PostgreSQL's planner does not look at the list. If it does, it finds that a plan for a short list
+    costs less than the plan for all lists, and plans such a statement each time, which may take longer than to run it.
+    """
+    given: Any = bindparam(parameter, type_=_Texts())
+    if hides_length:
+        given = select(given).scalar_subquery()
     # PostgreSQL calls the column by the table's name.
-    return _rows_of(bindparam(parameter, type_=_Texts())).table_valued(column("value", Text()), name="value")
+    return _rows_of(given).table_valued(column("value", Text()), name="value")
 
 
 #: A counter: SQLite numbers rows only in a column that it calls INTEGER.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -112,7 +112,7 @@ def keys_of(batch: Iterable[Job]) -> set[str]:
 
 # --- what there is room for
 
-_KEYS = rows_of("keys")
+_KEYS = rows_of("keys", hides_length=True)
 _KEY: ColumnElement[str] = _KEYS.c.value
 _RUNS = exists().where(jobs.c.seq == slots.c.seq, jobs.c.fence == slots.c.fence, jobs.c.node_id.is_not(None))
 _LIVES = and_(slots.c.node_id.is_not(None), exists().where(nodes.c.id == slots.c.node_id))
@@ -135,7 +135,12 @@ def _set_or(name: str) -> ColumnElement[Any]:
 
 def _looking(with_lines: bool) -> Any:
     """SELECT what `Room` knows of each of ``keys``."""
-    in_use = select(func.coalesce(func.sum(case((IN_USE, slots.c.weight), else_=0)), 0)).where(slots.c.key == _KEY)
+    # Joins: PostgreSQL takes several times as long for the conditions of `IN_USE`.
+    runs = and_(jobs.c.seq == slots.c.seq, jobs.c.fence == slots.c.fence, jobs.c.node_id.is_not(None))
+    held = slots.outerjoin(jobs, runs).outerjoin(nodes, nodes.c.id == slots.c.node_id)
+    is_in_use = or_(jobs.c.seq.is_not(None), nodes.c.id.is_not(None))
+    in_use = select(func.coalesce(func.sum(case((is_in_use, slots.c.weight), else_=0)), 0))
+    in_use = in_use.select_from(held).where(slots.c.key == _KEY)
     taken = select(func.coalesce(func.sum(slots.c.weight), 0)).where(slots.c.key == _KEY)
     columns: list[Any] = [
         _KEY,
@@ -182,7 +187,25 @@ _SLOT = {
     "node_id": bindparam("of_node", type_=BigInteger()),
     "weight": bindparam("of_weight", type_=Integer()),
 }
-_TAKE = insert(slots).values(_SLOT)
+#: So many slots are taken in one statement, at most.
+TAKEN_AT_ONCE = 20
+
+
+@lru_cache(maxsize=TAKEN_AT_ONCE)
+def _take(number: int) -> Any:
+    """INSERT of so many slots; the parameters of each end in its place."""
+    types = {name: bind.type for name, bind in _SLOT.items()}
+    rows = [{name: bindparam(f"{name}_{one}", type_=kind) for name, kind in types.items()} for one in range(number)]
+    return insert(slots).values(rows)
+
+
+def _take_all(connection: Connection, taken: list[dict[str, Any]]) -> None:
+    for start in range(0, len(taken), TAKEN_AT_ONCE):
+        some = taken[start : start + TAKEN_AT_ONCE]
+        values = {f"{name}_{place}": value for place, one in enumerate(some) for name, value in one.items()}
+        prepared.count(connection, _take(len(some)), values)
+
+
 _CHARGE = (
     update(limit_keys)
     .where(limit_keys.c.key == bindparam("of_key"))
@@ -319,10 +342,9 @@ def _admit(database: Database, connection: Connection, limited: list[Job]) -> se
                 continue
             for use in job.limits:
                 known[use.key].take(use.weight)
-                of_run = {"of_seq": job.seq, "of_fence": job.fence, "of_node": None}
-                taken.append({"of_key": use.key, "of_weight": use.weight, **of_run})
-        if taken:
-            prepared.many(connection, _TAKE, taken)
+                of_run = {"seq": job.seq, "fence": job.fence, "node_id": None}
+                taken.append({"key": use.key, "weight": use.weight, **of_run})
+        _take_all(connection, taken)
         for one in known.values():
             if one.is_charged:
                 values = {"of_key": one.key, "token": one.state, "wake": one.next_room(1)}
@@ -410,7 +432,13 @@ def offer_by(database: Database, connection: Connection, keys: Collection[str]) 
         # Jobs that have waited in another line already come before those of that line: so a key with many jobs does not
         # pass all others at the limit that they share.
         lines.sort(key=lambda line: -line.depth)
-        return sum(line.let_out(database, connection) for line in lines)
+        let_out = Counter[str]()
+        for line in lines:
+            let_out.update(line.let_out(database, connection))
+        for queue, number in let_out.items():
+            if number:
+                database.dialect.wake(connection, [queue], number)
+        return let_out.total()
 
 
 def _look_at_lines(connection: Connection, keys: list[str]) -> list[Room]:
@@ -453,20 +481,17 @@ class _Line:
             prepared.count(connection, _WAKE, {"of_key": self.key, "wake": self._alarm})
             database.dialect.ring(connection)
 
-    def let_out(self, database: Database, connection: Connection) -> int:
-        """Let as many jobs of each queue out as there is room for; return their number."""
-        number = 0
+    def let_out(self, database: Database, connection: Connection) -> dict[str, int]:
+        """Let as many jobs of each queue out as there is room for; return their numbers."""
+        numbers = {}
         for queue, room in self._rooms.items():
-            if not room:
-                continue
-            which = database.events.which()
-            values = {"of_gate": self.key, "of_queue": queue, "room": room}
-            taken = database.dialect.pick_and_change(connection, _OFFERED, _PICK_NEXT, (), values, which=which)
-            database.events.entered(connection, which, State.AVAILABLE)
-            if taken.number:
-                database.dialect.wake(connection, [queue], taken.number)
-            number += taken.number
-        return number
+            if room:
+                which = database.events.which()
+                values = {"of_gate": self.key, "of_queue": queue, "room": room}
+                taken = database.dialect.pick_and_change(connection, _OFFERED, _PICK_NEXT, (), values, which=which)
+                database.events.entered(connection, which, State.AVAILABLE)
+                numbers[queue] = taken.number
+        return numbers
 
 
 def _use_of(text: str | None, key: str) -> tuple[Use, int]:

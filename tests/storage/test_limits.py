@@ -509,7 +509,9 @@ def test_a_bulk_lets_out_what_has_room(storage: Storage, worker: Worker) -> None
     storage.insert_many(
         [new_job(str(number), limits=(of(f"k:{number % 3}", 1),) if number % 2 else ()) for number in range(12)]
     )
-    assert ids_of(worker.claim(20)) == ["0", "2", "4", "6", "8", "10", "1", "3", "5"]
+    found = ids_of(worker.claim(20))
+    assert found[:6] == ["0", "2", "4", "6", "8", "10"]
+    assert sorted(found[6:]) == ["1", "3", "5"]
 
 
 def test_the_same_publication_again_changes_nothing(storage: Storage, worker: Worker) -> None:
