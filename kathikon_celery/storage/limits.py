@@ -38,7 +38,6 @@ from sqlalchemy import (
     false,
     func,
     insert,
-    literal_column,
     null,
     or_,
     select,
@@ -331,7 +330,7 @@ def _admit(database: Database, connection: Connection, limited: list[Job]) -> se
     uses = {use.key: use for job in limited for use in job.limits}
     parked: defaultdict[str, list[Hold]] = defaultdict(list)
     taken = []
-    with database.dialect.atomic(connection):
+    with database.dialect.atomic(connection, is_planned=True):
         known = _locked(connection, uses)
         if known is None:
             return None
@@ -377,20 +376,40 @@ _TAKE_AGAIN = Upsert(slots, (slots.c.key, slots.c.seq, slots.c.fence), _SLOT)
 
 
 def _offered(condition: Any, column: Any) -> Any:
-    found: Any = select(literal_column("1")).where(condition, column == bindparam("of_gate"), _IN_QUEUE).limit(_ROOM)
+    # In the order of the index, so that no planner reads the table instead: nearly all rows may fit.
+    found: Any = select(jobs.c.seq).where(condition, column == bindparam("of_gate"), _IN_QUEUE)
+    found = found.order_by(jobs.c.available_at).limit(_ROOM)
     return select(func.count()).select_from(found.subquery()).scalar_subquery()
 
 
 _IN_QUEUE = jobs.c.queue == bindparam("of_queue", type_=jobs.c.queue.type)
 _ROOM = bindparam("room", type_=Integer())
-_LEFT = _ROOM - _offered(OFFERED, jobs.c.line) - _offered(OFFERED_LATER, jobs.c.gate)
+_LEFT = select(
+    (_ROOM - _offered(OFFERED, jobs.c.line) - _offered(OFFERED_LATER, jobs.c.gate)).label("number")
+).subquery()
 _NEXT = (
     select(jobs.c.seq)
     .where(BLOCKED, jobs.c.gate == bindparam("of_gate", type_=jobs.c.gate.type), _IN_QUEUE)
     .order_by(desc(jobs.c.priority), jobs.c.available_at, jobs.c.seq)
-    .limit(case((_LEFT > 0, _LEFT), else_=0))
+    .limit(select(case((_LEFT.c.number > 0, _LEFT.c.number), else_=0)).scalar_subquery())
 )
 _PICK_NEXT = Pick(jobs, (_NEXT,), "kathikon_jobs_blocked")
+
+
+def _heads() -> Any:
+    """SELECT the first job of the line of each of ``keys`` from which none has been let out."""
+    other = jobs.alias("other")
+    first = select(other.c.seq).where(BLOCKED, other.c.gate == _KEY)
+    first = first.order_by(other.c.queue, desc(other.c.priority), other.c.available_at, other.c.seq).limit(1)
+    is_any_out = or_(
+        exists().where(OFFERED, other.c.line == _KEY).correlate(_KEYS),
+        exists().where(OFFERED_LATER, other.c.gate == _KEY).correlate(_KEYS),
+    )
+    found = select(first.correlate(_KEYS).scalar_subquery()).select_from(_KEYS).where(~is_any_out)
+    return select(jobs.c.seq).where(BLOCKED, jobs.c.seq.in_(found))
+
+
+_PICK_HEADS = Pick(jobs, (_heads(),), "kathikon_jobs_blocked")
 _OFFERED = transitions.offered()
 _NEXT_HEAD = (
     select(jobs.c.queue, jobs.c.limits)
@@ -425,7 +444,7 @@ def offer_by(database: Database, connection: Connection, keys: Collection[str]) 
     lines = [_Line(connection, one) for one in looked if one.head is not None or one.wake_at is not None]
     if not lines:
         return 0
-    with database.dialect.atomic(connection):
+    with database.dialect.atomic(connection, is_planned=True):
         if not database.is_guest:
             for line in lines:  # this locks their keys, in order
                 line.set_alarm(database, connection)
@@ -433,6 +452,10 @@ def offer_by(database: Database, connection: Connection, keys: Collection[str]) 
         # pass all others at the limit that they share.
         lines.sort(key=lambda line: -line.depth)
         let_out = Counter[str]()
+        single = [line.key for line in lines if line.lets_out_one and line.depth == lines[0].depth]
+        if len(single) > 1:
+            let_out.update(_let_out_heads(database, connection, single))
+            lines = [line for line in lines if line.key not in single]
         for line in lines:
             let_out.update(line.let_out(database, connection))
         for queue, number in let_out.items():
@@ -481,6 +504,11 @@ class _Line:
             prepared.count(connection, _WAKE, {"of_key": self.key, "wake": self._alarm})
             database.dialect.ring(connection)
 
+    @property
+    def lets_out_one(self) -> bool:
+        """Whether there is room for one job, and all jobs of the line are in one queue."""
+        return list(self._rooms.values()) == [1]
+
     def let_out(self, database: Database, connection: Connection) -> dict[str, int]:
         """Let as many jobs of each queue out as there is room for; return their numbers."""
         numbers = {}
@@ -492,6 +520,16 @@ class _Line:
                 database.events.entered(connection, which, State.AVAILABLE)
                 numbers[queue] = taken.number
         return numbers
+
+
+def _let_out_heads(database: Database, connection: Connection, keys: list[str]) -> Counter[str]:
+    """Let the first job out of each of these lines, unless one is out; return the number of jobs of each queue."""
+    which = database.events.which()
+    taken = database.dialect.pick_and_change(
+        connection, _OFFERED, _PICK_HEADS, (jobs.c.queue,), {"keys": sorted(keys)}, which=which
+    )
+    database.events.entered(connection, which, State.AVAILABLE)
+    return Counter(queue for (queue,) in taken.rows)
 
 
 def _use_of(text: str | None, key: str) -> tuple[Use, int]:
@@ -578,6 +616,7 @@ def define(database: Database, uses: Iterable[Use]) -> None:
             database.dialect.upsert_many(connection, _DEFINE, rows)
 
     if rows:
+        database.knows_limits = True
         database.patiently(write, patient=False)
 
 

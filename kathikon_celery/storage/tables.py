@@ -146,11 +146,19 @@ Index(
     postgresql_where=BLOCKED,
     sqlite_where=BLOCKED,
 )
-Index("kathikon_jobs_offered", jobs.c.line, jobs.c.queue, postgresql_where=OFFERED, sqlite_where=OFFERED)
+Index(
+    "kathikon_jobs_offered",
+    jobs.c.line,
+    jobs.c.queue,
+    jobs.c.available_at,
+    postgresql_where=OFFERED,
+    sqlite_where=OFFERED,
+)
 Index(
     "kathikon_jobs_offered_later",
     jobs.c.gate,
     jobs.c.queue,
+    jobs.c.available_at,
     postgresql_where=OFFERED_LATER,
     sqlite_where=OFFERED_LATER,
 )

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 from celery import Celery, chain, chord, group
-from sqlalchemy import create_engine, func, select
+from sqlalchemy import create_engine
 
 from kathikon_celery import bulk, enqueue_in
 from kathikon_celery.job import State
 from kathikon_celery.limits import LimitError
-from kathikon_celery.storage.tables import limit_keys, slots
 from tests.integration.conftest import Jobs, Journal, Workers, client_of, on_one_database
 from tests.support import limited
 from tests.support.projects import Project
@@ -108,18 +107,6 @@ class TestTwoWorkers:
         order = "".join(name for name, _, _ in sorted(runs(journal), key=lambda run: run[1]))
         assert "bb" not in order
         assert order.rindex("b") < 8
-
-    def test_keys_that_are_not_used_leave_no_rows(self, app: Celery, jobs: Jobs) -> None:
-        sent = [limited.by_key.delay(f"once {number}") for number in range(30)]
-        assert len([one.get(timeout=60) for one in sent]) == 30
-
-        def left() -> int:
-            with jobs.storage.database.read() as connection:
-                of_keys = select(func.count()).where(limit_keys.c.key.startswith("first:once"))
-                of_slots = select(func.count()).where(slots.c.key.startswith("first:once"))
-                return sum(connection.execute(one).scalar_one() for one in (of_keys, of_slots))
-
-        wait_until(lambda: not left(), 2.0, "no row of these keys")
 
     def test_a_job_counts_for_its_weight(self, app: Celery, journal: Journal) -> None:
         sent = [limited.carry.delay(journal.path, size) for size in (2, 2, 2, 2, 4, 9, 1, 1, 1, 1, 3)]

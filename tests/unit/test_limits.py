@@ -308,7 +308,9 @@ class TestMessages:
 
         body = pickle.dumps((("a",), {}, {}))
         message = {"body": body, "content-type": "application/x-python-serialize", "content-encoding": "binary"}
-        with pytest.raises(LimitError, match=r"^task charge: its limits need its arguments, which cannot be read: "):
+        with pytest.raises(
+            LimitError, match=r"^task charge: its limits and its unique key need its arguments, which cannot be read: "
+        ):
             mark(app, Job(id="one", task="charge", queue="default"), message)
 
 

@@ -162,6 +162,10 @@ class Dialect(ABC):
         """Begin a transaction that writes."""
         prepared.plain(connection, "BEGIN")
 
+    def begin_planned(self, connection: Connection) -> None:
+        """`begin` a transaction whose statements keep their first plans: none of them depends on its parameters."""
+        self.begin(connection)
+
     def commit(self, connection: Connection) -> None:
         """Commit the transaction. Its verbs' calls are made now, or when `writing` ends."""
         prepared.plain(connection, "COMMIT")
@@ -171,10 +175,10 @@ class Dialect(ABC):
         prepared.plain(connection, "ROLLBACK")
 
     @contextmanager
-    def transaction(self, connection: Connection) -> Iterator[None]:
-        """A transaction that writes; it is rolled back when an error is raised."""
+    def transaction(self, connection: Connection, is_planned: bool = False) -> Iterator[None]:
+        """A transaction that writes; it is rolled back when an error is raised. *is_planned*: see `begin_planned`."""
         try:
-            self.begin(connection)
+            (self.begin_planned if is_planned else self.begin)(connection)
             yield
             self.commit(connection)
         except BaseException:
@@ -183,10 +187,13 @@ class Dialect(ABC):
                     self.roll_back(connection)
             raise
 
-    def atomic(self, connection: Connection) -> AbstractContextManager[None]:
-        """Return the context of a verb that takes several statements: a transaction, unless its caller has one."""
+    def atomic(self, connection: Connection, is_planned: bool = False) -> AbstractContextManager[None]:
+        """Return the context of a verb that takes several statements: a transaction, unless its caller has one.
+
+        *is_planned*: see `begin_planned`.
+        """
         is_alone = self.is_at_rest(connection.connection.driver_connection)
-        return self.transaction(connection) if is_alone else nullcontext()
+        return self.transaction(connection, is_planned) if is_alone else nullcontext()
 
     def flush(self, kept: dict[Any, Any]) -> None:
         """Wait until the last commit is on disk, if the commit itself does not. Raises `Unavailable`.

@@ -434,6 +434,12 @@ class PostgreSQL(ReturningDialect):
         else:
             prepared.plain(connection, sessions.BEGIN)
 
+    def begin_planned(self, connection: Connection) -> None:
+        if self.shares_sessions:  # then nothing is prepared
+            self.begin(connection)
+        else:
+            prepared.plain(connection, sessions.BEGIN, "SET LOCAL plan_cache_mode = force_generic_plan")
+
     def is_at_rest(self, connection: Any) -> bool:
         return connection.pgconn.transaction_status == IDLE  # type: ignore[no-any-return]
 

@@ -26,8 +26,8 @@ def upgrade() -> None:
     _index(
         "kathikon_jobs_blocked", ["gate", "queue", sa.text("priority DESC"), "available_at", "seq"], "state = 'blocked'"
     )
-    _index("kathikon_jobs_offered", ["line", "queue"], OFFERED)
-    _index("kathikon_jobs_offered_later", ["gate", "queue"], "gate <> line AND state = 'available'")
+    _index("kathikon_jobs_offered", ["line", "queue", "available_at"], OFFERED)
+    _index("kathikon_jobs_offered_later", ["gate", "queue", "available_at"], "gate <> line AND state = 'available'")
     _index("kathikon_jobs_expiring_blocked", ["expires_at"], "expires_at IS NOT NULL AND state = 'blocked'")
     op.create_table(
         "kathikon_limits",
