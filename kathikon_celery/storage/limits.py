@@ -541,8 +541,7 @@ def _use_of(text: str | None, key: str) -> tuple[Use, int]:
     return found or (Use(key, key, concurrency=1), 0)  # a corrupt row: the worker will say so
 
 
-_WAKES = select(seconds_until(limit_keys.c.wake_at)).where(limit_keys.c.wake_at.is_not(None))
-_NEXT_WAKE = _WAKES.order_by(limit_keys.c.wake_at).limit(1).scalar_subquery()
+_NEXT_WAKE = select(seconds_until(func.min(limit_keys.c.wake_at))).scalar_subquery()
 _IS_ANY_BLOCKED = select(jobs.c.seq).where(BLOCKED).order_by(jobs.c.gate).limit(1).scalar_subquery().is_not(None)
 #: Seconds until `offer_due` has something to do; NULL: no job waits for a limit.
 NEXT_OFFER = select(

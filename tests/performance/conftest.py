@@ -185,6 +185,19 @@ def _fill(storage: Storage) -> None:
     }
     with storage.database.write() as connection:
         connection.execute(insert(jobs).from_select(list(columns), select(*columns.values())))
+        # A tenth more, which wait for limits: one line of many jobs, many of few, and some jobs that have left theirs.
+        line = case((i % 2 == 0, literal("hot")), else_=_name("key-", i % 500))
+        limited = case((i % 50 < 2, literal(State.AVAILABLE.value)), else_=literal(State.BLOCKED.value))
+        more = {
+            "id": _name("limited-", i),
+            "state": limited,
+            "line": line,
+            "gate": line,
+            "limits": literal('[["hot","hot",1,50,null,1,1]]'),
+            "active_key": _name("unique-", i),
+        }
+        own = {**columns, **more, "root_id": null(), "group_id": null(), "node_id": null(), "ended_at": null()}
+        connection.execute(insert(jobs).from_select(list(own), select(*own.values()).where(i < ROWS // 10)))
         columns = {
             "queue": _name("queue-", i % 10),
             "priority": i % 2,

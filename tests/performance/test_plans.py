@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
-from kathikon_celery.job import TERMINAL, Hold, State
+from kathikon_celery.job import TERMINAL, Hold, State, UniqueKey, Use
 from kathikon_celery.storage import (
     acts,
     chords,
@@ -18,6 +18,7 @@ from kathikon_celery.storage import (
     finish,
     idle_query,
     insert,
+    limits,
     messages,
     nodes,
     promote,
@@ -46,6 +47,9 @@ CHORDS = "kathikon_chords_inserted"
 EXPIRING = "kathikon_jobs_expiring"
 EXPIRING_BLOCKED = "kathikon_jobs_expiring_blocked"
 BLOCKED = "kathikon_jobs_blocked"
+OFFERED = "kathikon_jobs_offered"
+OFFERED_LATER = "kathikon_jobs_offered_later"
+UNIQUE = "kathikon_jobs_unique_active"
 MESSAGES_HELD = "kathikon_messages_held"
 SCHEDULES = "kathikon_schedules_next"
 MESSAGES_READY = "kathikon_messages_ready"
@@ -53,6 +57,7 @@ MESSAGES_READY = "kathikon_messages_ready"
 IN_AN_HOUR = datetime.now(timezone.utc) + timedelta(hours=1)
 LONG_AGO = datetime.now(timezone.utc) - timedelta(days=30)
 A_MINUTE_AGO = datetime.now(timezone.utc) - timedelta(minutes=1)
+HOT = (Use("hot", "hot", 1, 50),)
 HOLDS = [Hold(seq, 1, 1) for seq in range(100, 200)]
 
 
@@ -82,6 +87,7 @@ QUESTIONS: idle_query.Questions = {
     "is_amiss": {"machine": "elsewhere"},
     "renewals": {},
     "next_tick": schedules.of_own(["schedule-7"]),
+    "next_offer": {},
     "is_anything_old": prune.ages(dict.fromkeys(TERMINAL, 600000.0), group=1e6, chord=1e6, wait=1e6),
 }
 
@@ -137,6 +143,33 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
         ),
         {BY_SEQ: ""},
     ),
+    "let out of a line": (
+        lambda plans: limits.offer(plans.database, ["hot"]),
+        {BLOCKED: "gate", OFFERED: "line", OFFERED_LATER: "gate", BY_SEQ: ""},
+    ),
+    "let out of many lines": (
+        lambda plans: limits.offer(plans.database, [f"key-{number}" for number in range(1, 99, 2)]),
+        {BLOCKED: "gate", OFFERED: "line", OFFERED_LATER: "gate", BY_SEQ: ""},
+    ),
+    "admit": (
+        writing(
+            lambda plans, conn: limits.admit(
+                plans.database, conn, [new_job(limits=HOT, seq=1), new_job("2", limits=HOT, seq=2)]
+            )
+        ),
+        {BY_SEQ: ""},
+    ),
+    "sweep": (
+        lambda plans: limits.sweep(plans.database, "key-44"),
+        {BLOCKED: "gate", OFFERED: "line", OFFERED_LATER: "gate", BY_SEQ: ""},
+    ),
+    "next to let out": (reading(lambda plans, conn: limits.next_offer(conn)), {BLOCKED: ""}),
+    "publish a duplicate": (
+        lambda plans: insert.insert(
+            plans.database, new_job("new", unique=UniqueKey("unique-9", "active", answers=True))
+        ),
+        {UNIQUE: "active_key"},
+    ),
     "look": (
         reading(lambda plans, conn: idle_query.look(plans.database, conn, ["queue-1", "queue-2"])),
         {READY: "queue", MESSAGES_READY: "queue"},
@@ -152,6 +185,8 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
             UNREPORTED: "",
             ENDED: "state",
             EXPIRING: "",
+            EXPIRING_BLOCKED: "",
+            BLOCKED: "",
             CHORDS: "",
             SCHEDULES: "",
         },
@@ -191,7 +226,7 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
     "orphans": (reading(lambda plans, conn: nodes.orphans(conn)), {HELD: "", MESSAGES_HELD: ""}),
     "rescue": (
         lambda plans: nodes.remove(plans.database, 3),
-        {HELD: "node_id", MESSAGES_HELD: "node_id", BLOCKED: ""},
+        {HELD: "node_id", MESSAGES_HELD: "node_id", BLOCKED: "", BY_SEQ: "", OFFERED: "line", OFFERED_LATER: "gate"},
     ),
     "take messages": (
         writing(lambda plans, conn: messages.take(plans.database, conn, "queue-1", 10, plans.worker.id, True)),
