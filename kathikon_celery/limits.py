@@ -7,21 +7,33 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from string import Formatter
+from time import monotonic, sleep
 from typing import Any
 
+from celery import Celery, current_app
 from celery.exceptions import Retry
 
 from kathikon_celery.job import Use
+from kathikon_celery.nodes.own import OwnNode
 from kathikon_celery.settings import checks
+from kathikon_celery.storage import Storage, takers
 from kathikon_celery.storage.names import key as key_of
 
-__all__ = ["Limit", "LimitError", "RateLimited"]
+__all__ = ["Limit", "LimitError", "LimitReached", "RateLimited", "take"]
+
+#: Seconds between two looks at a limit that no clock makes room in: the first pause, and the longest.
+PAUSE, LONGEST_PAUSE = 0.02, 0.5
 
 
 class LimitError(ValueError):
     """A limit is wrong, or does not fit the task or the call; nothing was sent."""
+
+
+class LimitReached(TimeoutError):
+    """A limit had no room in the time that `take` was given; nothing was taken."""
 
 
 class Limit:
@@ -166,4 +178,56 @@ def limits_of(task: Any) -> tuple[Limit, ...]:
                     f"task {task.name}: limit {limit.name!r} names {{{field}}}, and the task has"
                     f" {', '.join(names) or 'no arguments'}{checks.did_you_mean(field, names)}"
                 )
+    return found
+
+
+@contextmanager
+def take(
+    limit: Limit, /, *, timeout: float | None = None, app: Celery | None = None, **arguments: Any
+) -> Iterator[None]:
+    """Take of a limit outside of a task, for a block: such as in a web request that calls the API of a limit.
+
+    >>> with limits.take(Limit("stripe", rate="60/m"), timeout=5):
+    ...     stripe.charge(…)
+
+    A rate loses a token; concurrency counts until the block is left, or this process ends. Jobs that wait for the limit
+    are not passed: but whoever looks first when there is room has it.
+
+    Arguments:
+        limit: the same as on the tasks. Numbers that a worker or an operator has set count more than its own.
+        timeout: seconds to wait for room; `None`: as long as it takes; 0: not at all.
+        app: default: the current app.
+        arguments: values of the limit's fields.
+
+    Raises `LimitReached` without room, and `LimitError` for wrong arguments.
+    """
+    if isinstance(timeout, bool) or not (timeout is None or (isinstance(timeout, int | float) and timeout >= 0)):
+        raise LimitError(f"take: timeout is a number of seconds from 0, or None, not {timeout!r}")
+    use = limit.use((), arguments, arguments)
+    if use is None:
+        yield
+        return
+    storage = Storage.for_app(app or current_app._get_current_object())
+    node = OwnNode.of(storage)
+    with ExitStack() as stack:
+        if use.concurrency is not None:  # a slot is in use as long as its node lives
+            node.enter()
+            stack.callback(node.leave)
+        taken = _wait_for(storage, use, timeout, node)
+        stack.callback(takers.release, storage.database, taken)
+        yield
+
+
+def _wait_for(storage: Storage, use: Use, timeout: float | None, node: OwnNode) -> takers.Taken:
+    until = None if timeout is None else monotonic() + timeout
+    pause = PAUSE
+    while not isinstance(found := takers.take(storage.database, use, node.id), takers.Taken):
+        left = None if until is None else until - monotonic()
+        wait = min(pause if found is None else max(found, 0.001), LONGEST_PAUSE)
+        if left is not None and left < wait:
+            if left <= 0 or found is not None:
+                raise LimitReached(f"limit {use.key!r} has no room" + (f" within {timeout:g} s" if timeout else ""))
+            wait = left
+        sleep(wait)
+        pause = min(2 * pause, LONGEST_PAUSE)
     return found

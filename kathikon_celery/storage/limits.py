@@ -198,7 +198,8 @@ def _take(number: int) -> Any:
     return insert(slots).values(rows)
 
 
-def _take_all(connection: Connection, taken: list[dict[str, Any]]) -> None:
+def take_slots(connection: Connection, taken: list[dict[str, Any]]) -> None:
+    """Write slots, whose keys are locked. *taken*: their values by column."""
     for start in range(0, len(taken), TAKEN_AT_ONCE):
         some = taken[start : start + TAKEN_AT_ONCE]
         values = {f"{name}_{place}": value for place, one in enumerate(some) for name, value in one.items()}
@@ -289,7 +290,7 @@ class Room:
         return datetime.fromtimestamp(min(max(moments), LATEST), timezone.utc) if moments else None
 
 
-def _locked(connection: Connection, uses: Mapping[str, Use]) -> dict[str, Room] | None:
+def locked(connection: Connection, uses: Mapping[str, Use]) -> dict[str, Room] | None:
     """Lock the keys, in order, and return what there is of each; `None`: one of them has no row to lock yet."""
     names = sorted(uses)
     if len(prepared.rows(connection, _LOCK, {"keys": names})) < len(names):
@@ -304,7 +305,7 @@ def look(connection: Connection, keys: Collection[str]) -> list[Room]:
     return [Room(*row) for row in prepared.rows(connection, _LOOK, {"keys": sorted(keys)})]
 
 
-def _enter(database: Database, connection: Connection, uses: Mapping[str, Use]) -> None:
+def enter(database: Database, connection: Connection, uses: Mapping[str, Use]) -> None:
     """Insert those keys that are not there. Not while others are locked: a process that inserts one may wait for us."""
     rows = [{"new_key": name, "new_name": uses[name].name} for name in sorted(uses)]
     database.dialect.upsert_many(connection, _NEW_KEY, rows)
@@ -317,7 +318,7 @@ def admit(database: Database, connection: Connection, found: list[Job]) -> list[
         return found
     database.knows_limits = database.has_limits_to_prune = True
     while (parked := _admit(database, connection, limited)) is None:
-        _enter(database, connection, {use.key: use for job in limited for use in job.limits})
+        enter(database, connection, {use.key: use for job in limited for use in job.limits})
     if not parked:
         return found
     # What was released before the jobs were seen in their lines; and what they were let out of another line for.
@@ -331,7 +332,7 @@ def _admit(database: Database, connection: Connection, limited: list[Job]) -> se
     parked: defaultdict[str, list[Hold]] = defaultdict(list)
     taken = []
     with database.dialect.atomic(connection, is_planned=True):
-        known = _locked(connection, uses)
+        known = locked(connection, uses)
         if known is None:
             return None
         for job in limited:
@@ -343,12 +344,9 @@ def _admit(database: Database, connection: Connection, limited: list[Job]) -> se
                 known[use.key].take(use.weight)
                 of_run = {"seq": job.seq, "fence": job.fence, "node_id": None}
                 taken.append({"key": use.key, "weight": use.weight, **of_run})
-        _take_all(connection, taken)
+        take_slots(connection, taken)
         for one in known.values():
-            if one.is_charged:
-                values = {"of_key": one.key, "token": one.state, "wake": one.next_room(1)}
-                prepared.count(connection, _CHARGE, values)
-                database.has_taken_tokens = True
+            charge(database, connection, one)
             if one.taken - one.in_use > max(RUBBISH, one.in_use):
                 prepared.count(connection, _CLEAN, {"of_key": one.key})
         for gate, holds in parked.items():
@@ -356,6 +354,14 @@ def _admit(database: Database, connection: Connection, limited: list[Job]) -> se
             database.dialect.change_held(connection, _PARKED, holds, {"at_gate": gate}, which=which)
             database.events.entered(connection, which, State.BLOCKED)
     return set(chain.from_iterable(parked.values()))
+
+
+def charge(database: Database, connection: Connection, room: Room) -> None:
+    """Write the tokens that were taken of a rate, if it has one."""
+    if room.is_charged:
+        values = {"of_key": room.key, "token": room.state, "wake": room.next_room(1)}
+        prepared.count(connection, _CHARGE, values)
+        database.has_taken_tokens = True
 
 
 _PARKED = transitions.parked()
@@ -401,11 +407,13 @@ def _heads() -> Any:
     other = jobs.alias("other")
     first = select(other.c.seq).where(BLOCKED, other.c.gate == _KEY)
     first = first.order_by(other.c.queue, desc(other.c.priority), other.c.available_at, other.c.seq).limit(1)
-    is_any_out = or_(
-        exists().where(OFFERED, other.c.line == _KEY).correlate(_KEYS),
-        exists().where(OFFERED_LATER, other.c.gate == _KEY).correlate(_KEYS),
-    )
-    found = select(first.correlate(_KEYS).scalar_subquery()).select_from(_KEYS).where(~is_any_out)
+    # Scalars: a planner would make a join of EXISTS, and read all that is out.
+    out = [
+        select(other.c.seq).where(OFFERED, other.c.line == _KEY).limit(1),
+        select(other.c.seq).where(OFFERED_LATER, other.c.gate == _KEY).limit(1),
+    ]
+    is_none_out = and_(*(one.correlate(_KEYS).scalar_subquery().is_(None) for one in out))
+    found = select(first.correlate(_KEYS).scalar_subquery()).select_from(_KEYS).where(is_none_out)
     return select(jobs.c.seq).where(BLOCKED, jobs.c.seq.in_(found))
 
 
@@ -439,7 +447,7 @@ def offer_by(database: Database, connection: Connection, keys: Collection[str]) 
     looked = _look_at_lines(connection, sorted(keys))
     new = {one.key: _use_of(one.head, one.key)[0] for one in looked if one.head is not None and not one.is_known}
     if new and not database.is_guest:  # whose numbers an operator may have set
-        _enter(database, connection, new)
+        enter(database, connection, new)
         looked = _look_at_lines(connection, sorted(keys))
     lines = [_Line(connection, one) for one in looked if one.head is not None or one.wake_at is not None]
     if not lines:
@@ -624,8 +632,8 @@ def close(database: Database, key: str, seconds: float) -> None:
 
     def write(again: bool) -> None:
         with database.write() as connection:
-            _enter(database, connection, {key: Use(key, key)})
-            known = (_locked(connection, {key: Use(key, key)}) or {})[key]
+            enter(database, connection, {key: Use(key, key)})
+            known = (locked(connection, {key: Use(key, key)}) or {})[key]
             until = max(known.at + seconds, known.closed_until or 0.0)
             wake = datetime.fromtimestamp(until, timezone.utc)
             connection.execute(_CLOSE, {"of_key": key, "until": until, "wake": wake})

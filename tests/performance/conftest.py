@@ -190,10 +190,11 @@ def _fill(storage: Storage) -> None:
         limited = case((i % 50 < 2, literal(State.AVAILABLE.value)), else_=literal(State.BLOCKED.value))
         more = {
             "id": _name("limited-", i),
+            "queue": literal("limited"),
             "state": limited,
             "line": line,
             "gate": line,
-            "limits": literal('[["hot","hot",1,50,null,1,1]]'),
+            "limits": literal('[["').concat(line).concat('","name",1,50,null,1,1]]'),
             "active_key": _name("unique-", i),
         }
         own = {**columns, **more, "root_id": null(), "group_id": null(), "node_id": null(), "ended_at": null()}
