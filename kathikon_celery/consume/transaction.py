@@ -5,7 +5,7 @@ from __future__ import annotations
 from time import monotonic
 
 from kathikon_celery.consume.claiming import Claiming
-from kathikon_celery.consume.delivery import DONE, PASSED_ON, WRITTEN, Delivery
+from kathikon_celery.consume.delivery import DONE, PASSED_ON, UNBEGUN, WRITTEN, Delivery
 from kathikon_celery.consume.idle_state import IdleState
 from kathikon_celery.consume.ledger import Batch, Claimed, Ledger
 from kathikon_celery.consume.recovery import Recovery
@@ -46,6 +46,10 @@ class Transaction:
                 self._recovery.written(now, reported)
                 ledger.written(batch.started, [])
                 batch, must_write = batch._replace(reports=[], started=[]), False
+                limits.give_tokens_back(
+                    self._database,
+                    (one.item for one, outcome in reported if outcome is UNBEGUN and isinstance(one.item, Job)),
+                )
                 self._backend.offer(keys)
             if for_jobs:
                 self._claiming.read_pauses()

@@ -364,6 +364,26 @@ def charge(database: Database, connection: Connection, room: Room) -> None:
         database.has_taken_tokens = True
 
 
+def give_tokens_back(database: Database, unbegun: Iterable[Job]) -> None:
+    """Give back what jobs took of rates that were claimed, and given back before their tasks began."""
+    weights, uses = Counter[str](), {}
+    for job in unbegun:
+        for use in job.limits:
+            weights[use.key] += use.weight
+            uses[use.key] = use
+
+    def write(again: bool) -> None:
+        with database.once() as connection, database.dialect.atomic(connection, is_planned=True):
+            for key, room in (locked(connection, uses) or {}).items() if not again else ():
+                if room.tokens is not None and room.state is not None:
+                    room.state -= weights[key] * room.tokens.step
+                    room.is_charged = True
+                charge(database, connection, room)
+
+    if uses:
+        database.patiently(write)
+
+
 _PARKED = transitions.parked()
 
 

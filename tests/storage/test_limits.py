@@ -223,6 +223,18 @@ def test_a_burst_starts_at_once(storage: Storage, worker: Worker) -> None:
     assert ids_of(worker.claim(10)) == ["0", "1", "2", "3", "4"]
 
 
+def test_a_token_that_was_not_used_is_given_back(storage: Storage, worker: Worker) -> None:
+    publish(storage, ["a", "b"], of("k", rate=60, per=3600.0))
+    (job,) = worker.claim(10)
+    assert worker.give_back(job, has_begun=False) == 1
+    limits.give_tokens_back(storage.database, [job])
+    offer(storage, job)
+    (again,) = worker.claim(10)
+    assert again.id == "a"
+    end(worker, again, storage=storage)
+    assert not worker.claim(10)
+
+
 def test_a_rate_counts_weights(storage: Storage, worker: Worker) -> None:
     publish(storage, range(4), of("k", rate=6, per=3600.0, burst=6, weight=3))
     assert ids_of(worker.claim(10)) == ["0", "1"]
