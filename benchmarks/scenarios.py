@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from benchmarks import growth
+from benchmarks import growth, limits
 from benchmarks.run import Run, rate
 from benchmarks.systems import System
 
@@ -53,6 +53,11 @@ def drain(
         run.client("send", number, task)
         run.start_worker(pool, concurrency)
         return rate(run.wait(number))
+
+
+def limited(system: System, number: int, task: str) -> float:
+    """The rate of a drain of jobs with limits, over that of jobs without."""
+    return drain(system, number, task) / drain(system, number)
 
 
 def steady(system: System, number: int) -> float:
@@ -137,6 +142,20 @@ ALL = [
     Scenario("drain with a backlog", "of the rate without", True, 5000, 20, growth.backlog, only=OURS),
     Scenario("drain, old table", "of the rate when new", True, 5000, 20, growth.old_table, only=OURS),
     Scenario("drain, long transaction", "of the rate without", True, 5000, 20, growth.long_transaction, only=OURS),
+    Scenario("drain, one limit of 50", "of the rate without", True, 5000, 50, partial(limited, task="hot"), only=OURS),
+    Scenario("drain, 1,000 keys", "of the rate without", True, 5000, 50, partial(limited, task="keyed"), only=OURS),
+    *(
+        Scenario(
+            f"claims, 10,000 keys, {claimers} claimers",
+            "times as long, p50",
+            False,
+            100_000,
+            1000,
+            partial(limits.blocked, claimers=claimers),
+            only=OURS,
+        )
+        for claimers in (1, 2, 4)
+    ),
     *(
         Scenario(
             f"{figure}, {processes} workers",

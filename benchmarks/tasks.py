@@ -12,6 +12,7 @@ from functools import cache
 from celery import Celery
 
 from benchmarks.names import FOLDER, SYSTEM
+from kathikon_celery import Limit
 
 app = Celery("benchmarks")
 _system = json.loads(os.environ[SYSTEM])
@@ -33,6 +34,18 @@ def _note_start(number: int) -> None:
 @app.task(ignore_result=True)
 def nothing(number: int) -> None:
     """No work."""
+    _note_start(number)
+
+
+@app.task(ignore_result=True, limits=[Limit("hot", concurrency=50)])
+def hot(number: int) -> None:
+    """No work, and one limit for all."""
+    _note_start(number)
+
+
+@app.task(ignore_result=True, limits=[Limit("key", key=lambda number: number % 1000, concurrency=1)])
+def keyed(number: int) -> None:
+    """No work, and a limit for each of 1,000 keys."""
     _note_start(number)
 
 
