@@ -13,8 +13,6 @@ from kathikon_celery.storage import Storage, insert
 from kathikon_celery.storage.errors import NotUnique
 from tests.storage.actors import Worker, new_job, the_job
 
-AGO = datetime.now(timezone.utc) - timedelta(seconds=100)
-
 
 def unique(job_id: str, while_: str = "active", on_conflict: str = "return", **fields: object) -> Job:
     within = fields.pop("within", None)
@@ -101,7 +99,7 @@ def test_replace(storage: Storage, worker: Worker) -> None:
 def test_within(storage: Storage, set_row: Callable[..., None], while_: str) -> None:
     storage.insert(unique("job", while_, within=50))
     assert instead_of(storage, unique("soon", while_, within=50)) == "job"
-    set_row("job", inserted_at=AGO)
+    set_row("job", inserted_at=datetime.now(timezone.utc) - timedelta(seconds=100))
     assert instead_of(storage, unique("other", while_, within=200)) == "job"
     assert instead_of(storage, unique("later", while_, within=50)) is None
     assert instead_of(storage, unique("last", while_, within=50)) == "later"
