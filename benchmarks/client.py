@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
-from benchmarks.tasks import nap, nothing, value
+from benchmarks.tasks import hot, keyed, nap, nothing, value
 from kathikon_celery import bulk
 
 #: Seconds from now at which countdowns begin to be due, and between one and the next.
@@ -26,7 +26,7 @@ def _timed(call: Callable[[int], object], numbers: range, pause: float = 0.0) ->
 
 def send(number: int, argument: str) -> list[tuple[float, float]]:
     """``delay()`` by ``delay()``; *argument* names the task."""
-    task = {"nothing": nothing, "value": value}[argument]
+    task = {"nothing": nothing, "value": value, "hot": hot, "keyed": keyed}[argument]
     return list(_timed(task.delay, range(number)))
 
 

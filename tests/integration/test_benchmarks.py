@@ -71,3 +71,11 @@ def test_the_profile_says_what_each_part_costs(postgresql_url: str) -> None:
     # Which of them is seen within a tenth of a second is a matter of chance.
     assert any(f"main thread: {step}" in done.stdout for step in set(STEPS.values()) - {"waits"})
     assert "no statements: " in done.stdout  # the tests' server has no pg_stat_statements
+
+
+@pytest.mark.timeout(300)
+def test_limits_are_measured(postgresql_url: str) -> None:
+    options = [one for name in ("claims, 10,000 keys, 2", "drain, one limit") for one in ("--scenario", name)]
+    figures = table(measure(postgresql_url, "--small", "--system", "kathikon, S", *options).stdout)
+    assert float(figures["claims, 10,000 keys, 2 claimers, times as long, p50"][0]) > 0
+    assert float(figures["drain, one limit of 50, of the rate without"][0]) > 0
