@@ -173,7 +173,7 @@ def _check_queue(name: Any, value: Any) -> QueueSettings:
 
 
 #: Celery's words for the windows of a rate, and a day.
-_WINDOWS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+WINDOWS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def rate(value: Any) -> tuple[int, float]:
@@ -181,9 +181,9 @@ def rate(value: Any) -> tuple[int, float]:
     allowed = 'a rate such as "10/s", "60/m", "100/h" or "1000/d", or a number a second, above 0'
     number, slash, window = str(value).strip().partition("/")
     try:
-        if isinstance(value, bool) or (slash and window.strip() not in _WINDOWS):
+        if isinstance(value, bool) or (slash and window.strip() not in WINDOWS):
             raise ValueError
-        many, per = float(number), _WINDOWS[window.strip()] if slash else 1.0
+        many, per = float(number), WINDOWS[window.strip()] if slash else 1.0
     except ValueError:
         raise ValueError(f"{allowed}, not {value!r}") from None
     if not 0 < many <= 1_000_000:

@@ -146,15 +146,29 @@ def claim(
         front: where to start in this queue, known from earlier claims.
         waiting: what to note if this claim finds few jobs.
     """
+    number, started = _claim_once(database, connection, queue, limit, node_id, front, waiting)
+    if len(started) < number:
+        return _rest(database, connection, queue, limit, node_id, front, waiting, started)
+    return started
+
+
+def _claim_once(
+    database: Database,
+    connection: Connection,
+    queue: str,
+    limit: int,
+    node_id: int | None,
+    front: ScanStart | None,
+    waiting: Waiting | None,
+) -> tuple[int, list[Job]]:
+    """Return how many jobs were found, and those of them that may start."""
     look = _Look(database, front)
     values = look.parameters(queue, limit, node_id)
     rows = database.dialect.claim(connection, _claim(len(look.marks), database.knows_pauses), values, waiting)
     found = look.found(rows, node_id)
     started = limits.admit(database, connection, found)
     database.events.entered(connection, started, State.CLAIMED)
-    if len(started) < len(found):
-        return _rest(database, connection, queue, limit, node_id, front, waiting, started)
-    return started
+    return len(found), started
 
 
 def _rest(
@@ -174,14 +188,9 @@ def _rest(
             waiting = waiting._replace(room=min(waiting.room, left))
         if not left:
             break
-        look = _Look(database, front)
-        values = look.parameters(queue, left, node_id)
-        rows = database.dialect.claim(connection, _claim(len(look.marks), database.knows_pauses), values, waiting)
-        found = look.found(rows, node_id)
-        more = limits.admit(database, connection, found)
-        database.events.entered(connection, more, State.CLAIMED)
+        number, more = _claim_once(database, connection, queue, left, node_id, front, waiting)
         started = started + more
-        if len(more) == len(found):
+        if len(more) == number:
             return started
     if waiting is not None and node_id is not None and len(started) < limit:
         database.dialect.wait_for(connection, node_id, waiting.queues)

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Connection, Double, Integer, bindparam, case, delete, exists, func, or_, select, update
 
 from kathikon_celery.job import Use
-from kathikon_celery.settings.checks import did_you_mean
+from kathikon_celery.settings.checks import WINDOWS, did_you_mean
 from kathikon_celery.storage import limits as rooms
 from kathikon_celery.storage.acts import Act, begin, is_known
 from kathikon_celery.storage.clock import now, seconds, seconds_until
@@ -32,8 +32,7 @@ CHUNK = 500
 LATER = 60.0
 #: The numbers of a limit, in code as in a table.
 COLUMNS = ("concurrency", "rate", "per", "burst")
-#: Celery's words for the windows of a rate, and a day.
-_WINDOWS = {1.0: "s", 60.0: "m", 3600.0: "h", 86400.0: "d"}
+_WINDOWS = {per: word for word, per in WINDOWS.items()}
 
 
 @dataclass(frozen=True)
