@@ -162,6 +162,17 @@ def signature_of(task: Any) -> inspect.Signature:
     return inspect.signature(task.run)
 
 
+def arguments_of(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name, with defaults. Raises `TypeError` if the call does not fit."""
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    arguments = dict(bound.arguments)
+    for one in signature.parameters.values():
+        if one.kind is one.VAR_KEYWORD:
+            arguments |= arguments.pop(one.name, {})
+    return arguments
+
+
 def limits_of(task: Any) -> tuple[Limit, ...]:
     """Return the limits of a task's own, as its option ``limits`` says. Raises `LimitError` for a wrong one."""
     found = getattr(task, "limits", None) or ()

@@ -17,6 +17,7 @@ from typing import Any
 from kombu.utils import json
 
 from kathikon_celery.job import UniqueKey
+from kathikon_celery.limits import arguments_of
 from kathikon_celery.settings import checks
 from kathikon_celery.storage.errors import NotUnique
 
@@ -116,14 +117,9 @@ class Unique:
             value: Any = self.key(*args, **kwargs)
         else:
             try:
-                bound = signature.bind(*args, **kwargs)
+                arguments = arguments_of(signature, args, kwargs)
             except TypeError as error:
                 raise UniqueError(f"task {task}: its unique key needs its arguments: {error}") from None
-            bound.apply_defaults()
-            arguments = dict(bound.arguments)
-            for one in signature.parameters.values():
-                if one.kind is one.VAR_KEYWORD:
-                    arguments |= arguments.pop(one.name, {})
             value = {name: arguments.get(name) for name in self.fields} if self.fields else arguments
         try:
             text = json.dumps(value, sort_keys=True)

@@ -12,7 +12,7 @@ from kombu import serialization
 from kombu.compression import decompress
 
 from kathikon_celery.job import Job, Use
-from kathikon_celery.limits import Limit, LimitError, limits_of, signature_of
+from kathikon_celery.limits import Limit, LimitError, arguments_of, limits_of, signature_of
 from kathikon_celery.settings import Settings
 from kathikon_celery.unique import Unique, unique_of
 
@@ -104,14 +104,9 @@ class AppLimits:
         task = self._app.tasks.get(job.task)
         if task is not None and any(limit.fields for limit in limits):
             try:
-                bound = signature_of(task).bind(*args, **(kwargs or {}))
+                arguments = arguments_of(signature_of(task), args, kwargs or {})
             except TypeError as error:
                 raise LimitError(f"task {job.task}: its limits need its arguments: {error}") from None
-            bound.apply_defaults()
-            arguments = dict(bound.arguments)
-            for one in signature_of(task).parameters.values():
-                if one.kind is one.VAR_KEYWORD:
-                    arguments |= arguments.pop(one.name, {})
         found = (limit.use(args, kwargs or {}, arguments) for limit in limits)
         return tuple({use.key: use for use in found if use is not None}.values())
 
