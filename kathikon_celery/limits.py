@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from string import Formatter
 from time import monotonic, sleep
@@ -177,19 +177,21 @@ def limits_of(task: Any) -> tuple[Limit, ...]:
     """Return the limits of a task's own, as its option ``limits`` says. Raises `LimitError` for a wrong one."""
     found = getattr(task, "limits", None) or ()
     found = (found,) if isinstance(found, Limit) else tuple(found)
-    parameters = signature_of(task).parameters.values() if found else ()
-    is_open = any(one.kind is one.VAR_KEYWORD for one in parameters)
-    names = [one.name for one in parameters]
     for limit in found:
         if not isinstance(limit, Limit):
             raise LimitError(f"task {task.name}: limits are a list of Limit(…), not of {limit!r}")
-        for field in limit.fields:
-            if field not in names and not is_open:
-                raise LimitError(
-                    f"task {task.name}: limit {limit.name!r} names {{{field}}}, and the task has"
-                    f" {', '.join(names) or 'no arguments'}{checks.did_you_mean(field, names)}"
-                )
+        for field, names in lacking(signature_of(task), limit.fields):
+            raise LimitError(f"task {task.name}: limit {limit.name!r} names {{{field}}}, and the task has {names}")
     return found
+
+
+def lacking(signature: inspect.Signature, fields: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield each of *fields* that is no argument of *signature*, and for an error text: what its arguments are."""
+    names = list(signature.parameters)
+    is_open = any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
+    for field in fields:
+        if field not in names and not is_open:
+            yield field, f"{', '.join(names) or 'no arguments'}{checks.did_you_mean(field, names)}"
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 from kombu.utils import json
 
 from kathikon_celery.job import UniqueKey
-from kathikon_celery.limits import arguments_of
+from kathikon_celery.limits import arguments_of, lacking
 from kathikon_celery.settings import checks
 from kathikon_celery.storage.errors import NotUnique
 
@@ -146,12 +146,6 @@ def unique_of(task: Any, signature: inspect.Signature) -> Unique | None:
         return None
     if not isinstance(found, Unique):
         raise UniqueError(f"task {task.name}: unique is a Unique(…), not {found!r}")
-    names = list(signature.parameters)
-    is_open = any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
-    for field in found.fields:
-        if field not in names and not is_open:
-            raise UniqueError(
-                f"task {task.name}: its unique key names {field!r}, and the task has"
-                f" {', '.join(names) or 'no arguments'}{checks.did_you_mean(field, names)}"
-            )
+    for field, names in lacking(signature, found.fields):
+        raise UniqueError(f"task {task.name}: its unique key names {field!r}, and the task has {names}")
     return found
