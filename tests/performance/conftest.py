@@ -17,7 +17,7 @@ from sqlalchemy.sql.expression import ColumnElement
 from kathikon_celery.job import HELD, TERMINAL, State
 from kathikon_celery.storage import Storage
 from kathikon_celery.storage.clock import now
-from kathikon_celery.storage.tables import acts, chords, history, jobs, messages, schedules
+from kathikon_celery.storage.tables import acts, chords, history, jobs, limit_keys, limits, messages, schedules, slots
 from tests.storage.actors import Worker
 from tests.support.postgresql import new_database
 from tests.support.statements import heard
@@ -239,6 +239,15 @@ def _fill(storage: Storage) -> None:
             "next_at": now(i * 1.0 - 100),
         }
         connection.execute(insert(schedules).from_select(list(columns), select(*columns.values())))
+        columns = {"name": _name("limit-", i), "label": _name("limit-", i), "per": literal(1.0), "burst": literal(1)}
+        columns |= {"concurrency": literal(50), "is_set": literal(False)}
+        connection.execute(insert(limits).from_select(list(columns), select(*columns.values()).where(i < 20)))
+        columns = {"key": _name("key-", i), "name": _name("limit-", i % 20)}
+        connection.execute(
+            insert(limit_keys).from_select(list(columns), select(*columns.values()).where(i < ROWS // 4))
+        )
+        columns = {"key": _name("key-", i), "seq": i + 1, "fence": literal(1), "weight": literal(1)}
+        connection.execute(insert(slots).from_select(list(columns), select(*columns.values()).where(i % 18 == 0)))
 
 
 @pytest.fixture(

@@ -18,6 +18,7 @@ from kathikon_celery.storage import (
     finish,
     idle_query,
     insert,
+    limit_numbers,
     limits,
     messages,
     nodes,
@@ -49,6 +50,7 @@ EXPIRING_BLOCKED = "kathikon_jobs_expiring_blocked"
 BLOCKED = "kathikon_jobs_blocked"
 OFFERED = "kathikon_jobs_offered"
 OFFERED_LATER = "kathikon_jobs_offered_later"
+LIMIT_KEYS = "kathikon_limit_keys_name"
 UNIQUE = "kathikon_jobs_unique_active"
 MESSAGES_HELD = "kathikon_messages_held"
 SCHEDULES = "kathikon_schedules_next"
@@ -163,6 +165,11 @@ STATEMENTS: dict[str, tuple[Callable[[Plans], Any], dict[str, str]]] = {
         lambda plans: limits.sweep(plans.database, "key-44"),
         {BLOCKED: "gate", OFFERED: "line", OFFERED_LATER: "gate", BY_SEQ: ""},
     ),
+    "keys of a limit": (
+        reading(lambda plans, conn: limit_numbers.keys_of(conn, "limit-7", 10)),
+        {BLOCKED: "gate", BY_SEQ: "", LIMIT_KEYS: "name"},
+    ),
+    "key of a job": (reading(lambda plans, conn: limit_numbers.of_key(conn, HOT[0])), {BLOCKED: "gate", BY_SEQ: ""}),
     "next to let out": (reading(lambda plans, conn: limits.next_offer(conn)), {BLOCKED: ""}),
     "publish a duplicate": (
         lambda plans: insert.insert(
