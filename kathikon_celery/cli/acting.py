@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from kathikon_celery.cli.group import AS_JSON, complete_ids, kathikon, print_json, storage_of
+from kathikon_celery.cli.common import AS_JSON, complete_ids, print_json, storage_of
+from kathikon_celery.cli.group import kathikon
 from kathikon_celery.cli.jobs import chosen, print_jobs, selecting
 from kathikon_celery.operate.kathikon import Kathikon, NotAllowed
 from kathikon_celery.operate.selection import pace

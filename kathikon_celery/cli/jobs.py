@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from kathikon_celery.cli.group import (
+from kathikon_celery.cli.common import (
     AS_JSON,
     complete_ids,
     complete_queues,
-    kathikon,
     legible,
     print_json,
     show_table,
     storage_of,
 )
+from kathikon_celery.cli.group import kathikon
 from kathikon_celery.job import Cause, Job, State
 from kathikon_celery.operate.kathikon import Kathikon
 from kathikon_celery.operate.selection import Selection

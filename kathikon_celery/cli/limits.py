@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kathikon_celery.cli.acting import BY, REASON
-from kathikon_celery.cli.group import AS_JSON, kathikon, legible, print_json, show_table, storage_of
+from kathikon_celery.cli.common import AS_JSON, legible, print_json, show_table, storage_of
+from kathikon_celery.cli.group import kathikon
 from kathikon_celery.operate.kathikon import Kathikon
 from kathikon_celery.operate.limits import KeyStatus, LimitStatus
 from kathikon_celery.storage.errors import NotFound

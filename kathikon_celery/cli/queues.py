@@ -12,15 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kathikon_celery.cli.acting import BY, REASON
-from kathikon_celery.cli.group import (
-    AS_JSON,
-    complete_queues,
-    kathikon,
-    legible,
-    print_json,
-    show_table,
-    storage_of,
-)
+from kathikon_celery.cli.common import AS_JSON, complete_queues, legible, print_json, show_table, storage_of
+from kathikon_celery.cli.group import kathikon
 from kathikon_celery.cli.jobs import Moment, age_of
 from kathikon_celery.job import State
 from kathikon_celery.operate.health import check

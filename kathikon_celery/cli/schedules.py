@@ -12,7 +12,8 @@ from celery.schedules import crontab
 
 from kathikon_celery import frameworks
 from kathikon_celery.cli.acting import BY, REASON
-from kathikon_celery.cli.group import AS_JSON, kathikon, legible, print_json, show_table, storage_of
+from kathikon_celery.cli.common import AS_JSON, legible, print_json, show_table, storage_of
+from kathikon_celery.cli.group import kathikon
 from kathikon_celery.cli.jobs import Moment
 from kathikon_celery.cli.queues import Age
 from kathikon_celery.operate.kathikon import Kathikon

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kathikon_celery.cli.group import kathikon, legible, show_table, storage_of
+from kathikon_celery.cli.common import legible, show_table, storage_of
+from kathikon_celery.cli.group import kathikon
 from kathikon_celery.job import State
 from kathikon_celery.settings import shown
 from kathikon_celery.storage import nodes, schema

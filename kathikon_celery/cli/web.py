@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from kombu.utils.imports import symbol_by_name
 
-from kathikon_celery.cli.group import kathikon, storage_of
+from kathikon_celery.cli.common import storage_of
+from kathikon_celery.cli.group import kathikon
 from kathikon_celery.operate.kathikon import Kathikon
 
 if TYPE_CHECKING:

@@ -134,11 +134,12 @@ class OwnNode:
 
         `None`: the node was taken for dead. The lease's thread then registers a new one.
         """
-        now = monotonic()
-        answer = statement(self.row, self.lease)
-        self._is_lost = answer is None
-        if answer is not None:
-            self._renewed = now
+        now, row = monotonic(), self.row
+        answer = statement(row, self.lease)
+        if self.row is row:  # else another thread has registered a new one, of which the answer says nothing
+            self._is_lost = answer is None
+            if answer is not None:
+                self._renewed = now
         return answer
 
     def _register(self) -> None:
@@ -185,12 +186,12 @@ class OwnNode:
             self._told = told
 
     def _renew(self) -> None:
-        database = self.storage.database
+        database, own = self.storage.database, self.row
         if self.renew_by(lambda row, lease: nodes.renew(database, row, lease) or None):
             return
-        if self.id:
+        if own.id:
             database.check_tables()
-        self._register_again(self.id)
+        self._register_again(own.id)
 
     def _register_again(self, old: int) -> None:
         """Register this process, which was the node *old*, unless another thread has done so meanwhile."""

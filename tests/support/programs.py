@@ -15,7 +15,8 @@ class CeleryProgram:
 
     def __init__(self, database_url: str, directory: Path, *arguments: str) -> None:
         self.log_file = directory / f"{arguments[0]}.log"
-        self.command = [sys.executable, "-m", "celery", "-A", "tests.support.apps", *arguments]
+        celery = "celery" if arguments[0] == "flower" else "tests.support.lean_celery"
+        self.command = [sys.executable, "-m", celery, "-A", "tests.support.apps", *arguments]
         self.environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),

@@ -42,7 +42,7 @@ class WorkerProcess:
         self.hostname = f"{name}@test"
         self.log_file = directory / f"{name}.log"
         self.command = [
-            sys.executable, "-m", "celery", "-A", app, "worker",
+            sys.executable, "-m", "tests.support.lean_celery", "-A", app, "worker",
             "--pool", pool, "--concurrency", str(concurrency), "--hostname", self.hostname, "--loglevel", "INFO", *args,
         ]  # fmt: skip
         overrides: dict[str, str | None] = {

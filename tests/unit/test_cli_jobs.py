@@ -140,12 +140,12 @@ def test_results_without_a_message_are_not_counted(app: Celery) -> None:
 def test_completion_finds_ids_and_queues(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
     import click
 
-    from kathikon_celery.cli import group
+    from kathikon_celery.cli import common
 
     root = click.Context(click.Command("celery"))
     root.params = {"app": "proj"}
-    monkeypatch.setattr(group, "find_app", lambda name: {"proj": app}[name])
-    assert group.complete_queues(root, None, "m") == ["mail"]
-    assert set(group.complete_ids(root, None, "")) == {"1", "2", "3"}
+    monkeypatch.setattr(common, "find_app", lambda name: {"proj": app}[name])
+    assert common.complete_queues(root, None, "m") == ["mail"]
+    assert set(common.complete_ids(root, None, "")) == {"1", "2", "3"}
     root.params = {"app": "unknown"}
-    assert group.complete_ids(root, None, "") == []
+    assert common.complete_ids(root, None, "") == []

@@ -206,6 +206,26 @@ def test_nothing_is_deleted_by_a_clock_that_has_jumped(tmp_path: Path, monkeypat
         assert pruned()  # the clock was right, or nobody has noticed
 
 
+def test_an_answer_about_the_row_before_is_not_about_the_node_of_now(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tables are replaced, and another thread registers this process, while its lease is being renewed."""
+    presence = OwnNode(storage, "me")
+    presence._register()
+    reborn = []
+    presence.on_reborn.append(lambda *ids: reborn.append(ids))
+
+    def renewed_too_late(*_: object) -> bool:
+        presence._replaced()
+        presence._register_again(0)
+        return False
+
+    monkeypatch.setattr(nodes, "renew", renewed_too_late)
+    presence._renew()
+    assert reborn == [(0, presence.id)]
+    assert not presence.is_due()
+
+
 def test_lifeline_sees_for_itself_that_its_neighbours_run(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     presence = OwnNode(storage, "me")
     lifeline = Lifeline(storage=storage, presence=presence)
