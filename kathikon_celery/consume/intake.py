@@ -224,6 +224,7 @@ class Intake:
     def _run(self) -> None:
         self._loop.run()
         self._all_written.set()
+        self._ledger.close_former()
         if self._ledger.wakeup is not None:
             self._ledger.wakeup.close()
         self.own_node.on_reborn.remove(self._recovery.reborn)

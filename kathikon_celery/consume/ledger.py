@@ -60,6 +60,7 @@ class Ledger:
         self.on_ready = on_ready
         #: What the intake's thread sleeps on; `None` until there is such a thread.
         self.wakeup: Wakeup | None = None
+        self._former: list[Wakeup] = []  # which that thread perhaps still sleeps on
         #: The error that the consumer's next `Intake.pump` raises: the database was replaced.
         self.loss: Unavailable | None = None
         #: The connection is closed: the intake's thread ends when nothing is left to write.
@@ -73,6 +74,18 @@ class Ledger:
         """Wake the intake's thread."""
         if self.wakeup is not None:
             self.wakeup.notify()
+
+    def replace_wakeup(self, new: Wakeup) -> None:
+        """Let the intake's thread sleep on *new* from its next round on; that round closes the one before."""
+        assert self.wakeup is not None
+        self._former.append(self.wakeup)
+        self.wakeup = new
+        self._former[-1].notify()
+
+    def close_former(self) -> None:
+        """Close what the intake's thread does not sleep on any more. Only that thread may call this."""
+        while self._former:
+            self._former.pop().close()
 
     # --- the consumer
 

@@ -51,6 +51,7 @@ class Loop:
         ledger, idle = self._ledger, self._idle
         pause, last, next_look, due_soon = 0.0, 0.0, 0.0, False
         while True:
+            ledger.close_former()
             wakeup = ledger.wakeup
             assert wakeup is not None
             try:

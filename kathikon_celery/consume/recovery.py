@@ -113,8 +113,7 @@ class Recovery:
             for subscription in ledger.subscriptions.every():
                 subscription.waiting.clear()
             if ledger.wakeup is not None and not ledger.is_closed:
-                old_wakeup, ledger.wakeup = ledger.wakeup, self._database.wakeup(new)
-                old_wakeup.notify()
+                ledger.replace_wakeup(self._database.wakeup(new))
             self.is_unsure = True
             self._idle.forget()
         ledger.notify()

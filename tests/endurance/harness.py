@@ -115,7 +115,7 @@ class Run:
 
     def purge(self) -> None:
         """Empty the queues."""
-        process = self._spawn("purge", "celery", "-A", APP, "purge", "-f")
+        process = self._spawn("purge", "tests.support.lean_celery", "-A", APP, "purge", "-f")
         if process.wait():
             raise RuntimeError(f"celery purge failed:\n{self.logs()[-3000:]}")
 

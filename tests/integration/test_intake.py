@@ -224,3 +224,11 @@ def test_who_is_rung_finds_the_intake_free(client: Celery, jobs: Jobs, intake: I
     intake._ledger.on_ready = ring
     intake.finish(got[0].tag)
     assert free[0]
+
+
+def test_what_a_node_slept_on_is_closed_when_it_is_another_node(client: Celery, intake: Intake) -> None:
+    intake.subscribe("default", False, lambda delivery: None, lambda: 1)
+    node, slept_on = intake.own_node, intake._ledger.wakeup
+    assert slept_on is not None
+    node._register_again(node.id)
+    wait_until(lambda: slept_on._receiver.fileno() == -1, what="its sockets are closed")

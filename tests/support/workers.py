@@ -41,8 +41,10 @@ class WorkerProcess:
         self.name = name
         self.hostname = f"{name}@test"
         self.log_file = directory / f"{name}.log"
+        is_project = "PYTHONPATH" in (env or {})  # it finds no module of the tests
+        celery = "celery" if is_project else "tests.support.lean_celery"
         self.command = [
-            sys.executable, "-m", "tests.support.lean_celery", "-A", app, "worker",
+            sys.executable, "-m", celery, "-A", app, "worker",
             "--pool", pool, "--concurrency", str(concurrency), "--hostname", self.hostname, "--loglevel", "INFO", *args,
         ]  # fmt: skip
         overrides: dict[str, str | None] = {
