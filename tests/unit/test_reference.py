@@ -12,6 +12,7 @@ import pytest
 
 from kathikon_celery.cli import kathikon
 from kathikon_celery.job import Cause, State
+from kathikon_celery.results.backend import WORDS
 from kathikon_celery.storage.schema import VERSION_TABLE
 from kathikon_celery.storage.tables import metadata
 
@@ -49,6 +50,14 @@ def test_every_column_is_there_and_no_other(table: str) -> None:
 def test_every_state_and_cause_is_there() -> None:
     assert sorted(named(section(TABLES, "States"))) == sorted(State)
     assert sorted(named(section(TABLES, "Causes"))) == sorted(Cause)
+
+
+def test_celerys_word_for_each_state_is_there() -> None:
+    page = (ROOT / "docs/results-and-canvas.md").read_text("utf-8")
+    rows = re.findall(
+        r"^\| (`[^|]+) \| `([A-Z]+)`", page.partition("| the row |")[2].partition("\n\n")[0], re.MULTILINE
+    )
+    assert {state: word for states, word in rows for state in re.findall(r"`(\w+)`", states)} == WORDS
 
 
 def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
