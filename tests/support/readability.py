@@ -49,7 +49,7 @@ def sentences(text: str) -> list[str]:
     text = re.sub(r"<!--.*?-->", " ", text, flags=re.DOTALL)
     text = re.sub(r"!\[[^\]]*\]\([^)]*\)", " ", text)
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
-    text = re.sub(r"`[^`]*`", "Codex", text).replace("**", "").replace("…", "")
+    text = re.sub(r"`[^`]*`", "Datum", text).replace("**", "").replace("…", "")
     pieces: list[list[str]] = [[]]
     for line in text.splitlines():
         stripped = line.strip()

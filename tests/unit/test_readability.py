@@ -40,7 +40,7 @@ x = 1. Y
 - an [item](x.md#y)
   of two lines
 """
-    assert sentences(text) == ["One Codex three.", "It is sent now.", "an item of two lines"]
+    assert sentences(text) == ["One Datum three.", "It is sent now.", "an item of two lines"]
     found = measure(text)
     assert (found.sentences, found.words, found.longest) == (3, 12, 5)
     assert found.passive == pytest.approx(1 / 3)
