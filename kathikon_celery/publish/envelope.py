@@ -24,6 +24,8 @@ _HEADERS, _PROPERTIES, _TYPE, _ENCODING, _BASE64 = "headers", "properties", "con
 _BRIEF = "brief"
 #: A property of Kathikon's own: see `to_job`.
 PUBLICATION = "kathikon_publication"
+#: Properties of one delivery by kombu's other transports. `celery migrate` hands them on, with a body that is decoded.
+_OF_A_DELIVERY = ("body_encoding", "delivery_tag")
 
 
 #: Headers and properties that are ids of tasks.
@@ -131,7 +133,8 @@ def fold(message: dict[str, Any]) -> tuple[str, str]:
     """Return envelope and body of *message*, a mapping as `kombu.transport.virtual` prepares it."""
     headers = message[_HEADERS]
     properties = {name: value for name, value in message[_PROPERTIES].items() if value not in (None, "")}
-    properties.pop(PUBLICATION, None)
+    for name in (PUBLICATION, *_OF_A_DELIVERY):
+        properties.pop(name, None)
     envelope = _brief(headers, properties)
     text, more = _of_body(message["body"], message.get(_TYPE), message.get(_ENCODING), envelope is not None)
     return _dumps((envelope or {_HEADERS: headers, _PROPERTIES: properties}) | more), text
@@ -264,7 +267,7 @@ def to_job(message: dict[str, Any], task: dict[str, Any], queue: str, max_attemp
     """Return the job of a task message. *local*: the zone of times without one. Raises `ValueError` (`priority_of`)."""
     # Distinguishes a publication that kombu repeats after a lost connection from a new publication of the same id.
     publication = message[_PROPERTIES].setdefault(PUBLICATION, getrandbits(63))
-    envelope, body = fold(message)
+    envelope, body = fold(_readable(message))
     task_id, root = task["id"], task.get("root_id")
     return Job(
         id=task_id,
@@ -282,6 +285,17 @@ def to_job(message: dict[str, Any], task: dict[str, Any], queue: str, max_attemp
         group_id=task.get("group"),
         publication=publication,
     )
+
+
+def _readable(message: dict[str, Any]) -> dict[str, Any]:
+    """Return *message*, with its body as text if it is JSON in bytes (of `celery migrate`): a text can be searched."""
+    body = message["body"]
+    if isinstance(body, bytes) and {name: message.get(name) for name in _JSON} == _JSON:
+        try:
+            return {**message, "body": body.decode()}
+        except UnicodeDecodeError:
+            pass
+    return message
 
 
 def _moment(value: Any, local: timezone) -> datetime | None:
