@@ -101,6 +101,7 @@ class Settings:
 
     #: Whether a task that raised is retried: after its n-th failure in ``min(n² * 5, 86400)`` seconds, as in Kathikon.
     retry_failed: bool = _setting(False, checks.boolean)
+
     #: Whether Celery's ``rate_limit`` is for each worker, as in Celery, or for all workers together ("fleet").
     rate_limits: str = _setting("worker", checks.rate_limits)
 
@@ -182,7 +183,7 @@ class Settings:
 
     @classmethod
     def given(cls, name: str) -> Any:
-        """Return the value of one setting in the environment or ``pyproject.toml``; None if it is in neither."""
+        """Return the value of the setting *name* in the environment or ``pyproject.toml``; None if it is in neither."""
         values, sources = _find(None, os.environ, None)
         return _checked(name, _CHECKS[name], values[name], sources[name]) if name in values else None
 
