@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from posixpath import dirname, join, normpath, relpath
-from typing import Any
 from urllib.parse import unquote
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -63,22 +62,24 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Write the links of a page for its place in the site, and its lists as Python-Markdown reads them."""
+    """Write the links of a page for its place in the site, and its lists as Python-Markdown reads them.
+
+    The search shows what explains before what lists, and no files: they would hide both.
+    """
+    if page.file.src_uri.startswith("files/"):
+        page.meta["search"] = {"exclude": True}
+    elif not page.file.src_uri.startswith(("reference/", "changelog", "architecture", "internals")):
+        page.meta["search"] = {"boost": 4}
     return _indented(_rewritten(markdown, _source_of(page.file)))
 
 
-def on_page_context(context: Any, page: Page, config: MkDocsConfig, nav: Any) -> Any:
-    """Leave pages of files out of the search: they would hide the documentation."""
-    if page.file.src_uri.startswith("files/"):
-        page.meta["search"] = {"exclude": True}
-    return context
-
-
 def on_post_build(config: MkDocsConfig) -> None:
-    """Delete what the theme brings for other languages, and for those who develop the theme."""
+    """Delete what the theme brings for other languages and its developers, and a map of the site without an address."""
     scripts = Path(config.site_dir, "assets", "javascripts")
     shutil.rmtree(scripts / "lunr", ignore_errors=True)
     for one in Path(config.site_dir, "assets").rglob("*.map"):
+        one.unlink()
+    for one in Path(config.site_dir).glob("sitemap.xml*"):
         one.unlink()
 
 
@@ -184,7 +185,7 @@ def _page_of(path: str) -> str:
         text = place.read_text("utf-8")
         return text if path in PAGES else f"{text}\n## Files\n\n{_listing(place.parent, dirname(path))}"
     if place.suffix == ".ipynb":
-        return f"# {path}\n\n{_notebook(place)}"
+        return _notebook(place)
     if path == "LICENSE":
         return "# Licence\n\n" + place.read_text("utf-8")
     language = LANGUAGES.get(place.suffix or place.name, "text")
