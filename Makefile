@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Fails on a link or an anchor that leads nowhere, a page without a place, and a public name without a docstring.
-SITE = $(BIN)/python -m docsite.names && NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+SITE = $(BIN)/python -m docsite.names && NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 .PHONY: help demo bench docs test test-versions test-upstream check clean
 

@@ -67,7 +67,7 @@ def problems(folder: Path = ROOT) -> list[str]:
         path = _found(package, name).canonical_path
         within = any(one == path or one.startswith(f"{path}.") for one in shown)
         if not within and path.rpartition(".")[0] not in shown:
-            found.append(f"{name} is public, and no page of docs/reference/ shows it: add '::: {name}'")
+            found.append(f"{name} is public: add '::: {name}' to a page of docs/reference/")
     for path, name in shown.items():
         found += [f"{name}: {problem}" for problem in _problems(_found(package, path), name)]
     return found
@@ -134,5 +134,4 @@ def _has_docstring(owner: griffe.Object, name: str) -> bool:
 
 if __name__ == "__main__":
     missing = problems()
-    print("\n".join(missing), file=sys.stderr)
-    sys.exit(bool(missing))
+    sys.exit("\n".join(missing) or None)

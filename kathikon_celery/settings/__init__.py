@@ -66,6 +66,8 @@ class Settings:
     >>> Settings(queues="default:10,emails:5").queues["emails"].concurrency
     5
 
+    Each setting of docs/settings.md is an attribute, without ``kathikon_``: seconds as a float, numbers as an int.
+
     Raises `SettingError` for a value that is not allowed. Neither `repr` nor an error shows a password.
     """
 
@@ -162,6 +164,9 @@ class Settings:
         directory: str | os.PathLike[str] | None = None,
     ) -> Settings:
         """Look for each setting in *conf*, *environ* and the ``pyproject.toml`` nearest to *directory*.
+
+        >>> Settings.load(app.conf).lease
+        20.0
 
         Arguments:
             conf: an app's ``app.conf``; with a namespace, as in Django, its keys are ``CELERY_KATHIKON_<NAME>``.
