@@ -2,7 +2,7 @@
 
 - Lines that begin with ``>>>`` become a block of Python.
 - A name of the reference in single backquotes becomes a link to it.
-- Comments with ``#:`` document an attribute, and the comment at a member of an enumeration documents this member.
+- Comments with ``#:`` document an attribute. The members of an enumeration are listed with the comments behind them.
 - ``docs/limits.md`` becomes a link to that page.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
-from griffe import Attribute, Docstring, Extension, Object
+from griffe import Attribute, Class, Docstring, Extension, Object
 
 ROOT = Path(__file__).parents[1]
 _ARGUMENTS = re.compile(r"^( *)(Arguments of the \w+):\n((?:\1 +.*\n?)+)", re.MULTILINE)
@@ -46,6 +46,8 @@ class Docstrings(Extension):
             obj.docstring = Docstring(text, lineno=obj.lineno, endlineno=obj.lineno, parent=obj)
         if obj.docstring is not None:
             obj.docstring.value = as_markdown(obj.docstring.value, obj)
+            if _is_enumeration(obj):
+                obj.docstring.value += _members(obj)
 
 
 def as_markdown(text: str, obj: Object | None = None) -> str:
@@ -89,23 +91,37 @@ def _linked(name: str, obj: Object | None) -> str:
     first, _, rest = name.partition(".")
     if name in _by_last_part():
         return f"[`{name}`][{_by_last_part()[name]}]"
-    if rest and first in _by_last_part():
+    if rest and first in _by_last_part() and not rest.isupper():  # members of enumerations are no entries
         return f"[`{name}`][{_by_last_part()[first]}.{rest}]"
     return f"`{name}`"
 
 
+def _is_enumeration(obj: Object | None) -> bool:
+    return isinstance(obj, Class) and any("Enum" in str(base) for base in obj.bases)
+
+
+def _members(obj: Object) -> str:
+    """Return the members of an enumeration as a list, each with the comment behind it."""
+    items = []
+    for one in obj.members.values():
+        if isinstance(one, Attribute) and one.lineno is not None:
+            comment = re.search(r"  # (.+)$", _lines_of(one)[one.lineno - 1])
+            items.append(f"- `{one.name}`" + (f": {comment[1]}" if comment else ""))
+    return "\n\n" + "\n".join(items)
+
+
+def _lines_of(obj: Object) -> list[str]:
+    return obj.lines_collection[obj.filepath] if isinstance(obj.filepath, Path) else []
+
+
 def _comment(obj: Attribute) -> str:
-    """Return what the comments say of an attribute."""
-    if obj.lineno is None or not isinstance(obj.filepath, Path):
+    """Return what the comments before an attribute say."""
+    lines = _lines_of(obj)
+    if obj.lineno is None or not lines:
         return ""
-    lines = obj.lines_collection[obj.filepath]
     first = obj.lineno - 1
     above: list[str] = []
     while first and lines[first - 1].strip().startswith("#:"):
         first -= 1
         above.insert(0, lines[first].strip()[2:].strip())
-    if above:
-        return "\n".join(above)
-    is_enum = obj.parent is not None and obj.parent.is_class and any("Enum" in str(b) for b in obj.parent.bases)
-    found = re.search(r"  # (.+)$", lines[obj.lineno - 1])
-    return found[1] if is_enum and found else ""
+    return "\n".join(above)

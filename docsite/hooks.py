@@ -164,14 +164,30 @@ def _rewritten(text: str, source: str) -> str:
 
 
 def _indented(text: str) -> str:
-    """Indent what belongs to an item of a list by 4, where fewer spaces are enough for other readers of Markdown."""
-    lines, width = [], 0
+    """Return Markdown with its lists as Python-Markdown reads them.
+
+    What belongs to an item is indented by 4 spaces, where fewer are enough for other readers. An item is parted from a
+    line of text before it, and from an item of several paragraphs.
+    """
+    lines: list[str] = []
+    width, fence, is_long = 0, "", False
     for line in text.splitlines():
-        if item := _ITEM.match(line):
-            width = item.end()
-        elif line and not line.startswith(" "):
-            width = 0
-        elif 0 < width < 4 and line.startswith(" " * width):
+        is_after_text = bool(lines and lines[-1].strip())
+        if mark := _FENCE.match(line):
+            if not fence:
+                width, fence = width if mark[1] else 0, mark[2]
+            elif line.strip().startswith(fence):
+                fence = ""
+            is_long = width > 0
+        elif not fence:
+            if item := _ITEM.match(line):
+                if is_after_text and (is_long if width else re.match(r"[-*] |1\. ", line)):
+                    lines.append("")
+                width, is_long = item.end(), False
+            elif line.strip() and not is_after_text:
+                width = width if line.startswith(" ") else 0
+                is_long = width > 0
+        if 0 < width < 4 and line.startswith(" " * width):
             line = " " * (4 - width) + line
         lines.append(line)
     return "\n".join(lines) + "\n"

@@ -106,6 +106,16 @@ def test_version_changelog_and_readme_are_in_it(site: Path) -> None:
     assert 'id="unreleased"' in (site / "changelog.html").read_text("utf-8")
 
 
+@pytest.mark.parametrize(
+    "page", [*sorted(ROOT.glob("docs/*.md")), ROOT / "README.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name
+)
+def test_all_items_of_lists_are_items(site: Path, page: Path) -> None:
+    text = re.sub(r"^( *)```.*?^\1```$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    name = {"README": "index", "CHANGELOG": "changelog"}.get(page.stem, page.stem)
+    shown = (site / f"{name}.html").read_text("utf-8").partition("<article")[2].partition("</article")[0]
+    assert len(re.findall(r"^ *(?:[-*]|\d+\.) ", text, re.MULTILINE)) == shown.count("<li")
+
+
 def test_what_is_wrong_in_the_documentation_fails(tmp_path: Path) -> None:
     folder = copied(tmp_path)
     (folder / "docs" / "lost.md").write_text("# Lost\n", "utf-8")
