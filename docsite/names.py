@@ -1,7 +1,7 @@
 """Checks the names that an application imports: each is in the reference, and its docstring is whole.
 
 Run as ``python -m docsite.names``; prints what is missing. Names are those of ``__all__`` in the package and in the
-modules below, and those that the code blocks of README and docs/ import. Each needs
+modules below, and those that the code blocks of README and docs/ and the examples import. Each needs
 
 - an entry in docs/reference/ (``::: name``),
 - a docstring, and one for each public method, unless the same method of a base class has one,
@@ -16,7 +16,6 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from textwrap import dedent
 
 import griffe
 
@@ -34,15 +33,15 @@ _PLAIN = ("kathikon_celery.testing.plugin", "kathikon_celery.testing.components"
 
 
 def imported() -> Iterator[str]:
-    """Yield the names that code blocks of the documentation import from the package."""
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        for code in re.findall(
-            r"^( *```(?:python|pycon)\n.*?^ *```$)", page.read_text("utf-8"), re.MULTILINE | re.DOTALL
-        ):
-            for line in dedent(code).splitlines():
-                statement = line.strip().removeprefix(">>> ")
-                if re.match(r"(from|import) kathikon_celery\b", statement):
-                    yield from _names_of(statement)
+    """Yield the names that code blocks of the documentation, and the examples, import from the package."""
+    texts = [path.read_text("utf-8") for path in ROOT.glob("examples/**/*.py")]
+    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+        blocks = re.findall(r"^ *```(?:python|pycon)\n(.*?)^ *```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+        texts += blocks
+    for line in "\n".join(texts).splitlines():
+        statement = line.strip().removeprefix(">>> ")
+        if re.match(r"(from|import) kathikon_celery\b", statement):
+            yield from _names_of(statement)
 
 
 def _names_of(statement: str) -> Iterator[str]:

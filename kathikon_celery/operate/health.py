@@ -17,7 +17,7 @@ class Health:
     """What a probe found. Its `str` says it in words.
 
     >>> print(check(Storage.for_app(app, setup=False)))
-    Well: postgresql://app:***@db/jobs, schema 0008, 2 workers, no job is ready.
+    Well: postgresql+psycopg://app:***@db/jobs, schema 0008, 2 workers, no job is ready.
 
     Arguments:
         database: its URL, without the password.

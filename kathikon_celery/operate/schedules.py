@@ -292,8 +292,8 @@ class Schedules:
 
         Ticks each so many seconds are in step with those that the schedule has now.
 
-        >>> now = datetime.now(timezone.utc)
-        >>> kathikon.schedules.backfill("report", now - timedelta(days=7), now)
+        >>> monday = datetime(2026, 11, 16, tzinfo=timezone.utc)
+        >>> ids = kathikon.schedules.backfill("report", monday, monday + timedelta(days=7))
 
         Raises `TypeError` for *since* or *until* that is no datetime, and `ValueError` for one without a time zone, for
         an *until* that has not come yet, and for more than 10,000 ticks.

@@ -63,8 +63,8 @@ class QueueStatus:
 class Status:
     """Everything that `top` shows.
 
-    >>> kathikon.status().ended
-    {<State.COMPLETED: 'completed'>: 812, <State.DEAD: 'dead'>: 3}
+    >>> kathikon.status().ended[State.DEAD]
+    3
 
     Arguments:
         queues: each queue that has jobs, workers or a pause.

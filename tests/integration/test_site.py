@@ -16,6 +16,9 @@ import pytest
 
 from tests.support.browsers import browser
 
+pytest.importorskip("mkdocs")
+pytest.importorskip("playwright")
+
 pytestmark = pytest.mark.xdist_group("site")
 
 ROOT = Path(__file__).parents[2]
