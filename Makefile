@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Fails on a link or an anchor that leads nowhere, a page without a place, and a public name without a docstring.
+SITE = $(BIN)/python -m docsite.names && NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-.PHONY: help demo bench test test-versions test-upstream check clean
+.PHONY: help demo bench docs test test-versions test-upstream check clean
 
 help:
 	@echo "make demo    a real Celery worker runs a few thousand real jobs from an embedded SQL table"
@@ -11,7 +13,8 @@ help:
 	@echo "make test    the test suite; brings its own PostgreSQL"
 	@echo "make test-versions   tests with real workers on the lowest Celery, on the oldest and the newest Python found"
 	@echo "make test-upstream   Celery's and kombu's own tests on Redis, SQLite and PostgreSQL, hours; see tests/upstream.py"
-	@echo "make check   ruff, mypy --strict, layer contracts"
+	@echo "make docs    the documentation as a site in the folder site/, with search and the reference; works offline"
+	@echo "make check   ruff, mypy --strict, layer contracts, links of the documentation, docstrings of public names"
 	@echo "make clean   remove the virtual environment and the caches"
 
 demo: $(VENV)/.installed
@@ -19,6 +22,10 @@ demo: $(VENV)/.installed
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks $(OPTIONS)
+
+docs: $(VENV)/.installed-docs
+	@$(SITE)
+	@echo "Open site/index.html."
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m tests.support.browsers
@@ -35,6 +42,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict kathikon_celery
 	$(BIN)/lint-imports
+	$(SITE)
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
@@ -49,5 +57,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@echo "Adding what the site needs ..."
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-lowest-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
+	rm -rf site $(VENV) .venv-lowest-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info

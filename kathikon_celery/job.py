@@ -13,7 +13,11 @@ from typing import Any, NamedTuple
 
 
 class State(str, Enum):
-    """Where a job stands. The comment at each member says which event leads there."""
+    """Where a job stands. The comment at each member says which event leads there. A member is also its text.
+
+    >>> kathikon.job(job_id).state == "dead"
+    True
+    """
 
     SCHEDULED = "scheduled"  # published with an eta or a countdown that lies ahead
     AVAILABLE = "available"  # published, promoted, given back or rescued: ready to claim
@@ -34,7 +38,10 @@ class State(str, Enum):
 class Cause(str, Enum):
     """Why a job has ended without returning. `Job.reason` says it in words, which no code reads.
 
-    `None`: a caller wrote the job's state, or a version before 0.1 wrote the row.
+    `None`: a caller wrote the job's state, or a version before 0.1 wrote the row. A member is also its text.
+
+    >>> kathikon.jobs("dead", cause=Cause.TIME_LIMIT).count()
+    3
     """
 
     RAISED = "raised"  # the task raised
@@ -183,12 +190,20 @@ class UniqueKey(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Job:
-    """One row of ``kathikon_jobs``. Times are aware datetimes in UTC, set by the database's clock."""
+    """One row of ``kathikon_jobs``. Times are aware datetimes in UTC, set by the database's clock.
 
+    >>> job = storage.fetch(result.id)
+    >>> job.task, job.state, job.attempts, job.last_error
+    ('proj.charge', <State.RETRYABLE: 'retryable'>, 1, "ConnectionError('bank is busy')")
+    """
+
+    #: The job's id, which is the task's id.
     id: str
     #: Name of the queue; `None`: the row is only a result, stored for a task that ran elsewhere.
     queue: str | None = "default"
+    #: Name of the task.
     task: str = ""
+    #: Where the job stands.
     state: State = State.AVAILABLE
     #: Higher runs first.
     priority: int = 0
@@ -198,14 +213,19 @@ class Job:
     body: str = ""
     #: Due time; `None` or a past time means now.
     scheduled_at: datetime | None = None
+    #: When the job is discarded if it has not begun; `None`: never.
     expires_at: datetime | None = None
     #: Number of lost processes after which the job is dead.
     max_attempts: int = 20
+    #: The id of the job with which the workflow began.
     root_id: str | None = None
+    #: The id of the job whose task has sent this one.
     parent_id: str | None = None
+    #: The id of the group, if the job is one of its members.
     group_id: str | None = None
     #: Random id of this publication: a publication that is repeated after a lost connection happens once.
     publication: int = field(default_factory=lambda: getrandbits(63), compare=False)
+    #: Number of the row.
     seq: int = 0
     #: Grows with every claim, return and publication: a report under an old fence changes nothing.
     fence: int = 0
@@ -215,16 +235,23 @@ class Job:
     crashes: int = 0
     #: Whether the message was acknowledged before the task ran (``acks_late=False``): it never runs twice.
     acked: bool = False
+    #: The process that holds the job, or held it last.
     node_id: int | None = None
+    #: When it was published.
     inserted_at: datetime | None = None
+    #: When it became ready, or will.
     available_at: datetime | None = None
+    #: When it was claimed last.
     claimed_at: datetime | None = None
+    #: When its task began last.
     started_at: datetime | None = None
+    #: When it ended.
     ended_at: datetime | None = None
     #: Celery's state, as it was stored; `None`: derived from `state`.
     status: str | None = None
     #: The return value or exception as the result backend encoded it.
     result: str | None = None
+    #: The traceback of the exception.
     traceback: str | None = None
     #: What else the result backend keeps, encoded as `result` is.
     meta: str | None = None

@@ -142,7 +142,15 @@ class RateLimited(Retry):
     No job with the limit *key* starts for *retry_after* seconds, in any worker. The task's job waits as long, and runs
     again; this counts as none of its retries.
 
-    >>> raise RateLimited("stripe", retry_after=30)
+    >>> answer = requests.post(url)
+    >>> if answer.status_code == 429:
+    ...     raise RateLimited("stripe", retry_after=30)
+
+    Arguments:
+        key: the limit's name with its fields filled in, such as ``stripe`` or ``account:7``.
+        retry_after: seconds from 0.
+
+    Raises `LimitError` for other values.
     """
 
     def __init__(self, key: str, retry_after: float) -> None:

@@ -28,6 +28,10 @@ def instrument(tracer_provider: trace.TracerProvider | None = None) -> None:
     ``kathikon.queue_time`` (seconds from being ready to the claim), ``kathikon.attempt``, ``kathikon.fence`` and
     ``kathikon.priority``, and a span beside it for the wait in the queue. A run costs one more query.
 
+    >>> @worker_process_init.connect(weak=False)
+    ... def begin(**kwargs):
+    ...     tracing.instrument()
+
     Arguments:
         tracer_provider: default: OpenTelemetry's global one.
     """

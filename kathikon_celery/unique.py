@@ -112,7 +112,10 @@ class Unique:
         owner.apply_async = apply_async  # type: ignore[attr-defined]
 
     def key_of(self, task: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-        """Return the key of a call. Raises `UniqueError` if the call lacks a field, or JSON cannot write a value."""
+        """Return the key of a call of *task*, whose *signature* names *args* and *kwargs*.
+
+        Raises `UniqueError` if the call lacks a field, or JSON cannot write a value.
+        """
         if self.key is not None:
             value: Any = self.key(*args, **kwargs)
         else:

@@ -58,7 +58,7 @@ class TasksBackend(_Base):
     supports_priority = True
 
     def enqueue(self, task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Send *task*; return its result, whose id is known at once.
+        """Send *task* with the arguments *args* and *kwargs*; return its result, whose id is known at once.
 
         Raises the API's ``InvalidTask``, and `TypeError` or `ValueError` for arguments that are no JSON.
         """

@@ -57,8 +57,11 @@ class Collector:
     >>> registry = CollectorRegistry()
     >>> registry.register(Collector(app))
 
-    Counters begin at 0 when the collector is made, and lag `SETTLED` seconds behind. Scrape one process of the fleet:
-    each tells of all of it.
+    Counters begin at 0 when the collector is made, and lag `SETTLED` (5) seconds behind. Scrape one process of the
+    fleet: each tells of all of it. A scrape raises the database's error if the tables cannot be read.
+
+    Arguments:
+        app: a Celery app whose broker is Kathikon, or a storage.
     """
 
     def __init__(self, app: Celery | Storage) -> None:

@@ -31,7 +31,12 @@ def registry_of(app: Celery | Storage) -> CollectorRegistry:
 
 
 def exposition(registry: CollectorRegistry, accept: str = "") -> tuple[str, bytes]:
-    """Return content type and text of all figures, in the form that the header *accept* asks for."""
+    """Return content type and text of all figures of *registry*, in the form that the header *accept* asks for.
+
+    >>> kind, text = exposition(registry, request.headers.get("accept", ""))
+
+    Raises the database's error if the tables cannot be read.
+    """
     encoder, kind = choose_encoder(accept)
     return kind, encoder(registry)
 

@@ -13,12 +13,17 @@ from kathikon_celery.storage import Storage, limit_numbers, nodes, pauses, readi
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a job does not run, or how it ended.
+    """Why a job does not run, or how it ended. Its `str` is the text.
+
+    >>> explanation = kathikon.explain(job_id)
+    >>> explanation.why
+    'paused'
 
     Arguments:
         why: for programs: ``"paused"``, ``"not_due"``, ``"overdue"``, ``"expired"``, ``"no_consumer"``, ``"limit"``,
             ``"in_line"``, ``"claimed"``, ``"running"``, ``"children"``, or the state in which the job has ended.
         text: for people.
+        job: as it was read.
     """
 
     why: str

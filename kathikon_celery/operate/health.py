@@ -14,9 +14,13 @@ from kathikon_celery.storage.errors import in_words
 
 @dataclass
 class Health:
-    """What a probe found.
+    """What a probe found. Its `str` says it in words.
+
+    >>> print(check(Storage.for_app(app, setup=False)))
+    Well: postgresql+psycopg://app:***@db/jobs, schema 0008, 2 workers, no job is ready.
 
     Arguments:
+        database: its URL, without the password.
         version: of the schema; `None`: there are no tables, or the database was not reached.
         workers: living workers that consume queues.
         oldest: seconds for which the oldest ready job waits that is not paused; `None`: none waits.
@@ -43,9 +47,14 @@ def check(
     queues: Collection[str] = (),
     max_lag: timedelta | None = None,
 ) -> Health:
-    """Look at the database, and return what is found. Changes nothing, and makes no tables.
+    """Look at the database, and return what is found. Changes nothing, and makes no tables. It raises nothing.
+
+    >>> health = check(Storage.for_app(app, setup=False), min_workers=1, max_age=timedelta(minutes=5))
+    >>> health.problems
+    ['0 workers are alive, of 1 that should be']
 
     Arguments:
+        storage: the storage to look at.
         min_workers: fewer living workers are a problem.
         max_age: a job that is ready for longer, and not paused, is a problem.
         queues: look at the jobs of these queues only; empty: of all.

@@ -42,11 +42,21 @@ class Kathikon:
 
     Each verb is one transition in one transaction, which also records who did it and why. A verb returns the job as it
     is then. It raises `NotFound` for an id that no row has, and `NotAllowed` for a job whose state does not allow it,
-    and changes nothing then. Wherever an id is wanted, Celery's `AsyncResult` will do.
+    and changes nothing then.
 
     Arguments:
         app: a Celery app whose broker is Kathikon, or a storage.
         operator: who acts, for the record; default: the user and the machine.
+
+    Raises `TypeError` for another *app*, and the storage's errors, such as `Unavailable`, if the database is away.
+
+    Arguments of the methods:
+        job_id: the id of a job, or Celery's `AsyncResult` of it.
+        reason: why, for the record of acts and the history of the job.
+        name: the name of a queue.
+        pattern: the name of a task, in which ``*`` and ``?`` stand for other characters.
+        until: the moment (an aware datetime), or the time from now by the database's clock (a timedelta), at which a
+            pause ends by itself; `None`: never.
     """
 
     def __init__(self, app: Celery | Storage, operator: str | None = None) -> None:
@@ -59,18 +69,28 @@ class Kathikon:
 
     @property
     def schedules(self) -> Schedules:
-        """The schedules, to see and to change."""
+        """The schedules, to see and to change.
+
+        >>> [(one.name, one.next_at) for one in kathikon.schedules.every()]
+        """
         return Schedules(self.storage, self._app, self.operator)
 
     @property
     def limits(self) -> Limits:
-        """The limits, to see and to change at run time."""
+        """The limits, to see and to change at run time.
+
+        >>> kathikon.limits.set("stripe", rate="10/m")
+        """
         return Limits(self.storage, self.operator)
 
     # --- one job
 
     def job(self, job_id: str | AsyncResult) -> Job:
-        """Return the job. Raises `NotFound`."""
+        """Return the job. Raises `NotFound`.
+
+        >>> kathikon.job(result.id).state
+        <State.COMPLETED: 'completed'>
+        """
         name = _id(job_id)
         job = self.storage.fetch(name)
         if job is None:
@@ -78,27 +98,44 @@ class Kathikon:
         return job
 
     def explain(self, job_id: str | AsyncResult) -> Explanation:
-        """Say why the job does not run, or how it ended. Raises `NotFound`."""
+        """Say why the job does not run, or how it ended. Raises `NotFound`.
+
+        >>> kathikon.explain(job_id).why
+        'no_consumer'
+        """
         return explain(self.storage, self.job(job_id))
 
     def history(self, job_id: str | AsyncResult) -> list[Event]:
         """Return what happened to the job, oldest first: its times, failures, rescues, and operators' acts.
 
         Raises `NotFound`.
+
+        >>> [(event.event, event.operator) for event in kathikon.history(job_id)]
+        [('published', None), ('failed', None), ('dead', None), ('retry', 'ada@desk')]
         """
         return history(self.storage, self.job(job_id))
 
     def errors(self, job_id: str | AsyncResult) -> list[dict[str, Any]]:
-        """Return the job's failures, one ``{"at", "attempt", "reason"}`` for each. Raises `NotFound`."""
+        """Return the job's failures, one ``{"at", "attempt", "reason"}`` for each. Raises `NotFound`.
+
+        >>> [failure["reason"] for failure in kathikon.errors(job_id)]
+        ["ConnectionError('bank is busy')"]
+        """
         return self.job(job_id).errors
 
     def children(self, job_id: str | AsyncResult) -> list[Job]:
-        """Return the jobs that the job's task has sent, oldest first."""
+        """Return the jobs that the job's task has sent, oldest first.
+
+        >>> [child.task for child in kathikon.children(job_id)]
+        """
         name = _id(job_id)
         return [job for job in self.storage.workflow(name) if job.parent_id == name]
 
     def result(self, job_id: str | AsyncResult) -> AsyncResult:
-        """Return Celery's result of the job. Raises `TypeError` if there is no app."""
+        """Return Celery's result of the job. Raises `TypeError` if there is no app.
+
+        >>> kathikon.result(job_id).get(timeout=10)
+        """
         if self._app is None:
             raise TypeError("a result is decoded by an app: say Kathikon(app), not Kathikon(storage)")
         return self._app.AsyncResult(_id(job_id))
@@ -109,6 +146,9 @@ class Kathikon:
         A chord learns of it as of a revoked task, and fails; the rest of a chain is never sent. A worker that holds the
         job is told as well, if there is an app: it drops a job that has not begun. *terminate*: it also ends a task
         that runs, as Celery's ``revoke`` does. A running `AbortableTask` sees that it ``is_aborted()``.
+
+        >>> kathikon.cancel(job_id, reason="ordered twice").state
+        <State.CANCELLED: 'cancelled'>
         """
         was_held = False
         change = verbs.cancelled(reason or verbs.BY_HAND["cancel"])
@@ -124,7 +164,7 @@ class Kathikon:
         return job
 
     def tell_holders(self, ids: Sequence[str], terminate: bool = False) -> None:
-        """Tell the workers that hold cancelled jobs, if there is an app: see `cancel`."""
+        """Tell the workers that hold the cancelled jobs *ids*, if there is an app; *terminate*: see `cancel`."""
         if ids and self._app is not None:
             self._app.control.revoke(list(ids), terminate=terminate)
 
@@ -134,6 +174,9 @@ class Kathikon:
         A job that waits for its due time, also for a retry, is due now. What Celery knows of earlier retries is
         forgotten, and a moment at which the job expires, since that may have passed. What was to follow the job
         follows it: the next task of its chain, and the body of its chord when all parts have succeeded.
+
+        >>> kathikon.retry(job_id, reason="the bank is back").state
+        <State.AVAILABLE: 'available'>
         """
         return self._change("retry", job_id, verbs.retried, reason)
 
@@ -141,12 +184,19 @@ class Kathikon:
         """Publish a copy of a job in any state, with an id of its own and `Job.rerun_of`; return the copy.
 
         The copy runs alone: nothing that followed the job follows the copy.
+
+        >>> kathikon.rerun(job_id).rerun_of == job_id
+        True
         """
         act = self._act("rerun", _id(job_id), reason)
         return self.storage.backend.copy(_id(job_id), verbs.checked("rerun", verbs.copied()), act)
 
     def discard(self, job_id: str | AsyncResult, reason: str | None = None) -> Job:
-        """Give up a job that is dead or waits: it never runs, unless it is retried by hand."""
+        """Give up a job that is dead or waits: it never runs, unless it is retried by hand.
+
+        >>> kathikon.discard(job_id, reason="the customer is gone").cause
+        <Cause.GIVEN_UP: 'given_up'>
+        """
         return self._change("discard", job_id, verbs.discarded(reason or verbs.BY_HAND["discard"]), reason)
 
     def check(self, verb: str, job_id: str | AsyncResult) -> Job:
@@ -182,9 +232,29 @@ class Kathikon:
         ended_since: datetime | None = None,
         ended_until: datetime | None = None,
     ) -> Selection:
-        """Return the jobs that fit all that is given: see `Filter`. Nothing is read yet.
+        """Return the jobs that fit all that is given. Nothing is read yet.
 
-        Raises `ValueError` for a state or a cause that does not exist, and for a moment without a time zone.
+        >>> kathikon.jobs("dead", task="proj.mail.*", error="*timeout*").count()
+        12
+        >>> kathikon.jobs(["available", "scheduled"], queue="emails").cancel(reason="wrong list")
+        40
+
+        Arguments:
+            states: a state or several, as `State` or by name; empty: any.
+            queue: the name of the queue.
+            task: the name of the task, or a pattern with ``*`` and ``?``.
+            error: the reason of the job's end, or a pattern.
+            cause: why the job has ended, as `Cause` or by name.
+            argument: a pattern within the arguments as they are written in JSON, such as ``"user_id": 42``.
+            root: the id of the job with which the workflow began.
+            group: the id of the group.
+            since: published at that moment or later; an aware datetime, as the next ones.
+            until: published before that moment.
+            ended_since: ended at that moment or later.
+            ended_until: ended before that moment.
+
+        Raises `ValueError` for a state or a cause that does not exist, and for a moment without a time zone, and
+        `TypeError` for a pattern that is no text.
         """
         chosen = [states] if isinstance(states, str) else states
         moments: dict[str, Any] = {
@@ -207,20 +277,33 @@ class Kathikon:
     def pause_queue(self, name: str, until: datetime | timedelta | None = None, reason: str | None = None) -> None:
         """Keep all workers from starting jobs of the queue. Jobs that run, run to their end; those that wait, wait.
 
-        *until*: the moment, or the time from now by the database's clock, at which the pause ends by itself.
+        >>> kathikon.pause_queue("emails", timedelta(hours=1), reason="the mail server is down")
+
+        Raises `ValueError` for a name that is empty or a moment that is not in the future, and `TypeError` for an
+        *until* that is neither a datetime nor a timedelta.
         """
         self._pause(Kind.QUEUE, name, until, reason)
 
     def pause_task(self, pattern: str, until: datetime | timedelta | None = None, reason: str | None = None) -> None:
-        """Keep all workers from starting jobs of a task. *pattern*: its name; ``*`` and ``?`` as in `jobs`."""
+        """Keep all workers from starting jobs of a task. Raises as `pause_queue` does.
+
+        >>> kathikon.pause_task("proj.mail.*", reason="wrong template")
+        """
         self._pause(Kind.TASK, pattern, until, reason)
 
     def pause_all(self, until: datetime | timedelta | None = None, reason: str | None = None) -> None:
-        """Keep all workers from starting any job."""
+        """Keep all workers from starting any job. Raises as `pause_queue` does.
+
+        >>> kathikon.pause_all(timedelta(minutes=10), reason="the database moves")
+        """
         self._pause(Kind.ALL, "", until, reason)
 
     def resume_queue(self, name: str, reason: str | None = None) -> bool:
-        """End the pause of a queue; return false if there is none."""
+        """End the pause of a queue; return false if there is none.
+
+        >>> kathikon.resume_queue("emails")
+        True
+        """
         return self._resume(Kind.QUEUE, name, reason)
 
     def resume_task(self, pattern: str, reason: str | None = None) -> bool:
@@ -232,7 +315,11 @@ class Kathikon:
         return self._resume(Kind.ALL, "", reason)
 
     def pauses(self) -> list[Pause]:
-        """Return the pauses that hold."""
+        """Return the pauses that hold.
+
+        >>> [str(pause) for pause in kathikon.pauses()]
+        ["queue 'emails' is paused since 2026-11-26 10:00:00+00:00 by ada@desk: the mail server is down"]
+        """
         with self.storage.database.read() as connection:
             return pauses.every(connection)
 
@@ -257,7 +344,12 @@ class Kathikon:
     # --- what there is
 
     def status(self) -> Status:
-        """Return the state of all queues, the workers, the pauses, and how many jobs have ended in the last minute."""
+        """Return the state of all queues, the workers, the pauses, and how many jobs have ended in the last minute.
+
+        >>> status = kathikon.status()
+        >>> status.workers, [(queue.name, queue.ready, queue.oldest) for queue in status.queues]
+        (2, [('default', 31, 0.4), ('emails', 0, None)])
+        """
         with self.storage.database.read() as connection:
             return status.status(connection)
 
@@ -266,12 +358,20 @@ class Kathikon:
         return self.status().queues
 
     def workers(self) -> list[Living]:
-        """Return the living processes that run jobs, by name."""
+        """Return the living processes that run jobs, by name.
+
+        >>> [(worker.name, worker.holds) for worker in kathikon.workers()]
+        [('celery@web1', 4)]
+        """
         with self.storage.database.read() as connection:
             return nodes.living(connection)
 
     def acts(self, limit: int = 50, before: Act | None = None) -> list[Act]:
-        """Return up to *limit* records of what operators did, the newest first, from the one behind *before* on."""
+        """Return up to *limit* records of what operators did, the newest first, from the one behind *before* on.
+
+        >>> [(act.operator, act.verb, act.changed) for act in kathikon.acts(limit=2)]
+        [('ada@desk', 'retry', 12), ('ada@desk', 'cancel', 40)]
+        """
         with self.storage.database.read() as connection:
             return acts.page(connection, limit, before)
 

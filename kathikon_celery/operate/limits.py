@@ -27,6 +27,14 @@ class Limits:
     keys of a limit. All workers obey at once. What an operator has set counts until `reset`, whatever the code says
     meanwhile. Lower numbers take nothing from jobs that run.
 
+    Arguments:
+        storage: where the limits are.
+        operator: who acts, for the record.
+
+    Arguments of the methods:
+        name: the limit's name as the code says it, with its fields, such as ``account:{account_id}``.
+        reason: why, for the record of acts.
+
     The methods raise `NotFound` for a limit that no worker has told of, and `ValueError` for a number that is not
     allowed.
     """
@@ -44,7 +52,11 @@ class Limits:
             return limit_numbers.every(connection)
 
     def get(self, name: str) -> LimitStatus:
-        """Return one limit. Raises `NotFound`."""
+        """Return one limit. Raises `NotFound`.
+
+        >>> str(kathikon.limits.get("stripe").numbers)
+        '60/m'
+        """
         with self._storage.database.read() as connection:
             return limit_numbers.fetch(connection, name)
 
@@ -74,10 +86,11 @@ class Limits:
         >>> kathikon.limits.set("stripe", concurrency="none", rate="30/m", burst=5)
 
         Arguments:
-            name: as the code says it, with its fields.
             concurrency: how many of its jobs run at once; 0: no job starts; ``"none"``: any number.
             rate: as in ``"60/m"``, or a number a second; ``"none"``: any number.
             burst: how many of the rate may start at once.
+
+        Raises `NotFound`, and `ValueError` for another number or without one.
         """
         given = numbers_of(concurrency, rate, burst)
         if not given:
@@ -92,7 +105,11 @@ class Limits:
         return self.get(name)
 
     def reset(self, name: str, reason: str | None = None) -> bool:
-        """Let the code's numbers count again; return false if they count already. Raises `NotFound`."""
+        """Let the code's numbers count again; return false if they count already. Raises `NotFound`.
+
+        >>> kathikon.limits.reset("stripe", reason="they are well again")
+        True
+        """
         act = Act(verb="unlimit", target=f"limit {name}", operator=self._operator, reason=reason)
         return self._storage.backend.reset_limit(name, act)
 

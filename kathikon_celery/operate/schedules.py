@@ -37,18 +37,34 @@ class Schedules:
 
     All verbs write in the caller's open transaction, if there is one, as ``delay()`` does. Workers obey at once.
     They raise `NotFound` for a name that does not exist, and `ValueError` for a value that is not allowed.
+
+    Arguments:
+        storage: where the schedules are.
+        app: sends the tasks of `run_now` and `backfill`; `None`: they raise `TypeError`.
+        operator: who acts, for the record.
+
+    Arguments of the methods:
+        name: the schedule's name.
+        reason: why, for the record of acts.
     """
 
     def __init__(self, storage: Storage, app: Celery | None, operator: str) -> None:
         self._storage, self._app, self._operator = storage, app, operator
 
     def every(self) -> list[Schedule]:
-        """Return all schedules, by name."""
+        """Return all schedules, by name.
+
+        >>> [(one.name, one.next_at) for one in kathikon.schedules.every() if not one.paused]
+        """
         with self._storage.database.read() as connection:
             return schedules.every(connection)
 
     def late(self, age: timedelta) -> list[str]:
-        """Return in words which schedules have a tick that is late by more than *age*, and why: up to 20."""
+        """Return in words which schedules have a tick that is late by more than *age*, and why: up to 20.
+
+        >>> kathikon.schedules.late(timedelta(minutes=5))
+        ["schedule 'report' is late by 412.0 s"]
+        """
         with self._storage.database.read() as connection:
             found = schedules.overdue(connection, age.total_seconds())
         return [
@@ -57,7 +73,10 @@ class Schedules:
         ]
 
     def get(self, name: str) -> Schedule:
-        """Return one. Raises `NotFound`."""
+        """Return one. Raises `NotFound`.
+
+        >>> kathikon.schedules.get("report").next_at
+        """
         with self._storage.database.read() as connection:
             return _found(schedules.fetch(connection, name), name)
 
@@ -76,10 +95,16 @@ class Schedules:
     ) -> bool:
         """Add a schedule, or replace one that was added so, which stays paused; return whether there was one.
 
-        Raises `ValueError` for the name of a code's entry.
+        >>> kathikon.schedules.add("report", "proj.report", 3600.0, kwargs={"mail": True}, missed="skip", jitter=30)
+
+        Raises `ValueError` for the name of a code's entry, for a task or policy that is not allowed, for arguments that
+        are no JSON, and for a schedule without a tick from now on.
 
         Arguments:
+            task: the task's name.
             schedule: seconds, a timedelta, Celery's `crontab` or `solar`, or an aware datetime: one tick then.
+            args: of the task; what JSON can say.
+            kwargs: of the task, as well.
             options: of ``apply_async``.
             zone: the time zone of a crontab; default: the app's.
             policies: ``missed``, ``grace``, ``overlap``, ``jitter``, ``max_runs``, ``starts_at``, ``ends_at``; see
@@ -120,9 +145,12 @@ class Schedules:
         return was_there
 
     def change(self, name: str, reason: str | None = None, **values: Any) -> None:
-        """Change a schedule: ``schedule``, ``zone``, ``args``, ``kwargs``, ``options`` or a policy, see `add`.
+        """Change a schedule. A changed entry of the code stays so through deployments, until `reset`.
 
-        A changed entry of the code stays so through deployments, until `reset`.
+        >>> kathikon.schedules.change("report", reason="summer", schedule=crontab(hour=5, minute=0))
+
+        Arguments:
+            values: ``schedule``, ``zone``, ``args``, ``kwargs``, ``options`` or a policy, as for `add`.
         """
         allowed = {"schedule", "zone", "args", "kwargs", "options", *entries.POLICIES}
         if unknown := values.keys() - allowed:
@@ -147,7 +175,10 @@ class Schedules:
         self._write("change", name, reason, write, {one: str(value) for one, value in values.items()})
 
     def pause(self, name: str, reason: str | None = None) -> None:
-        """Send no ticks until `resume`. Ticks of that time are not made up for."""
+        """Send no ticks until `resume`. Ticks of that time are not made up for.
+
+        >>> kathikon.schedules.pause("report", reason="holidays")
+        """
 
         def write(connection: Connection, old: Schedule | None) -> None:
             _ours(old, name)
@@ -156,7 +187,10 @@ class Schedules:
         self._write("pause", name, reason, write)
 
     def resume(self, name: str, reason: str | None = None) -> None:
-        """Go on with the first tick from now on."""
+        """Go on with the first tick from now on.
+
+        >>> kathikon.schedules.resume("report")
+        """
 
         def write(connection: Connection, old: Schedule | None) -> None:
             row = _ours(old, name)
@@ -168,7 +202,10 @@ class Schedules:
         self._write("resume", name, reason, write)
 
     def remove(self, name: str, reason: str | None = None) -> None:
-        """Delete a schedule. Raises `ValueError` for an entry of the code of this app: the next worker would add it."""
+        """Delete a schedule. Raises `ValueError` for an entry of the code of this app: the next worker would add it.
+
+        >>> kathikon.schedules.remove("report")
+        """
 
         def write(connection: Connection, old: Schedule | None) -> None:
             if _ours(old, name).source == "code" and self._app is not None and name in entries.of(self._app, {}):
@@ -182,6 +219,8 @@ class Schedules:
 
         The row says at once what the code of this app says; without the entry there, the next worker that starts writes
         what its code says.
+
+        >>> kathikon.schedules.reset("report")
         """
         own = entries.of(self._app, {}) if self._app is not None else {}
 
@@ -198,7 +237,8 @@ class Schedules:
         """Add schedules of another scheduler; return by name what was done: "added", "goes on" or "is there".
 
         "goes on": an entry of the code, whose first tick follows the last run there, if no worker has sent one yet.
-        Stop the other scheduler first. Ticks that were missed since its last run are sent by `Schedule.missed`.
+        Stop the other scheduler first. Ticks that were missed since its last run are sent as the schedule's ``missed``
+        says.
 
         Arguments:
             kept: as `kathikon_celery.schedules.imports` reads them.
@@ -240,7 +280,10 @@ class Schedules:
         return done
 
     def run_now(self, name: str, reason: str | None = None) -> str:
-        """Send the task of a schedule once, beside its ticks; return the job's id."""
+        """Send the task of a schedule once, beside its ticks; return the job's id.
+
+        >>> app.AsyncResult(kathikon.schedules.run_now("report")).get()
+        """
         ids = self._send(name, "run", reason, lambda row, now: [(now, str(uuid4()))])
         return ids[0]
 
@@ -248,6 +291,12 @@ class Schedules:
         """Send the ticks after *since* up to *until*; return the jobs' ids. A tick that was sent is not sent again.
 
         Ticks each so many seconds are in step with those that the schedule has now.
+
+        >>> monday = datetime(2026, 11, 16, tzinfo=timezone.utc)
+        >>> ids = kathikon.schedules.backfill("report", monday, monday + timedelta(days=7))
+
+        Raises `TypeError` for *since* or *until* that is no datetime, and `ValueError` for one without a time zone, for
+        an *until* that has not come yet, and for more than 10,000 ticks.
         """
         for word, moment in (("since", since), ("until", until)):
             if not isinstance(moment, datetime):

@@ -33,12 +33,25 @@ class Selection:
 
     A bulk verb changes up to 100 jobs in each transaction: one that is interrupted has changed those that it has
     reached, and the next call goes on with the others. A job whose state does not allow the verb is left out. Each call
-    is recorded: see `Kathikon.acts`.
+    is recorded: see `Kathikon.acts`. Iterating over a selection yields its jobs, page by page, as `page` does.
+
+    >>> dead = kathikon.jobs("dead", task="proj.mail.*")
+    >>> dead.count()
+    1200
+    >>> dead.retry(rate="50/s", reason="the mail server is back")
+    1200
+
+    Arguments:
+        kathikon: the operator's hands, which have made the selection.
+        filter: which jobs are meant.
 
     Arguments of the verbs:
-        rate: at most so many jobs, in Celery's words: ``"50/s"``.
+        rate: at most so many jobs, in Celery's words: ``"50/s"``, ``"600/m"`` or ``"1000/h"``; `None`: no limit.
         progress: called after each transaction with the number of jobs that were changed so far.
         reason: why, for the record.
+        terminate: end tasks that run, too.
+
+    Raises `ValueError` for another rate, and from a verb that none of the selection's states allows.
     """
 
     kathikon: Kathikon
@@ -57,7 +70,10 @@ class Selection:
         return self.kathikon.storage.page(self.filter, limit, after)
 
     def preview(self, verb: str, limit: int = 5) -> tuple[int, list[Job]]:
-        """Return how many jobs *verb* would change, and the first of them."""
+        """Return how many jobs *verb* would change, and the first *limit* of them. Raises `ValueError` as `able` does.
+
+        >>> number, first = kathikon.jobs(queue="emails").preview("cancel")
+        """
         able = self.able(verb)
         return able.count(), able.page(limit)
 

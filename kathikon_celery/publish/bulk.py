@@ -49,9 +49,8 @@ def bulk() -> Iterator[None]:
     A task is on disk when its chunk is full, and at the latest when the block is left, even by an error. It may run
     before the block is left. Tasks of other threads, and tasks for other brokers, are sent at once.
 
-    Raises:
-        the database's error, from the call that made a chunk full or from the end of the block: no task of that chunk
-        was sent. After an error at the end of the block, no task that was still collected was sent.
+    Raises the database's error, from the call that made a chunk full or from the end of the block: no task of that
+    chunk was sent. After an error at the end of the block, no task that was still collected was sent.
     """
     if outbox.scope().chunks is not None:  # within another block, which writes all tasks
         yield

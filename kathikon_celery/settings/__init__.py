@@ -66,6 +66,8 @@ class Settings:
     >>> Settings(queues="default:10,emails:5").queues["emails"].concurrency
     5
 
+    Each setting of docs/settings.md is an attribute, without ``kathikon_``: seconds as a float, numbers as an int.
+
     Raises `SettingError` for a value that is not allowed. Neither `repr` nor an error shows a password.
     """
 
@@ -101,6 +103,7 @@ class Settings:
 
     #: Whether a task that raised is retried: after its n-th failure in ``min(n² * 5, 86400)`` seconds, as in Kathikon.
     retry_failed: bool = _setting(False, checks.boolean)
+
     #: Whether Celery's ``rate_limit`` is for each worker, as in Celery, or for all workers together ("fleet").
     rate_limits: str = _setting("worker", checks.rate_limits)
 
@@ -162,6 +165,9 @@ class Settings:
     ) -> Settings:
         """Look for each setting in *conf*, *environ* and the ``pyproject.toml`` nearest to *directory*.
 
+        >>> Settings.load(app.conf).lease
+        20.0
+
         Arguments:
             conf: an app's ``app.conf``; with a namespace, as in Django, its keys are ``CELERY_KATHIKON_<NAME>``.
                 Celery's own ``timezone`` is used if it is set and ``kathikon_timezone`` is not.
@@ -182,7 +188,7 @@ class Settings:
 
     @classmethod
     def given(cls, name: str) -> Any:
-        """Return the value of one setting in the environment or ``pyproject.toml``; None if it is in neither."""
+        """Return the value of the setting *name* in the environment or ``pyproject.toml``; None if it is in neither."""
         values, sources = _find(None, os.environ, None)
         return _checked(name, _CHECKS[name], values[name], sources[name]) if name in values else None
 

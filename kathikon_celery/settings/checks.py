@@ -29,14 +29,21 @@ LARGEST = 2**31 - 1
 
 @dataclass(frozen=True)
 class QueueSettings:
-    """One queue: its name, how many of its jobs a worker runs at once (None: as many as its pool), and its tasks."""
+    """One queue, as ``kathikon_queues`` says.
 
+    >>> Settings(queues="default:10,emails:5").queues["emails"]
+    QueueSettings(name='emails', concurrency=5, tasks=(), fleet=None, rate=None)
+    """
+
+    #: The queue's name.
     name: str
+    #: How many of its jobs a worker runs at once; None: as many as its pool.
     concurrency: int | None = DEFAULT_CONCURRENCY
     #: Names of tasks, or patterns with ``*``, ``?`` and ``[…]``.
     tasks: tuple[str, ...] = ()
-    #: How many of its jobs all workers together run at once, and how many they start in a time (``"600/m"``).
+    #: How many of its jobs all workers together run at once; None: any number.
     fleet: int | None = None
+    #: How many of its jobs all workers together start in a time, such as ``"600/m"``; None: any number.
     rate: str | None = None
 
 

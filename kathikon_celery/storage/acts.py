@@ -18,7 +18,11 @@ from kathikon_celery.storage.tables import acts, history, jobs
 
 @dataclass(kw_only=True)
 class Act:
-    """One call of a verb by an operator.
+    """One call of a verb by an operator. Times are aware datetimes, by the database's clock.
+
+    >>> act = kathikon.acts()[0]
+    >>> act.operator, act.verb, act.changed
+    ('ada@desk', 'retry', 12)
 
     Arguments:
         verb: such as ``"retry"``.
@@ -27,7 +31,9 @@ class Act:
         reason: why.
         chosen: how many jobs there were to change, if they were counted.
         changed: how many were changed so far.
+        began_at: when the act began.
         ended_at: `None`: the act goes on, or was interrupted.
+        id: a random number.
     """
 
     verb: str
@@ -45,10 +51,15 @@ class Act:
 class Event:
     """One moment of a job's life.
 
+    >>> for event in kathikon.history(job_id):
+    ...     print(event.at, event.event, event.operator, event.text)
+
     Arguments:
+        at: when, as an aware datetime.
         event: ``"published"``, ``"failed"``, ``"rescued"``, a verb such as ``"retry"``, or the state that was entered.
         text: for people.
         operator: who did it, for a verb.
+        traceback: of a failure, if it was kept.
     """
 
     at: datetime

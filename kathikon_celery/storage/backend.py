@@ -35,6 +35,15 @@ from kathikon_celery.storage.settle import TaskEnd
 class StorageBackend(ABC):
     """The steps of a job's life, each of which a backend implements.
 
+    >>> class AuditedBackend(SQLBackend):
+    ...     def insert(self, job, hold=None, soon=True):
+    ...         published = super().insert(job, hold, soon)
+    ...         if published:
+    ...             audit.info("published %s %s", job.task, job.id)
+    ...         return published
+
+    A method that takes a *connection* is part of a transaction that the caller commits.
+
     Arguments:
         database: the connections to the database.
     """

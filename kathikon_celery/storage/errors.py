@@ -48,7 +48,17 @@ class MovedOn(StorageError):
 
 
 class NotUnique(StorageError):
-    """A job with the same unique key is there; nothing was sent. `job_id`: its id."""
+    """A job with the same unique key is there; nothing was sent.
+
+    >>> try:
+    ...     sync.delay(7)
+    ... except NotUnique as error:
+    ...     print(error.job_id)
+
+    Arguments:
+        task: the name of the task that was called.
+        job_id: the id of the job that is there.
+    """
 
     def __init__(self, task: str, job_id: str) -> None:
         super().__init__(f"task {task}: job {job_id} has the same unique key")

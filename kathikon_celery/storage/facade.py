@@ -43,6 +43,17 @@ class Storage:
         settings: default: those of the environment and pyproject.toml.
         backend: used instead of the one that ``kathikon_storage_backend`` names.
         database: used instead of one at *url*.
+
+    Raises `SettingError` for a wrong setting. Each method raises `Unavailable` if the database cannot be reached.
+
+    Arguments of the methods:
+        job: a job, new or as it was read.
+        jobs: the same, many.
+        job_id: the id of a job.
+        ids: one id, or several.
+        queue: the name of a queue.
+        state: one of the states; `None`: any.
+        node_id: the number of the process that claims; `None`: the caller, which is no worker.
     """
 
     def __init__(
@@ -92,7 +103,11 @@ class Storage:
 
     @classmethod
     def for_app(cls, app: Celery, setup: bool = True) -> Storage:
-        """Return the storage of an app's producers and workers. *setup*: create or upgrade its tables."""
+        """Return the storage of the producers and workers of *app*. *setup*: create or upgrade its tables.
+
+        >>> Storage.for_app(app).counts()
+        {('default', 'available'): 3, ('default', 'dead'): 1}
+        """
         settings = Settings.load(app.conf)
         urls = databases_of(broker_of(app.conf))
         storage = cls.shared(urls, settings, app.conf.broker_connection_timeout)
@@ -121,7 +136,10 @@ class Storage:
         self.backend.insert(job)
 
     def insert_many(self, jobs: Sequence[Job]) -> None:
-        """Publish many jobs, ``kathikon_insert_many_chunk_size`` of them in each transaction."""
+        """Publish many jobs, ``kathikon_insert_many_chunk_size`` of them in each transaction.
+
+        >>> storage.insert_many([Job(id=str(uuid4()), task="proj.add", body=body) for body in bodies])
+        """
         size = self.settings.insert_many_chunk_size
         for start in range(0, len(jobs), size):
             self.backend.insert_many(jobs[start : start + size])
@@ -131,6 +149,10 @@ class Storage:
 
         Raises `TransitionError` if the stored state may not change to the job's, `MovedOn` if the job was claimed,
         given back or published since it was read, `NotFound`.
+
+        >>> job = storage.fetch(job_id)
+        >>> job.priority = 9
+        >>> storage.update(job)
         """
         self.backend.update(job)
 
@@ -175,7 +197,10 @@ class Storage:
     def prunable_jobs(
         self, limit: int = PRUNED_AT_ONCE, retention: Mapping[State, float | None] | None = None
     ) -> list[str]:
-        """Return ids of up to *limit* jobs that ended longer ago than their state's retention (seconds)."""
+        """Return ids of up to *limit* jobs that ended longer ago than their state's retention.
+
+        *retention*: state -> seconds, or `None` for ever; default: that of the settings.
+        """
         return self.backend.prunable_jobs(self._retention() if retention is None else retention, limit)
 
     def prune(self, limit: int = PRUNED_AT_ONCE) -> int:
@@ -197,7 +222,11 @@ class Storage:
         return self.backend.delete([ids] if isinstance(ids, str) else ids)
 
     def all(self, queue: str | None = None, state: State | None = None) -> list[Job]:
-        """Return all jobs, oldest first, or those of one queue or state."""
+        """Return all jobs, oldest first, or those of one queue or state.
+
+        >>> [job.task for job in storage.all(state=State.DEAD)]
+        ['proj.mail.send']
+        """
         return self.backend.all(queue, state)
 
     def page(self, chosen: Filter, limit: int = 50, after: Job | None = None) -> list[Job]:

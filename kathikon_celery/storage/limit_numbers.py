@@ -37,11 +37,15 @@ _WINDOWS = {per: word for word, per in WINDOWS.items()}
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a limit allows.
+    """What a limit allows. Its `str` says it in words.
+
+    >>> str(kathikon.limits.get("stripe").numbers)
+    '60/m'
 
     Arguments:
         concurrency: how many of its jobs run at once; `None`: any number; 0: no job starts.
-        rate, per: so many of its jobs start in so many seconds; `None`: any number.
+        rate: how many of its jobs start in *per* seconds; `None`: any number.
+        per: the length of the rate's window, in seconds.
         burst: how many of the rate may start at once.
     """
 
@@ -67,14 +71,20 @@ class Numbers:
 
 @dataclass(frozen=True)
 class LimitStatus:
-    """One limit, as it is now. Each number of jobs or keys is at most `MOST`: then there may be more.
+    """One limit, as it is now. Each number of jobs or keys is at most `MOST` (10,000): then there may be more.
+
+    >>> limit = kathikon.limits.get("stripe")
+    >>> limit.in_use, limit.blocked, limit.next_in
+    (2, 17, 0.8)
 
     Arguments:
         name: as the code says it, with its fields.
         numbers: those that count.
         of_code: those of the code, as the worker that was started last knows it.
         of_operator: those that an operator has set; `None`: the code's count.
-        operator, reason, changed_at: who has set or reset them last, why and when.
+        operator: who has set or reset them last; `None`: nobody.
+        reason: why.
+        changed_at: when, as an aware datetime.
         keys: how many values of its fields have been used lately; 1 or 0 without fields.
         in_use: what its running jobs take, in all keys.
         blocked: jobs that wait in its lines.
@@ -96,9 +106,14 @@ class LimitStatus:
 
 @dataclass(frozen=True)
 class KeyStatus:
-    """One key of a limit, as it is now.
+    """One key of a limit, as it is now. Its `str` says what the key's jobs wait for.
+
+    >>> key = kathikon.limits.keys("account:{account_id}")[0]
+    >>> key.key, str(key)
+    ('account:7', '1 of 1 in use')
 
     Arguments:
+        key: the limit for one value of its fields, such as ``account:7``.
         numbers: those that count.
         in_use: what its running jobs take.
         blocked: jobs that wait in its line, at most `MOST`.

@@ -62,7 +62,15 @@ class Node:
 class Living:
     """A process that lives, as operators see it.
 
+    >>> [(worker.name, worker.queues, worker.holds) for worker in kathikon.workers()]
+    [('celery@web1', ['default', 'emails'], 4)]
+
     Arguments:
+        id: the number of its row.
+        name: Celery's name of the worker.
+        machine: the machine's name.
+        pid: its process id there.
+        started_at: when it began, as an aware datetime.
         queues: whose jobs it runs; `None`: that is not known (yet).
         holds: how many jobs it has claimed or runs.
         lease: seconds left until others would rescue its jobs.

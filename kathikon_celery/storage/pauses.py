@@ -32,10 +32,15 @@ class Kind(str, Enum):
 
 @dataclass(frozen=True)
 class Pause:
-    """Something that is paused.
+    """Something that is paused. Its `str` says so in a sentence.
+
+    >>> [pause.name for pause in kathikon.pauses() if pause.kind is Kind.QUEUE]
+    ['emails']
 
     Arguments:
+        kind: ``Kind.QUEUE``, ``Kind.TASK`` or ``Kind.ALL``; as a text ``"queue"``, ``"task"`` or ``"all"``.
         name: the queue's name, the task's name or pattern, or ``""`` for everything.
+        since: when it began, as an aware datetime.
         until: when the pause ends by itself; `None`: never.
         operator: who paused.
         reason: why.

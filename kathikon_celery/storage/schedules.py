@@ -21,24 +21,42 @@ GRACE = 3600.0
 
 @dataclass(kw_only=True)
 class Schedule:
-    """When a task is sent again and again.
+    """When a task is sent again and again. Times are aware datetimes.
+
+    >>> schedule = kathikon.schedules.get("report")
+    >>> schedule.task, schedule.zone, schedule.runs
+    ('proj.report', 'Europe/Berlin', 41)
 
     Arguments:
+        name: the schedule's name.
+        task: the task's name.
         timing: when, as `kathikon_celery.schedules.timetable` writes it.
         zone: the time zone of crontabs.
-        args, kwargs, options: of the task, as JSON.
+        args: of the task, as JSON.
+        kwargs: of the task, as JSON.
+        options: of ``apply_async``, as JSON.
         missed: what is sent of ticks that were missed: "once" (one job for all of them), "skip" or "all".
         grace: seconds for which a missed tick is still sent.
         overlap: what happens at a tick whose job before has not ended: "allow", "skip", "queue" or "cancel".
         jitter: seconds; each tick is sent up to so much later.
+        starts_at: no tick before; `None`: from now on.
+        ends_at: no tick after; `None`: without an end.
         max_runs: how many ticks are sent in all.
         source: who has made the entry: "code" (``beat_schedule``), "table" (an operator, a program), or "django"
             (django-celery-beat's tables, which are followed).
+        paused: no ticks are sent.
+        runs: how many ticks were sent.
         next_at: when a worker acts next; `None`: never.
         tick_at: the moment of the timetable for that; `None`: the worker that acts computes it.
-        last_tick, last_sent, last_job: the last tick, when it was sent, and the id of its job.
+        last_tick: the last tick.
+        last_sent: when it was sent.
+        last_job: the id of its job.
         skipped: how many ticks were not sent.
         problem: why the last attempt to send failed.
+        digest: of the code's entry as it was when the row was written.
+        past: earlier digests, as JSON.
+        is_changed: an operator has changed an entry of the code.
+        followed: the digest of the schedule in another scheduler's tables that the row follows; `None`: none.
     """
 
     name: str

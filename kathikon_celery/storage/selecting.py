@@ -23,16 +23,24 @@ _COLUMNS = [column for column in jobs.c if column.name not in ("body", "result",
 
 @dataclass(frozen=True, kw_only=True)
 class Filter:
-    """Which jobs are meant: those that fit each field that is given.
+    """Which jobs are meant: those that fit each field that is given. `Kathikon.jobs` makes it.
+
+    >>> storage.count(Filter(states={State.DEAD}, queue="emails"))
+    12
 
     Arguments:
         states: one of them; empty: any.
-        queue, root, group: the name or id itself. A root has no ``root_id``: *root* fits its ``id`` as well.
-        task, error: patterns, see `tables.fits`. *error* is for the reason of the job's end.
+        queue: the name of the queue.
+        task: the name of the task, or a pattern with ``*`` and ``?``: see `tables.fits`.
+        error: the reason of the job's end, or a pattern.
         cause: why the job has ended.
         argument: a pattern within the arguments as they are written in JSON, such as ``"user_id": 42``.
-        since, until: published at that moment or later, and before that moment.
-        ended_since, ended_until: ended at that moment or later, and before that moment.
+        root: the id of the job with which the workflow began. That job has no ``root_id``: its ``id`` fits as well.
+        group: the id of the group.
+        since: published at that moment or later; an aware datetime, as the next ones.
+        until: published before that moment.
+        ended_since: ended at that moment or later.
+        ended_until: ended before that moment.
         with_message: no rows that are only a result, such as that of a chord's body that never ran.
         without_replaced: no jobs that were replaced by others, which have not succeeded.
 

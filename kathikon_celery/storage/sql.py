@@ -43,7 +43,12 @@ T = TypeVar("T")
 
 
 class SQLBackend(StorageBackend):
-    """Jobs in a SQL database.
+    """Jobs in a SQL database: the class to derive from.
+
+    >>> class AuditedBackend(SQLBackend):  # kathikon_storage_backend = "proj.storage:AuditedBackend"
+    ...     def delete(self, ids):
+    ...         audit.info("deleted %s", ids)
+    ...         return super().delete(ids)
 
     Arguments:
         database: the connections to it.

@@ -29,14 +29,19 @@ def capped(number: int) -> str:
 
 @dataclass
 class QueueStatus:
-    """One queue, as it is now. Each number is at most `MOST`: then there may be more.
+    """One queue, as it is now. Each number is at most `MOST` (10,000): then there may be more.
+
+    >>> [queue.name for queue in kathikon.queue_status() if queue.ready and not queue.workers]
+    ['emails']
 
     Arguments:
+        name: the queue's name.
         ready: jobs that wait for a worker.
         oldest: seconds for which the oldest of them is ready; `None`: none is.
         blocked: jobs that wait in the lines of limits; they are not ready.
         scheduled: jobs that wait for their time, also for a retry.
-        claimed, running: jobs that workers hold.
+        claimed: jobs that workers hold, and whose tasks have not begun.
+        running: jobs whose tasks run.
         dead: of the `MOST` jobs that died last, those of this queue.
         workers: how many living workers consume the queue; `None`: that is not known (yet).
         paused: the pause of this queue, or of everything.
@@ -58,9 +63,13 @@ class QueueStatus:
 class Status:
     """Everything that `top` shows.
 
+    >>> kathikon.status().ended[State.DEAD]
+    3
+
     Arguments:
+        queues: each queue that has jobs, workers or a pause.
         workers: living workers that consume queues.
-        ended: how many jobs have ended in the last `WINDOW` seconds, by state; each number is at most `MOST`.
+        ended: how many jobs have ended in the last `WINDOW` (60) seconds, by state; each number is at most `MOST`.
         pauses: all pauses that hold.
     """
 

@@ -18,10 +18,14 @@ __all__ = ["ScratchApp", "disconnect", "isolated"]
 
 
 class ScratchApp(Celery):
-    """An app for one test: tasks that are declared with its ``task`` are not shared with the apps of other tests."""
+    """An app for one test: tasks that are declared with its ``task`` are not shared with the apps of other tests.
+
+    >>> with ScratchApp("scratch", set_as_current=False) as app:
+    ...     app.config_from_object("kathikon_celery.config")
+    """
 
     def task(self, *args: Any, **options: Any) -> Any:
-        """Celery's decorator."""
+        """Celery's decorator, with its arguments and options."""
         return super().task(*args, **{"shared": False, **options})
 
 
@@ -79,7 +83,10 @@ def _forget(app: Celery) -> None:
 
 
 def disconnect(app: Celery) -> None:
-    """Close all connections of *app* in this process. It connects again when it needs to."""
+    """Close all connections of *app* in this process. It connects again when it needs to.
+
+    >>> disconnect(app)     # before a test drops the database
+    """
     pool = app._pool
     if pool is not None:
         pool.force_close_all()

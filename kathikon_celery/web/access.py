@@ -32,6 +32,10 @@ HEADERS = {
 class User:
     """Who looks.
 
+    >>> def auth(request):
+    ...     session = sessions.get(request.cookies.get("session"))
+    ...     return User(session.name, may_act=session.is_admin) if session else None
+
     Arguments:
         name: for the record of acts.
         may_act: false: the user may only read.
@@ -42,7 +46,12 @@ class User:
 
 
 class Auth(Protocol):
-    """Says who sent a request. Any callable that takes a Starlette request and returns a `User` or `None` is one."""
+    """Says who sent a request. Any callable that takes a Starlette request and returns a `User` or `None` is one.
+
+    >>> async def auth(request):
+    ...     name = await name_of(request.headers["authorization"])
+    ...     return User(name) if name else None
+    """
 
     def __call__(self, request: Request) -> User | Response | Awaitable[User | Response | None] | None:
         """Return who sent *request*; `None`: nobody who may see anything; a response: answer so."""
@@ -56,6 +65,8 @@ class Basic:
     Arguments:
         users: name -> password, of those who may act.
         readers: the same of those who may only read.
+
+    Raises `ValueError` without users, for a name that is empty or has a colon, and for an empty password.
     """
 
     def __init__(self, users: Mapping[str, str], readers: Mapping[str, str] | None = None) -> None:
@@ -98,7 +109,13 @@ class Token:
 
 
 class Nobody:
-    """No authentication: everybody who reaches the address may do everything. For the own machine only."""
+    """No authentication: everybody who reaches the address may do everything. For the own machine only.
+
+    >>> create_app(app, auth=Nobody("ada"))
+
+    Arguments:
+        operator: the name for the record of acts.
+    """
 
     def __init__(self, operator: str) -> None:
         self._operator = operator

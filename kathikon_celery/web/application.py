@@ -275,6 +275,7 @@ def create_app(
     >>> api.mount("/jobs", create_app(celery_app, auth=Basic({"ada": "secret"})))
 
     Arguments:
+        app: a Celery app whose broker is Kathikon, or a storage.
         auth: says who sent a request: `Basic`, or any callable, also an async one, that takes a Starlette request and
             returns a `User`, or `None` for nobody.
         read_only: nobody may act.
@@ -291,7 +292,13 @@ def create_app(
 def create_wsgi_app(
     app: Celery | Storage, *, auth: Auth, read_only: bool = False, redact: Iterable[str] = SECRETS, live: bool = False
 ) -> Any:
-    """Return the dashboard as a WSGI application, as `create_app` does.
+    """Return the dashboard as a WSGI application: to be run, or mounted in Flask.
+
+    >>> flask_app.wsgi_app = DispatcherMiddleware(
+    ...     flask_app.wsgi_app, {"/jobs": create_wsgi_app(celery_app, auth=Basic({"ada": "secret"}))}
+    ... )
+
+    Arguments: *app*, *auth*, *read_only* and *redact* as of `create_app`.
 
     Live pages hold a thread of the server for each viewer: *live* is off here, unless asked for.
     """

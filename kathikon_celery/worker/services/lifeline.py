@@ -13,7 +13,16 @@ from kathikon_celery.worker.services.service import Service
 
 
 class Lifeline(Service):
-    """Checks the other nodes every second. Every worker has one."""
+    """Checks the other nodes every second. Every worker has one.
+
+    >>> Lifeline(storage=storage).step()     # returns the jobs of dead nodes
+
+    Arguments:
+        storage: the database.
+        interval: seconds between two looks.
+        presence: this process as a node; default: that of *storage*.
+        tell: writes what follows the jobs that have ended without a run, such as their errbacks.
+    """
 
     def __init__(
         self,

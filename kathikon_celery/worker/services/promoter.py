@@ -21,7 +21,10 @@ TICK = 0.001
 
 
 class Promoter(Service):
-    """Sleeps until the next job is due, at most ``kathikon_scheduler_interval`` seconds. Every worker has one."""
+    """Sleeps until the next job is due, at most ``kathikon_scheduler_interval`` seconds. Every worker has one.
+
+    >>> Promoter(storage=storage, interval=1.0).step()     # makes due jobs available
+    """
 
     heeds_calls = True
     _last, _rests = 0.0, False

@@ -27,7 +27,10 @@ LIMITS_INTERVAL = 600.0
 
 
 class Pruner(Service):
-    """Deletes in chunks every ``kathikon_prune_interval`` seconds. Every worker has one, each at its own times."""
+    """Deletes in chunks every ``kathikon_prune_interval`` seconds. Every worker has one, each at its own times.
+
+    >>> Pruner(storage=storage, interval=60.0).step()     # deletes jobs that ended long ago
+    """
 
     #: The database's clock less the monotonic clock.
     _ahead: float | None = None

@@ -19,11 +19,16 @@ logger = logging.getLogger(__name__)
 
 
 class Service(ABC):
-    """One background process of a worker.
+    """One background process of a worker: a thread that takes one step again and again.
+
+    >>> promoter = Promoter(storage=storage, interval=1.0)
+    >>> promoter.step()     # or start(), and stop() at the end
 
     Arguments:
         storage: the database.
         interval: seconds between two steps, unless a step returns another number of seconds.
+
+    Raises `ValueError` for an interval that is not above 0.
     """
 
     #: Seconds after which a step that failed is tried again.
@@ -62,7 +67,7 @@ class Service(ABC):
         return self.questions() if is_near and self._answers is None else {}
 
     def hear(self, answers: Mapping[str, Any]) -> None:
-        """Take the answers to `questions`. They may make the next step unnecessary."""
+        """Take the *answers* to `questions`. They may make the next step unnecessary."""
         self._answers = monotonic(), answers
 
     def _spare(self) -> float:
