@@ -18,8 +18,6 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from docsite import commands
-
 ROOT = Path(__file__).parents[1]
 #: File of the repository -> page of the site.
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "LICENSE": "licence.md"}
@@ -49,7 +47,6 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages of files that are outside of docs/, and of those that they link in turn."""
-    files.append(File.generated(config, "reference/commands.md", content=commands.page()))
     made: set[str] = set()
     wanted = set(PAGES)
     for file in files.documentation_pages():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click import Context
 
 from kathikon_celery import config
 from kathikon_celery.cli import kathikon
@@ -151,10 +152,12 @@ def test_commands_exist() -> None:
     targets = re.findall(r"^\$ make (\w+)", text, re.MULTILINE)
     assert "demo" in targets
     assert [target for target in targets if f"\n{target}:" not in makefile] == []
-    used = re.findall(r"celery -A proj kathikon (\w+)(?: (--[\w-]+))?", text)
+    used = re.findall(r"celery -A proj kathikon ([a-z]+)(?: (--[\w-]+))?", text)
     assert used
     for name, option in used:
-        assert not option or option in [opt for param in kathikon.commands[name].params for opt in param.opts]
+        command = kathikon.get_command(Context(kathikon), name)
+        assert command is not None, name
+        assert not option or option in [opt for param in command.params for opt in param.opts]
 
 
 def test_no_path_of_anybodys_machine() -> None:
