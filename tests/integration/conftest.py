@@ -5,8 +5,10 @@ Whoever shares them runs in one process of pytest-xdist (``--dist loadgroup``): 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,32 @@ SHARED = ("shared_database_url", "pool")
 on_one_database = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+#: Where what a pool does is on its own side: each pool then runs on one database, and prefork on both.
+_DATABASES = {
+    "prefork": ("sqlite", "postgresql"),
+    "threads": ("postgresql",),
+    "gevent": ("sqlite",),
+    "solo": ("postgresql",),
+}
+#: Set this variable to run such tests with each pool on each database.
+EVERYWHERE = "KATHIKON_TEST_EACH_POOL_EVERYWHERE"
+
+
+def _is_left_out(item: pytest.Item) -> bool:
+    """Whether a test marked ``each_pool`` is spared with this pool on this database."""
+    if item.get_closest_marker("each_pool") is None or EVERYWHERE in os.environ:
+        return False
+    if any("database_url" in marker.args[0] for marker in item.iter_markers("parametrize")):  # it says its database
+        return False
+    params = item.callspec.params  # type: ignore[attr-defined]
+    database = params.get("database_url") or params.get(SHARED[0])
+    return "pool" in params and database is not None and database not in _DATABASES[params["pool"]]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if left_out := list(filter(_is_left_out, items)):
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = filterfalse(_is_left_out, items)
     for item in items:
         if isinstance(item, pytest.Function) and SHARED[0] in item.fixturenames:
             params = item.callspec.params if hasattr(item, "callspec") else {}

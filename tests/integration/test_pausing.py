@@ -20,6 +20,7 @@ def operator(client: Celery) -> Kathikon:
     return Kathikon(client, operator="ada")
 
 
+@pytest.mark.each_pool
 @pytest.mark.parametrize("pool", ["prefork", "threads", "gevent", "solo"])
 def test_a_paused_queue_waits_and_goes_on_in_its_order(
     operator: Kathikon, jobs: Jobs, journal: Journal, workers: Workers, pool: str

@@ -129,6 +129,7 @@ def run(project: Project, code: str) -> Any:
     return project.run(SETUP + dedent(code))
 
 
+@on_one_database
 def test_what_the_admin_changes_is_obeyed_at_once(project: Project, journal: Journal, database_url: str) -> None:
     storage = Storage(database_url, Settings())
     with project.worker(concurrency=2):

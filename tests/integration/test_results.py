@@ -23,7 +23,7 @@ from kombu.exceptions import ContentDisallowed
 from kathikon_celery.job import State
 from kathikon_celery.results.backend import BINARY
 from kathikon_celery.storage import Storage
-from tests.integration.conftest import Jobs, Journal, Workers, client_of
+from tests.integration.conftest import Jobs, Journal, Workers, client_of, on_one_database
 from tests.support import apps, outcomes
 from tests.support.apps import add, fail
 from tests.support.waiting import wait_until
@@ -462,6 +462,7 @@ def serialized(
         yield serializer, client, lambda **other: client_of(database_url, **{**conf, **other})
 
 
+@on_one_database
 def test_every_serializer(serialized: tuple[str, Celery, Callable[..., Any]]) -> None:
     serializer, client, another = serialized
     for value in VALUES:
@@ -495,6 +496,7 @@ def test_every_serializer(serialized: tuple[str, Celery, Callable[..., Any]]) ->
             assert other.AsyncResult(sent[0].id).get(timeout=60) == 2
 
 
+@on_one_database
 @pytest.mark.parametrize(
     ("conf", "is_kept"),
     [

@@ -17,6 +17,8 @@ from kathikon_celery.storage import Storage
 from tests.integration.conftest import Jobs, Workers, client_of
 from tests.support.workers import WorkerProcess
 
+pytestmark = pytest.mark.each_pool
+
 #: Where the task raises what -> the end of the job: cause, crashes, and a part of what `result.result` is.
 LOST = (State.DEAD, Cause.LOST, 2, "WorkerLostError")
 RETURNED = (State.COMPLETED, None, 0, "'returned'")

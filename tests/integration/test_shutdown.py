@@ -16,6 +16,8 @@ from tests.integration.conftest import Jobs, Journal, Workers, on_one_database
 from tests.support import apps
 from tests.support.workers import WorkerProcess
 
+pytestmark = pytest.mark.each_pool
+
 
 @pytest.fixture(params=["prefork", "threads", "gevent", "solo"])
 def pool(request: pytest.FixtureRequest) -> str:

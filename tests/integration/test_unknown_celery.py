@@ -18,6 +18,8 @@ from tests.integration.conftest import Jobs, Journal
 from tests.support import apps
 from tests.support.workers import ROOT, WorkerProcess
 
+pytestmark = pytest.mark.each_pool
+
 Start = Callable[..., WorkerProcess]
 CONCURRENCY = 2
 

@@ -71,6 +71,7 @@ def said(page: Any) -> str:
     return str(page.get_by_role("status").inner_text())
 
 
+@on_one_database
 def test_each_act_on_jobs_and_queues(
     visit: Callable[..., Any], dashboard: Dashboard, operator: Kathikon, jobs: Jobs, workers: Workers, tmp_path: Path
 ) -> None:
