@@ -14,6 +14,7 @@ from kombu.compression import decompress
 from kathikon_celery.job import Job, Use
 from kathikon_celery.limits import Limit, LimitError, arguments_of, limits_of, signature_of
 from kathikon_celery.settings import Settings
+from kathikon_celery.storage.limits import TURNS
 from kathikon_celery.unique import Unique, unique_of
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class AppLimits:
         return [*found, *self._of_queues.values()]
 
     def of_task(self, name: str) -> tuple[Limit, ...]:
-        """Return the limits of the task called *name*, the narrow ones first."""
+        """Return the limits of the task called *name*."""
         task = self._app.tasks.get(name)
         if task is None:
             return ()
@@ -64,8 +65,7 @@ class AppLimits:
             found = limits_of(task)
             if self._settings.rate_limits == "fleet" and (rate := rate_limit_of(self._app, task)) is not None:
                 found += (Limit(name_for(name), rate=rate),)
-            narrow_first = sorted(found, key=lambda limit: not (limit.fields or limit.key))
-            known = self._of_tasks[name] = task, tuple(narrow_first)
+            known = self._of_tasks[name] = task, found
         return known[1]
 
     def of_call(self, name: str, queue: str | None) -> tuple[Limit, ...]:
@@ -91,7 +91,7 @@ class AppLimits:
             return
         key = found.key_of(job.task, signature_of(self._app.tasks[job.task]), tuple(args or ()), kwargs or {})
         if found.on_conflict == "after":
-            job.limits = (Use(f"unique:{key}", "unique", concurrency=1), *job.limits)
+            job.limits = (Use(f"unique:{key}", TURNS, concurrency=1), *job.limits)
         else:
             job.unique = found.of(key)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -59,6 +59,8 @@ from kathikon_celery.storage.tables import limits as numbers
 
 logger = logging.getLogger(__name__)
 
+#: The name of the limits by which the jobs of a unique key run one after the other.
+TURNS = "unique"
 #: How many lines one sweep looks at.
 SWEPT = 500
 #: Seconds between two sweeps, which find what a process that was killed has left undone.
@@ -73,9 +75,18 @@ RUBBISH = 20
 # --- the column
 
 
-def written(limits: Sequence[Use]) -> str | None:
+def in_order(limits: Iterable[Use]) -> list[Use]:
+    """Return the limits of a job in the order in which it waits for them, which is one order for all jobs.
+
+    Jobs that wait in different orders could wait for each other for ever: each has left the line that the other one is
+    in. A job waits for its turn first, then for keys of a few, then for what many share.
+    """
+    return sorted(limits, key=lambda use: (use.name != TURNS, use.key == use.name, use.key))
+
+
+def written(limits: Iterable[Use]) -> str | None:
     """Return the text of the column ``limits``."""
-    return json.dumps([list(use) for use in limits], separators=(",", ":")) if limits else None
+    return json.dumps([list(use) for use in in_order(limits)], separators=(",", ":")) if limits else None
 
 
 @lru_cache(maxsize=4096)
@@ -99,9 +110,9 @@ def _is_sound(use: Use) -> bool:
     return are_texts and is_per and all(isinstance(one, int) and one >= 0 for one in numbers) and use.weight > 0
 
 
-def line_of(limits: Sequence[Use]) -> str | None:
+def line_of(limits: Iterable[Use]) -> str | None:
     """Return the key of the limit in whose line a job waits first."""
-    return limits[0].key if limits else None
+    return next((use.key for use in in_order(limits)), None)
 
 
 def keys_of(batch: Iterable[Job]) -> set[str]:

@@ -99,6 +99,23 @@ def test_a_job_needs_room_in_all_its_limits(storage: Storage, worker: Worker) ->
     assert sorted(run_and_finish(storage, worker, first[1])) == ["3", "4", "5"]
 
 
+def test_jobs_that_name_their_limits_in_different_orders_do_not_wait_for_each_other(
+    storage: Storage, worker: Worker, other: Worker
+) -> None:
+    a, b = of("a", 1), of("b", 1)
+    publish(storage, ["holds b"], b)
+    (holds_b,) = worker.claim(10)
+    publish(storage, ["a and b"], a, b)
+    assert other.claim(10) == []
+    publish(storage, ["holds a"], a, queue="other")
+    (holds_a,) = worker.claim(10, "other")
+    publish(storage, ["b and a"], b, a, priority=1)
+    end(worker, holds_b, storage=storage)
+    assert other.claim(10) == []
+    end(worker, holds_a, storage=storage)
+    assert sorted(run_all(storage, worker)) == ["a and b", "b and a"]
+
+
 def run_and_finish(storage: Storage, worker: Worker, *held: Job) -> list[str]:
     """End what is *held* by anybody as well, and run the rest."""
     still = [job for job in storage.all() if job.state in (State.CLAIMED, State.RUNNING)]
@@ -498,7 +515,7 @@ def test_a_told_job_with_room_is_claimed(storage: Storage, worker: Worker, other
 
 
 def test_complete_and_claim_admits(storage: Storage, worker: Worker) -> None:
-    publish(storage, range(4), of("k", 1), of("all", 2))
+    publish(storage, range(4), of("k:1", 1), of("all", 2))
     publish(storage, ["free"])
     first = worker.claim(1)
     number, found = worker.complete_and_claim(*first, limit=3)
