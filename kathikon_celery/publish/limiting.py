@@ -14,7 +14,7 @@ from kombu.compression import decompress
 from kathikon_celery.job import Job, Use
 from kathikon_celery.limits import Limit, LimitError, arguments_of, limits_of, signature_of
 from kathikon_celery.settings import Settings
-from kathikon_celery.storage.limits import TURNS
+from kathikon_celery.storage.limits import OF_QUEUE, TURNS
 from kathikon_celery.unique import Unique, unique_of
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ class AppLimits:
         self._app, self._settings = app, settings
         self._of_queues = {
             queue.name: Limit(
-                f"queue:{queue.name}".replace("{", "{{").replace("}", "}}"), concurrency=queue.fleet, rate=queue.rate
+                f"{OF_QUEUE}{queue.name}".replace("{", "{{").replace("}", "}}"),
+                concurrency=queue.fleet,
+                rate=queue.rate,
             )
             for queue in settings.queues.values()
             if queue.fleet is not None or queue.rate is not None

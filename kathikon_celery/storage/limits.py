@@ -61,6 +61,8 @@ logger = logging.getLogger(__name__)
 
 #: The name of the limits by which the jobs of a unique key run one after the other.
 TURNS = "unique"
+#: How the names of the limits of queues begin.
+OF_QUEUE = "queue:"
 #: How many lines one sweep looks at.
 SWEPT = 500
 #: Seconds between two sweeps, which find what a process that was killed has left undone.
@@ -79,9 +81,11 @@ def in_order(limits: Iterable[Use]) -> list[Use]:
     """Return the limits of a job in the order in which it waits for them, which is one order for all jobs.
 
     Jobs that wait in different orders could wait for each other for ever: each has left the line that the other one is
-    in. A job waits for its turn first, then for keys of a few, then for what many share.
+    in. A job waits for its turn first, then for keys of a few, then for what many share, and for its queue at last.
     """
-    return sorted(limits, key=lambda use: (use.name != TURNS, use.key == use.name, use.key))
+    return sorted(
+        limits, key=lambda use: (use.name != TURNS, use.key == use.name, use.key.startswith(OF_QUEUE), use.key)
+    )
 
 
 def written(limits: Iterable[Use]) -> str | None:
