@@ -181,7 +181,7 @@ class TestTwoWorkers:
         assert [one.get(timeout=60) for one in sent] == ["later"] * 3
         found = runs(journal)
         assert most(found) == 1
-        assert len([start for _, start, _ in found if start - began > 0.95]) == 3
+        assert len([start for _, start, _ in found if start - began > 0.95]) >= 3
 
     def test_canvas(self, app: Celery) -> None:
         assert chain(limited.add.s(1, 1), limited.add.s(2), limited.add.s(3)).delay().get(timeout=60) == 7
