@@ -72,7 +72,8 @@ class Limit:
             fields = [field for _, field, _, _ in Formatter().parse(name) if field is not None]
         except ValueError as error:
             raise LimitError(f"{said}: {error}; fields are names of arguments, such as {{account_id}}") from None
-        if any(not field for field in fields):
+        names = [field.partition(".")[0].partition("[")[0] for field in fields]
+        if any(not one.isidentifier() for one in names):
             raise LimitError(f"{said}: a field needs the name of an argument, such as {{account_id}}")
         if key is not None and (fields or not callable(key)):
             raise LimitError(f"{said}: give fields in its name, or a function as key, not both and nothing else")
@@ -80,7 +81,7 @@ class Limit:
             raise LimitError(f"{said} limits nothing: give a concurrency, a rate, or both")
         self.name, self.key, self.weight = name, key, weight
         #: The arguments of the task that the name needs.
-        self.fields = tuple(dict.fromkeys(field.partition(".")[0].partition("[")[0] for field in fields))
+        self.fields = tuple(dict.fromkeys(names))
         self.concurrency = None if concurrency is None else _whole(said, "concurrency", concurrency)
         self.rate, self.per = None, 1.0
         if rate is not None:
@@ -132,7 +133,7 @@ class Limit:
 
 def _whole(said: str, what: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1_000_000_000:
-        raise LimitError(f"{said}: a {what} is a whole number from 1, not {value!r}")
+        raise LimitError(f"{said}: a {what} is a whole number from 1 to 10**9, not {value!r}")
     return value
 
 
@@ -157,9 +158,12 @@ class RateLimited(Retry):
         if not isinstance(key, str) or not key:
             raise LimitError(f"RateLimited: the key of a limit is a text and not empty, not {key!r}")
         if isinstance(retry_after, bool) or not isinstance(retry_after, int | float) or not 0 <= retry_after <= 10**9:
-            raise LimitError(f"RateLimited: retry_after is a number of seconds from 0, not {retry_after!r}")
+            raise LimitError(f"RateLimited: retry_after is a number of seconds from 0 to 10**9, not {retry_after!r}")
         super().__init__(f"{key} is rate limited for {retry_after:g} s", when=retry_after)
         self.key, self.retry_after = key, float(retry_after)
+
+    def __repr__(self) -> str:
+        return f"RateLimited({self.key!r}, retry_after={self.retry_after:g})"
 
     def __reduce__(self) -> Any:
         return RateLimited, (self.key, self.retry_after)
@@ -222,6 +226,11 @@ def take(
 
     Raises `LimitReached` without room, and `LimitError` for wrong arguments.
     """
+    if not isinstance(limit, Limit):
+        raise LimitError(f"take: the first argument is a Limit(…), not {limit!r}")
+    is_plain = limit.key is None and not callable(limit.weight)
+    if is_plain and (unknown := arguments.keys() - set(limit.fields)):
+        raise LimitError(f"take: limit {limit.name!r} has no field {', '.join(map(repr, sorted(unknown)))}")
     if isinstance(timeout, bool) or not (timeout is None or (isinstance(timeout, int | float) and timeout >= 0)):
         raise LimitError(f"take: timeout is a number of seconds from 0, or None, not {timeout!r}")
     use = limit.use((), arguments, arguments)

@@ -31,7 +31,9 @@ def schema_command(context: CLIContext, sql: bool, since: str | None) -> None:
         raise click.UsageError("--since goes with --sql: without it the version is read from the database.")
     storage = storage_of(context)
     if sql:
-        click.echo(schema.ddl(storage.database.url, since, storage.settings.schema), nl=False)
+        if ddl := schema.ddl(storage.database.url, since, storage.settings.schema):
+            click.echo(f"-- Kathikon {schema.HEAD} for the database {shown(storage.database.url)}")
+            click.echo(ddl, nl=False)
         return
     storage.setup()
     click.echo(f"The schema of {shown(storage.database.url)} has version {schema.HEAD}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from socketserver import ThreadingMixIn
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from kathikon_celery.storage import Storage
 
 logger = logging.getLogger(__name__)
+
+#: Seconds between two attempts to listen at a port that is taken.
+PAUSE = 2.0
 
 
 def registry_of(app: Celery | Storage) -> CollectorRegistry:
@@ -53,7 +56,8 @@ class _Handler(WSGIRequestHandler):
 def serve(app: Celery, host: str, port: int) -> Callable[[], None]:
     """Serve the figures of *app* at ``http://host:port/metrics`` by a thread; return what ends that.
 
-    Logs a warning if the port is taken: perhaps by another worker of this machine, which tells the same.
+    Logs a warning if the port is taken: perhaps by another worker of this machine, which tells the same. The thread
+    tries again every `PAUSE` seconds, and takes the other worker's place when that ends.
     """
     registry = registry_of(app)
 
@@ -66,17 +70,30 @@ def serve(app: Celery, host: str, port: int) -> Callable[[], None]:
         start_response("200 OK", [("Content-Type", kind)])
         return [text]
 
-    try:
-        server = make_server(host, port, answer, _Server, _Handler)
-    except OSError as error:
-        logger.warning("Kathikon: metrics are not served at %s port %s: %s", host, port, error)
-        return lambda: None
-    thread = Thread(target=server.serve_forever, name="kathikon-metrics", daemon=True)
-    thread.start()
+    servers: list[WSGIServer] = []
+    ended = Event()
+
+    def listen(level: int = logging.DEBUG) -> None:
+        try:
+            servers.append(make_server(host, port, answer, _Server, _Handler))
+        except OSError as error:
+            logger.log(level, "Kathikon: metrics are not served at %s port %s, trying again: %s", host, port, error)
+
+    def run() -> None:
+        while not servers and not ended.wait(PAUSE):
+            listen()
+        if not ended.is_set():
+            servers[0].serve_forever()
 
     def stop() -> None:
-        server.shutdown()
-        server.server_close()
+        ended.set()
+        for server in servers:
+            server.shutdown()
         thread.join()
+        for server in servers:
+            server.server_close()
 
+    listen(logging.WARNING)
+    thread = Thread(target=run, name="kathikon-metrics", daemon=True)
+    thread.start()
     return stop

@@ -27,11 +27,11 @@ _PAYLOAD = ("expires_at", "envelope", "body")
 _LIMITED = ("limits", "line", "gate")
 
 
-@lru_cache(maxsize=8)
-def _published(later: bool, own: bool, limited: bool) -> Upsert:
+@lru_cache(maxsize=16)
+def _published(later: bool, own: bool, limited: bool, spares_held: bool = False) -> Upsert:
     names = _BROUGHT + _PAYLOAD + (_LIMITED if limited else ())
     columns = {name: bindparam(f"new_{name}", type_=jobs.c[name].type) for name in names}
-    return transitions.published(columns, later, own, limited)
+    return transitions.published(columns, later, own, limited, spares_held or (limited and not own))
 
 
 _OWN = (
@@ -123,7 +123,7 @@ def insert(database: Database, job: Job, hold: Hold | None = None, soon: bool = 
                         return True
                 if not unique_one:
                     database.dialect.upsert(connection, _published(later, own, limited), values)
-                elif not unique.publish(database, connection, job, values, _published(later, False, limited)):
+                elif not unique.publish(database, connection, job, values, _published(later, False, limited, True)):
                     return True
                 if soon:
                     _announce(database, connection, [job])
@@ -166,7 +166,7 @@ def publish(database: Database, connection: Connection, batch: Sequence[Job]) ->
     gone = set()
     for job in batch:
         if job.unique is not None:
-            upsert = _published(job.scheduled_at is not None, False, bool(job.limits))
+            upsert = _published(job.scheduled_at is not None, False, bool(job.limits), True)
             if not unique.publish(database, connection, job, _values(job), upsert):
                 gone.add(id(job))
             continue

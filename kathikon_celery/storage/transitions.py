@@ -111,7 +111,9 @@ def _due(later: bool, ready: State) -> dict[str, Any]:
     }
 
 
-def published(brought: Mapping[str, Any], later: bool, own: bool, limited: bool = False) -> Upsert:
+def published(
+    brought: Mapping[str, Any], later: bool, own: bool, limited: bool = False, spares_held: bool = False
+) -> Upsert:
     """A new row for a job; an existing row with the same id waits again, if it is of another publication.
 
     Arguments:
@@ -119,6 +121,8 @@ def published(brought: Mapping[str, Any], later: bool, own: bool, limited: bool 
         later: the job has a due time.
         own: the caller has locked the existing row, which waits again without a condition.
         limited: the job has limits: it waits in a line until there is room.
+        spares_held: an existing row that a node holds stays as it is: a second run beside the first would exceed the
+            limits, or have the unique key of the first.
     """
     columns = {**brought, **_due(later, State.BLOCKED if limited else State.AVAILABLE)}
     values = {
@@ -145,7 +149,7 @@ def published(brought: Mapping[str, Any], later: bool, own: bool, limited: bool 
 
     def is_another(new: NewRow) -> ColumnElement[bool]:
         other: ColumnElement[bool] = jobs.c.publication != new["publication"]
-        return other
+        return and_(other, jobs.c.node_id.is_(None)) if spares_held else other
 
     return Upsert(jobs, (jobs.c.id,), values, changes, None if own else is_another)
 

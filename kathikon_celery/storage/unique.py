@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, bindparam, null, select, update
+from sqlalchemy import Connection, and_, bindparam, null, select, update
 
 from kathikon_celery.job import Cause, Job, State, UniqueKey
 from kathikon_celery.storage import transitions
@@ -28,7 +28,9 @@ DUPLICATE, REPLACED = "job {} has the same unique key", "job {} has the same uni
 _WAITS = frozenset({State.SCHEDULED, State.RETRYABLE, State.AVAILABLE, State.BLOCKED})
 _KEY = bindparam("of_key", type_=jobs.c.active_key.type)
 _HOLDERS = {
-    while_: select(jobs.c.seq, jobs.c.id, jobs.c.state, seconds_until(jobs.c.inserted_at).label("left"))
+    while_: select(
+        jobs.c.seq, jobs.c.id, jobs.c.state, seconds_until(jobs.c.inserted_at), seconds_until(jobs.c.expires_at)
+    )
     .where(condition, jobs.c[f"{while_}_key"] == _KEY)
     .with_for_update()
     for while_, condition in UNIQUE.items()
@@ -39,7 +41,7 @@ _RELEASE = {
 _IS_KNOWN = select(jobs.c.seq).where(jobs.c.id == bindparam("of_id", type_=jobs.c.id.type))
 _GIVEN_UP = transitions.ended(
     State.DISCARDED,
-    jobs.c.id == bindparam("of_id", type_=jobs.c.id.type),
+    and_(jobs.c.id == bindparam("of_id", type_=jobs.c.id.type), jobs.c.node_id.is_(None)),
     **dict.fromkeys(transitions.WRITTEN, null()),
     reason=bindparam("why"),
     cause=bindparam("because"),
@@ -47,12 +49,13 @@ _GIVEN_UP = transitions.ended(
 
 
 class _Holder(NamedTuple):
-    """The job that has the key; *left*: seconds until it is published, so a negative number."""
+    """The job that has the key; seconds until it is published, so a negative number, and until it expires."""
 
     seq: int
     id: str
     state: str
     left: float
+    expires: float | None
 
 
 @lru_cache(maxsize=8)
@@ -88,6 +91,9 @@ def publish(database: Database, connection: Connection, job: Job, values: Mappin
             break
         elif one.within is not None and -holder.left > one.within:
             connection.execute(_RELEASE[one.while_], {"of_seq": holder.seq})
+        elif (holder.expires or 0.0) < 0 and State(holder.state) in _WAITS:  # it will not run
+            connection.execute(_RELEASE[one.while_], {"of_seq": holder.seq})
+            _give_up(database, connection, holder.id, transitions.EXPIRED, Cause.EXPIRED)
         elif one.on_conflict == "replace" and State(holder.state) in _WAITS:
             connection.execute(_RELEASE[one.while_], {"of_seq": holder.seq})
             _give_up(database, connection, holder.id, REPLACED.format(job.id), Cause.REPLACED)

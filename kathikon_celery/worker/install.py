@@ -56,7 +56,8 @@ def install(sender: Any, **kwargs: Any) -> None:
     app.steps["worker"].update([*STEPS, SentJobs, MetricsStep])
     app.steps["consumer"].add(ConsumerStep)
     if Settings.load(app.conf).rate_limits == "fleet":
-        app.conf.worker_disable_rate_limits = True  # those of each worker for itself
+        # Those of each worker for itself. The worker has read its setting before this.
+        sender.disable_rate_limits = app.conf.worker_disable_rate_limits = True
     has_requests = is_usable(REQUESTS)
     if has_requests and app.Task.Request == "celery.worker.request:Request":
         app.Task.Request = "kathikon_celery.worker.request:Request"

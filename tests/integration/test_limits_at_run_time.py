@@ -18,7 +18,7 @@ from tests.support.waiting import wait_until
 CONF: dict[str, Any] = {
     "kathikon_queues": {"default": {"fleet": 1}},
     "kathikon_rate_limits": "fleet",
-    "task_annotations": {apps.echo.name: {"rate_limit": "1000/s"}},
+    "task_annotations": {apps.echo.name: {"rate_limit": "1000/s"}, apps.sleep.name: {"rate_limit": "1/h"}},
 }
 
 
@@ -78,8 +78,10 @@ def test_celery_s_rate_limit_is_for_the_fleet(client: Celery, jobs: Jobs, worker
     assert "the next of 1 in 3600 s starts in " in operator.explain(waits).text
     assert control(apps.echo.name, "0") == [{"ok": "rate limit disabled successfully"}] * 2
     assert waits.get(timeout=60) in ([[1], {}], [[2], {}])
+    assert control(apps.sleep.name, "0") == [{"ok": "rate limit disabled successfully"}] * 2
+    assert [one.get(timeout=60) for one in [apps.sleep.delay(0) for _ in range(5)]]  # no worker has its own limit
     (error, _) = control(apps.add.name, "1/s")
     assert error["error"].endswith("has no rate_limit in the code, so its jobs count for none; add one there")
     assert "Invalid rate limit" in control(apps.echo.name, "often")[0]["error"]
     assert control("tests.unknown", "1/s")[0] == {"error": "unknown task"}
-    assert len(operator.acts()) == 2
+    assert len(operator.acts()) == 3

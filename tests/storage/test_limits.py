@@ -576,12 +576,13 @@ def test_another_publication_without_limits_has_none(storage: Storage, worker: W
     assert the_job(storage, "b").limits == ()
 
 
-def test_a_held_job_that_is_published_again_frees_its_slot(storage: Storage, worker: Worker) -> None:
+def test_a_held_job_that_is_published_again_keeps_its_slot(storage: Storage, worker: Worker) -> None:
     publish(storage, ["a"], ONE)
-    worker.claim_one()
-    publish(storage, ["a"], ONE)
-    assert len(worker.claim(10)) == 1
+    held = worker.claim_one()
+    publish(storage, ["a", "b"], ONE)
     assert worker.claim(10) == []
+    end(worker, held, storage=storage)
+    assert ids_of(worker.claim(10)) == ["b"]
 
 
 # --- what is kept

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from threading import Barrier, Thread
+from typing import Any
 
 import pytest
 
-from kathikon_celery.job import Cause, Job, State, UniqueKey
+from kathikon_celery.job import Cause, Job, State, UniqueKey, Use
 from kathikon_celery.storage import Storage, insert
 from kathikon_celery.storage.errors import NotUnique
 from tests.storage.actors import Worker, new_job, the_job
@@ -104,6 +105,36 @@ def test_within(storage: Storage, set_row: Callable[..., None], while_: str) -> 
     assert instead_of(storage, unique("later", while_, within=50)) is None
     assert instead_of(storage, unique("last", while_, within=50)) == "later"
     assert the_job(storage).state is State.AVAILABLE
+
+
+def test_a_job_that_has_expired_keeps_nobody_out(storage: Storage) -> None:
+    soon = datetime.now(timezone.utc) + timedelta(seconds=60)
+    storage.insert(unique("expires later", expires_at=soon))
+    assert instead_of(storage, unique("second")) == "expires later"
+    assert the_job(storage, "expires later").state is State.AVAILABLE
+    expired = unique("expired", expires_at=soon - timedelta(seconds=120))
+    expired.unique = UniqueKey("other", "active", answers=True)
+    third = unique("third")
+    third.unique = expired.unique
+    storage.insert(expired)
+    assert instead_of(storage, third) is None
+    gone = the_job(storage, "expired")
+    assert (gone.state, gone.cause) == (State.DISCARDED, "expired")
+
+
+@pytest.mark.parametrize("fields", [{"unique": UniqueKey("k", "active")}, {"limits": (Use("k", "k", concurrency=1),)}])
+def test_an_id_that_is_sent_again_while_its_job_runs_is_that_job(
+    storage: Storage, worker: Worker, other: Worker, fields: dict[str, Any]
+) -> None:
+    storage.insert(new_job("job", **fields))
+    job = worker.claim_one()
+    storage.insert(new_job("job", **fields))
+    storage.insert_many([new_job("job", **fields)])
+    assert other.claim(10) == []
+    assert worker.complete(job) == 1
+    assert the_job(storage).state is State.COMPLETED
+    storage.insert(new_job("job", **fields))
+    assert other.claim_one().id == "job"
 
 
 def test_a_retry_of_its_own_is_no_second_job(storage: Storage, worker: Worker) -> None:

@@ -14,7 +14,7 @@ from celery.exceptions import Retry
 
 from kathikon_celery import Limit, RateLimited
 from kathikon_celery.job import Job, Use
-from kathikon_celery.limits import LimitError, limits_of
+from kathikon_celery.limits import LimitError, limits_of, take
 from kathikon_celery.publish.limiting import AppLimits, mark
 from kathikon_celery.storage.limits import in_order
 from tests.support.apps import create_app
@@ -41,10 +41,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"name": "", "rate": 1}, "a limit has a name that is a text and not empty, not ''"),
     ({"name": " ", "rate": 1}, "a limit has a name that is a text and not empty, not ' '"),
     ({"name": 5, "rate": 1}, "a limit has a name that is a text and not empty, not 5"),
-    ({"name": "a", "concurrency": 0}, "limit 'a': a concurrency is a whole number from 1, not 0"),
-    ({"name": "a", "concurrency": True}, "limit 'a': a concurrency is a whole number from 1, not True"),
-    ({"name": "a", "concurrency": 1.5}, "limit 'a': a concurrency is a whole number from 1, not 1.5"),
-    ({"name": "a", "concurrency": "1"}, "limit 'a': a concurrency is a whole number from 1, not '1'"),
+    ({"name": "a", "concurrency": 0}, "limit 'a': a concurrency is a whole number from 1 to 10**9, not 0"),
+    (
+        {"name": "a", "concurrency": True},
+        "limit 'a': a concurrency is a whole number from 1 to 10**9, not True",
+    ),
+    ({"name": "a", "concurrency": 1.5}, "limit 'a': a concurrency is a whole number from 1 to 10**9, not 1.5"),
+    ({"name": "a", "concurrency": "1"}, "limit 'a': a concurrency is a whole number from 1 to 10**9, not '1'"),
     (
         {"name": "a", "rate": "10/x"},
         'limit \'a\': a rate such as "10/s", "60/m", "100/h" or "1000/d", or a number a second, above 0, not \'10/x\'',
@@ -52,8 +55,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"name": "a", "rate": 0}, f"limit 'a': {RATES} and up to 1,000,000, not 0"),
     ({"name": "a", "rate": "10/m", "burst": 11}, "limit 'a': a burst is at most the number of its rate, 10, not 11"),
     ({"name": "a", "concurrency": 3, "burst": 2}, "limit 'a': a burst is at most the number of its rate, 1, not 2"),
-    ({"name": "a", "rate": "10/m", "burst": 0}, "limit 'a': a burst is a whole number from 1, not 0"),
-    ({"name": "a", "rate": "10/m", "weight": 0}, "limit 'a': a weight is a whole number from 1, not 0"),
+    ({"name": "a", "rate": "10/m", "burst": 0}, "limit 'a': a burst is a whole number from 1 to 10**9, not 0"),
+    (
+        {"name": "a", "rate": "10/m", "weight": 0},
+        "limit 'a': a weight is a whole number from 1 to 10**9, not 0",
+    ),
     (
         {"name": "a:{b}", "key": str, "rate": 1},
         "limit 'a:{b}': give fields in its name, or a function as key, not both and nothing else",
@@ -201,7 +207,7 @@ def test_weights(app: Celery) -> None:
 
     assert [use.weight for use in uses(app, convert, 5)] == [5]
     for size in (0, -1, 1.5, "2", True, None, 2_000_000_000):
-        with pytest.raises(LimitError, match=r"^limit 'memory': a weight is a whole number from 1, not "):
+        with pytest.raises(LimitError, match=r"^limit 'memory': a weight is a whole number from 1 to 10\*\*9, not "):
             uses(app, convert, size)
 
 
@@ -335,10 +341,30 @@ class TestRateLimited:
 
     @pytest.mark.parametrize("seconds", [-1, None, "5", float("nan"), float("inf"), True, 1e10])
     def test_seconds(self, seconds: Any) -> None:
-        with pytest.raises(LimitError, match=r"^RateLimited: retry_after is a number of seconds from 0, not "):
+        with pytest.raises(
+            LimitError, match=r"^RateLimited: retry_after is a number of seconds from 0 to 10\*\*9, not "
+        ):
             RateLimited("stripe", retry_after=seconds)
 
     @pytest.mark.parametrize("key", ["", None, 5])
     def test_key(self, key: Any) -> None:
         with pytest.raises(LimitError, match=r"^RateLimited: the key of a limit is a text and not empty, not "):
             RateLimited(key, retry_after=1)
+
+
+def test_what_is_taken_has_to_be_a_limit_with_its_fields() -> None:
+    for wrong, arguments, message in (
+        ("api", {}, r"^take: the first argument is a Limit\(…\), not 'api'$"),
+        (Limit("api", concurrency=1), {"zzz": 1}, r"^take: limit 'api' has no field 'zzz'$"),
+    ):
+        with pytest.raises(LimitError, match=message), take(wrong, **arguments):  # type: ignore[arg-type]
+            pass
+
+
+def test_a_field_is_a_name() -> None:
+    with pytest.raises(LimitError, match=r"^limit 'api:\{0\}': a field needs the name of an argument"):
+        Limit("api:{0}", concurrency=1)
+
+
+def test_rate_limited_says_what_it_is() -> None:
+    assert repr(RateLimited("api", 3)) == "RateLimited('api', retry_after=3)"

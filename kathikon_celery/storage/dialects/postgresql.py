@@ -397,11 +397,15 @@ class PostgreSQL(ReturningDialect):
     def _explained(self, error: Exception) -> Exception:
         cause = getattr(error, "orig", None)
         if getattr(cause, "sqlstate", None) == FORBIDDEN:
-            return Forbidden(
-                f"{shown(self.url)}: {cause.diag.message_primary}; have the owner of the database run what"  # type: ignore[union-attr]
-                " 'celery -A proj kathikon schema --sql' prints, and grant its tables and sequences to this role"
-                " (docs/postgresql.md lists the rights of producers, workers and readers)"
-            )
+            refusal: str = cause.diag.message_primary  # type: ignore[union-attr]
+            remedy = "grant it to this role"
+            if "schema" in refusal.lower():  # it may not make the tables
+                remedy = (
+                    "have the owner of the database run what 'celery -A proj kathikon schema --sql' prints, and grant"
+                    " its tables and sequences to this role"
+                )
+            rights = "'Rights' in docs/postgresql.md lists what producers, workers and readers need"
+            return Forbidden(f"{shown(self.url)}: {refusal}; {remedy} ({rights})")
         if getattr(cause, "sqlstate", None) == NO_SCHEMA:
             return Forbidden(
                 f"{shown(self.url)}: {cause.diag.message_primary}; create one of the search path, and grant it"  # type: ignore[union-attr]
