@@ -17,11 +17,11 @@ from kathikon_celery.storage.clock import seconds_until
 from kathikon_celery.storage.dialects.parameters import Upsert
 from kathikon_celery.storage.engine import prepared
 from kathikon_celery.storage.engine.database import Database
-from kathikon_celery.storage.errors import NotUnique
+from kathikon_celery.storage.errors import NotUnique, Unavailable
 from kathikon_celery.storage.tables import UNIQUE, jobs
 
 #: How often the key is tried to get, while jobs that had the key end or lose it.
-TRIES = 10
+TRIES = 1000
 #: The reasons on the rows of jobs that are discarded.
 DUPLICATE, REPLACED = "job {} has the same unique key", "job {} has the same unique key, and is newer"
 
@@ -68,7 +68,7 @@ def publish(database: Database, connection: Connection, job: Job, values: Mappin
     """Write *job*, as a part of a transaction; return whether it waits then.
 
     If another job has the key, and the publisher can be told, ``job.duplicate_of`` is the other one's id; otherwise the
-    job is written as discarded. Raises `NotUnique` if the key says so.
+    job is written as discarded. Raises `NotUnique` if the key says so, and `Unavailable` if others are always quicker.
 
     Arguments:
         values, published: the parameters and the INSERT without the key.
@@ -99,6 +99,8 @@ def publish(database: Database, connection: Connection, job: Job, values: Mappin
             _give_up(database, connection, holder.id, REPLACED.format(job.id), Cause.REPLACED)
         else:
             break
+    else:  # to write the job without the key would make two of it
+        raise Unavailable(f"the unique key of job {job.id} was given away {TRIES} times while it was tried")
     if holder is not None:
         return _conflict(database, connection, job, one, holder.id, values, published)
     database.dialect.upsert(connection, published, values)

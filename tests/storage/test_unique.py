@@ -11,7 +11,8 @@ import pytest
 
 from kathikon_celery.job import Cause, Job, State, UniqueKey, Use
 from kathikon_celery.storage import Storage, insert
-from kathikon_celery.storage.errors import NotUnique
+from kathikon_celery.storage import unique as unique_jobs
+from kathikon_celery.storage.errors import NotUnique, Unavailable
 from tests.storage.actors import Worker, new_job, the_job
 
 
@@ -105,6 +106,15 @@ def test_within(storage: Storage, set_row: Callable[..., None], while_: str) -> 
     assert instead_of(storage, unique("later", while_, within=50)) is None
     assert instead_of(storage, unique("last", while_, within=50)) == "later"
     assert the_job(storage).state is State.AVAILABLE
+
+
+def test_no_job_is_written_without_its_key(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many processes send the key at once, and each time another one is quicker."""
+    monkeypatch.setattr(unique_jobs, "TRIES", 1)
+    storage.insert(unique("job", "waiting", "replace"))
+    with pytest.raises(Unavailable, match=r"^the unique key of job newer was given away 1 times while it was tried$"):
+        storage.insert(unique("newer", "waiting", "replace"))
+    assert [(job.id, job.state) for job in storage.all()] == [("job", State.AVAILABLE)]
 
 
 def test_a_job_that_has_expired_keeps_nobody_out(storage: Storage) -> None:
