@@ -20,6 +20,7 @@ from tests.endurance.kill_chords import kill_chords
 from tests.endurance.kill_workers import kill_workers
 from tests.endurance.long_transaction import long_transaction
 from tests.endurance.many_countdowns import many_countdowns
+from tests.endurance.operators import COMMANDS, operators
 from tests.endurance.sqlite_contention import sqlite_contention
 from tests.endurance.stopped_worker import stopped_worker
 from tests.endurance.terminate_backends import terminate_backends
@@ -58,6 +59,12 @@ def test_a_killed_workers_chords_end(run: Run) -> None:
     figures = kill_chords(run, chords=16, parts=10, seconds=0.1, kills=2, every=1.0)
     assert_figures(figures, **NOT_LOST, sent=16, refused=0, wrong=0, left_over=0)
     assert figures["workers_killed"] >= 1  # the second one, unless all was done by then
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_the_operators_commands_beside_two_tables(run: Run) -> None:
+    figures = operators(run, small=20, large=60, times=1)
+    assert set(figures) == {f"{command}, {size} rows" for command in COMMANDS for size in (20, 60)}
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
