@@ -19,6 +19,7 @@ from benchmarks.run import Run, rate
 from benchmarks.systems import System
 from kathikon_celery.job import Job, State
 from kathikon_celery.storage import Storage, finish, prune
+from kathikon_celery.storage.clock import now
 from kathikon_celery.storage.nodes import register
 from kathikon_celery.storage.tables import jobs, nodes
 
@@ -75,10 +76,10 @@ def fill(storage: Storage, number: int) -> None:
     is_model = jobs.c.id == "filling"
     copied = [column for column in jobs.columns if column.name not in ("seq", "id", "state", "ended_at")]
     for state in (State.AVAILABLE, State.COMPLETED):
-        ended = null() if state is State.AVAILABLE else jobs.c.inserted_at
         for start in range(0, number, ROWS):
             numbers = select(literal(start).label("i")).cte("numbers", recursive=True)
             numbers = numbers.union_all(select(numbers.c.i + 1).where(numbers.c.i < min(start + ROWS, number) - 1))
+            ended = null() if state is State.AVAILABLE else now(numbers.c.i * -0.001)  # one after the other
             identity = literal(f"{state.value}-").concat(cast(numbers.c.i, String))
             rows = select(identity, literal(state.value), ended, *copied).join(numbers, true()).where(is_model)
             names = ["id", "state", "ended_at", *(column.name for column in copied)]
