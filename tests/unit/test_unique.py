@@ -93,8 +93,8 @@ def app() -> Celery:
 
 
 def test_a_field_that_the_task_has_not(app: Celery) -> None:
-    app.task(unique=Unique("acount"), name="proj.sync")(sync)
-    closed = app.task(unique=Unique("acount"), name="proj.closed")(only_account)
+    app.task(shared=False, unique=Unique("acount"), name="proj.sync")(sync)
+    closed = app.task(shared=False, unique=Unique("acount"), name="proj.closed")(only_account)
     with pytest.raises(UniqueError, match=r"task proj.closed: .* names 'acount', and the task has account; did you"):
         AppLimits.of(app).unique_of(closed.name)
     assert AppLimits.of(app).unique_of("proj.sync") is not None  # it takes any names
@@ -103,7 +103,7 @@ def test_a_field_that_the_task_has_not(app: Celery) -> None:
 
 
 def test_something_else_than_unique(app: Celery) -> None:
-    task = app.task(unique=True, name="proj.sync")(sync)
+    task = app.task(shared=False, unique=True, name="proj.sync")(sync)
     with pytest.raises(UniqueError, match=r"task proj.sync: unique is a Unique\(…\), not True"):
         AppLimits.of(app).unique_of(task.name)
 
@@ -112,7 +112,7 @@ def test_a_subclass_asks_once(app: Celery) -> None:
     class Base(app.Task):  # type: ignore[misc, name-defined]
         unique = Unique("account")
 
-    task = app.task(base=Base, unique=Unique("account"), name="proj.sync")(sync)
+    task = app.task(shared=False, base=Base, unique=Unique("account"), name="proj.sync")(sync)
     assert task.apply_async.asks_for_others
     assert not hasattr(task.apply_async.__wrapped__, "asks_for_others")
     assert not hasattr(app.Task.apply_async, "asks_for_others")

@@ -398,12 +398,12 @@ class PostgreSQL(ReturningDialect):
         cause = getattr(error, "orig", None)
         if getattr(cause, "sqlstate", None) == FORBIDDEN:
             refusal: str = cause.diag.message_primary  # type: ignore[union-attr]
-            remedy = "grant it to this role"
-            if "schema" in refusal.lower():  # it may not make the tables
-                remedy = (
-                    "have the owner of the database run what 'celery -A proj kathikon schema --sql' prints, and grant"
-                    " its tables and sequences to this role"
-                )
+            remedy = (
+                "have the owner of the database run what 'celery -A proj kathikon schema --sql' prints, and grant"
+                " its tables and sequences to this role"
+            )
+            if " table " in refusal or " sequence " in refusal:  # they are there
+                remedy = "grant it to this role"
             rights = "'Rights' in docs/postgresql.md lists what producers, workers and readers need"
             return Forbidden(f"{shown(self.url)}: {refusal}; {remedy} ({rights})")
         if getattr(cause, "sqlstate", None) == NO_SCHEMA:
