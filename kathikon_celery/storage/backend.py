@@ -1,16 +1,7 @@
 """The life of a job, a method for each step: all publications, claims, reports and results of a process pass here.
 
 A backend is chosen by the setting ``kathikon_storage_backend``; `kathikon_celery.storage.sql.SQLBackend` is the one
-that ships. Derive from that one, and override the steps that you want to see or to change:
-
->>> class AuditedBackend(SQLBackend):
-...     def insert(self, job, hold=None, soon=True):
-...         published = super().insert(job, hold, soon)
-...         if published:
-...             audit.info("published %s %s", job.task, job.id)
-...         return published
-
-Methods that take a *connection* are parts of a transaction that the caller commits.
+that ships. Derive from that one, and override the steps that you want to see or to change.
 """
 
 from __future__ import annotations

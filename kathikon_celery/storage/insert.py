@@ -28,10 +28,10 @@ _LIMITED = ("limits", "line", "gate")
 
 
 @lru_cache(maxsize=16)
-def _published(later: bool, own: bool, limited: bool, spares_held: bool = False) -> Upsert:
+def _published(later: bool, own: bool, limited: bool, is_unique: bool = False) -> Upsert:
     names = _BROUGHT + _PAYLOAD + (_LIMITED if limited else ())
     columns = {name: bindparam(f"new_{name}", type_=jobs.c[name].type) for name in names}
-    return transitions.published(columns, later, own, limited, spares_held or (limited and not own))
+    return transitions.published(columns, later, own, limited, spares_held=not own and (limited or is_unique))
 
 
 _OWN = (
@@ -81,8 +81,8 @@ def _values(job: Job) -> dict[str, Any]:
         "new_body": job.body,
     }
     if job.limits:
-        line = limits.line_of(job.limits)
-        values |= {"new_limits": limits.written(job.limits), "new_line": line, "new_gate": line}
+        ordered = limits.in_order(job.limits)
+        values |= {"new_limits": limits.written(ordered), "new_line": ordered[0].key, "new_gate": ordered[0].key}
     if job.scheduled_at is not None:
         values["new_scheduled_at"] = job.scheduled_at
         values["new_state"] = (State.RETRYABLE if job.state is State.RETRYABLE else State.SCHEDULED).value

@@ -88,9 +88,9 @@ def in_order(limits: Iterable[Use]) -> list[Use]:
     )
 
 
-def written(limits: Iterable[Use]) -> str | None:
+def written(limits: list[Use]) -> str:
     """Return the text of the column ``limits``."""
-    return json.dumps([list(use) for use in in_order(limits)], separators=(",", ":")) if limits else None
+    return json.dumps([list(use) for use in limits], separators=(",", ":"))
 
 
 @lru_cache(maxsize=4096)
@@ -112,11 +112,6 @@ def _is_sound(use: Use) -> bool:
     are_texts = isinstance(use.key, str) and isinstance(use.name, str)
     is_per = isinstance(use.per, int | float) and use.per > 0
     return are_texts and is_per and all(isinstance(one, int) and one >= 0 for one in numbers) and use.weight > 0
-
-
-def line_of(limits: Iterable[Use]) -> str | None:
-    """Return the key of the limit in whose line a job waits first."""
-    return next((use.key for use in in_order(limits)), None)
 
 
 def keys_of(batch: Iterable[Job]) -> set[str]:
